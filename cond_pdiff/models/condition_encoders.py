@@ -1,0 +1,201 @@
+"""Condition encoders: a task prompt → a condition embedding, shape `(batch, condition_dim)` (paper, section 3.3).
+
+Both encoders report how many tokens a condition has and what did not fit; nothing is cut without a word. The frozen backbone
+is referenced (id, revision, sha256) and never saved with the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file
+from torch import nn
+
+from cond_pdiff.component import Component
+from cond_pdiff.conditioning import TaskPrompt, Text, label_text
+from cond_pdiff.errors import ConditionError
+from cond_pdiff.hub import MINILM, Backbone, find_backbone
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+
+
+@dataclass(frozen=True)
+class ConditionReport:
+    """What an encoder read of a condition.
+
+    Args:
+        tokens: of the longest text that was encoded, special tokens included.
+        token_limit: of the encoder, for one text.
+        examples_dropped: examples left out because the prompt was too long.
+        texts_cut: example texts of which only the beginning was read.
+    """
+
+    tokens: int
+    token_limit: int
+    examples_dropped: int = 0
+    texts_cut: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """A JSON-ready description."""
+        return asdict(self)
+
+
+class SentenceConditionEncoder(Component):
+    """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
+
+    The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label
+    names, and the mean over example texts, each with the training tasks' mean taken away. Prompts share most of their
+    wording ("Decide whether …"); without that mean the differences count.
+
+    Args:
+        backbone: reference of a sentence encoder (`Backbone.to_json`).
+        embedding_dim: its hidden size.
+        max_tokens: of one text.
+    """
+
+    __module__ = "cond_pdiff"
+
+    center: torch.Tensor
+
+    @register_to_config
+    def __init__(self, backbone: Mapping[str, Any] = MINILM.to_json(), embedding_dim: int = 384, max_tokens: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3, embedding_dim))
+        # Kept out of the module tree: a frozen backbone is neither saved nor counted, and is loaded on first use.
+        self._loaded: list[SentenceBackbone] = []
+
+    @property
+    def condition_dim(self) -> int:
+        """The length of a condition embedding."""
+        return 3 * self.config.embedding_dim
+
+    @property
+    def backbone(self) -> SentenceBackbone:
+        """The frozen sentence encoder, on this module's device."""
+        if not self._loaded:
+            self._loaded.append(SentenceBackbone.load(Backbone.from_json(self.config.backbone)))
+        self._loaded[0].model.to(self.center.device)
+        return self._loaded[0]
+
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:
+        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+
+        Raises:
+            ConditionError: not a prompt, or a description of more than `max_tokens` tokens.
+        """
+        prompts = [TaskPrompt.of(condition) for condition in conditions]
+        reports = [self._report(prompt) for prompt in prompts]
+        parts = torch.stack([self._parts(prompt) for prompt in prompts])
+        present = parts.norm(dim=2, keepdim=True) > 0
+        centered = nn.functional.normalize(parts - self.center.to(parts), dim=2) * present
+        return centered.flatten(1).to(self.center.dtype), reports
+
+    @torch.no_grad()
+    def fit_center(self, prompts: Sequence[TaskPrompt]) -> None:
+        """Measure the mean of each part over `prompts`, which must all have labels and examples."""
+        self.center.copy_(torch.stack([self._parts(prompt) for prompt in prompts]).mean(0))
+
+    def _parts(self, prompt: TaskPrompt) -> torch.Tensor:
+        groups: list[list[Text]] = [
+            [prompt.description],
+            [label_text(label) for label in prompt.labels],
+            [text for text, _ in prompt.examples],
+        ]
+        embeddings = self.backbone.embed([text for group in groups for text in group], self.config.max_tokens)
+        means = []
+        for group in embeddings.split([len(group) for group in groups]):
+            means.append(nn.functional.normalize(group.mean(0), dim=0) if len(group) else torch.zeros_like(embeddings[0]))
+        return torch.stack(means)
+
+    def _report(self, prompt: TaskPrompt) -> ConditionReport:
+        limit = self.config.max_tokens
+        tokens = self.backbone.count_tokens(prompt.description)
+        if tokens > limit:
+            raise ConditionError(f"the task description has {tokens} tokens; the condition encoder reads {limit}: shorten it")
+        lengths = [self.backbone.count_tokens(text) for text, _ in prompt.examples]
+        return ConditionReport(max([tokens, *lengths]), limit, texts_cut=sum(length > limit for length in lengths))
+
+
+class ClipConditionEncoder(Component):
+    """The text tower of an open_clip model over description and examples in one text, as in the paper.
+
+    CLIP reads 77 tokens. Examples that do not fit are dropped, last first, and counted in the report.
+
+    Args:
+        model_name: an open_clip architecture.
+        backbone: reference of a repository with `open_clip_model.safetensors`, or None for random weights (tests).
+        condition_dim: size of the model's text features.
+    """
+
+    __module__ = "cond_pdiff"
+
+    anchor: torch.Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        model_name: str = "ViT-B-32",
+        backbone: Mapping[str, Any] | None = Backbone("timm/vit_base_patch32_clip_224.openai").to_json(),
+        condition_dim: int = 512,
+    ) -> None:
+        super().__init__()
+        # All weights are the backbone's; this says where they belong, and gives the saved encoder a tensor.
+        self.register_buffer("anchor", torch.zeros(1))
+        self._loaded: list[Any] = []
+
+    @property
+    def condition_dim(self) -> int:
+        """The length of a condition embedding."""
+        return int(self.config.condition_dim)
+
+    @property
+    def backbone(self) -> tuple[nn.Module, Any]:
+        """(open_clip model, tokenizer), on this module's device."""
+        if not self._loaded:
+            import open_clip
+
+            # Random weights, where asked for, are the same in every process and leave the caller's RNG alone.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = open_clip.create_model(self.config.model_name, pretrained=None)
+            if self.config.backbone is not None:
+                weights = "open_clip_model.safetensors"
+                folder = find_backbone(Backbone.from_json(self.config.backbone), weights)
+                model.load_state_dict(load_file(folder / weights))
+            self._loaded = [model.requires_grad_(False).eval(), open_clip.get_tokenizer(self.config.model_name)]
+        model, tokenizer = self._loaded
+        return model.to(self.anchor.device), tokenizer
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:
+        """Unit-length text features, shape `(len(conditions), condition_dim)`, and a report for each.
+
+        Raises:
+            ConditionError: not a prompt, or a description that alone is too long.
+        """
+        model, tokenizer = self.backbone
+        fitted = [self._fit(TaskPrompt.of(condition)) for condition in conditions]
+        tokens = tokenizer([text for text, _ in fitted]).to(self.anchor.device)
+        features = model.encode_text(tokens)  # type: ignore[operator]
+        return nn.functional.normalize(features, dim=-1).to(self.anchor.dtype), [report for _, report in fitted]
+
+    def _fit(self, prompt: TaskPrompt) -> tuple[str, ConditionReport]:
+        _, tokenizer = self.backbone
+        limit = tokenizer.context_length
+        for kept in range(len(prompt.examples), -1, -1):
+            text = prompt_text(prompt, kept)
+            tokens = len(tokenizer.encode(text)) + 2
+            if tokens <= limit:
+                return text, ConditionReport(tokens, limit, examples_dropped=len(prompt.examples) - kept)
+        raise ConditionError(f"the task description has {tokens} tokens; CLIP reads {limit}: shorten it")
+
+
+def prompt_text(prompt: TaskPrompt, num_examples: int) -> str:
+    """Description and the first `num_examples` examples as one text."""
+    parts = [prompt.description]
+    for text, label in prompt.examples[:num_examples]:
+        parts.append(f"{text if isinstance(text, str) else ' / '.join(text)} → {label}")
+    return " ".join(parts)

@@ -1,0 +1,1 @@
+"""Card templates for generators, adapters and the Space."""

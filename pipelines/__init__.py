@@ -1,0 +1,1 @@
+"""CondPDiffPipeline and its output."""

@@ -1,0 +1,333 @@
+"""CondPDiffPipeline: condition → condition encoder → U-Net and scheduler → decoder → normaliser⁻¹ → layout → adapters."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
+from cond_pdiff.hub import find_generator
+from cond_pdiff.models.adapter_template import AdapterTemplate
+from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
+from cond_pdiff.models.condition_index import ConditionIndex
+from cond_pdiff.models.param_autoencoder import ParamAutoencoder
+from cond_pdiff.models.param_unet_1d import ParamUNet1D
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
+from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport
+
+MAX_ADAPTERS = 1000
+COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
+REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
+
+
+class CondPDiffPipeline(DiffusionPipeline):
+    """Generate LoRA adapters from a condition (paper, sections 3.3 and 4.1 "inference procedures").
+
+    Args:
+        autoencoder: decodes latents to normalised params.
+        unet: denoises latents.
+        scheduler: any diffusers scheduler; a few-step solver by default.
+        condition_encoder: turns a task prompt into a condition embedding.
+        normalizer: normalised params ↔ params.
+        template: layout, LoRA settings, base model and constant tensors.
+        condition_index: the trained tasks.
+    """
+
+    model_cpu_offload_seq: Any = "condition_encoder->unet->autoencoder"
+    _callback_tensor_inputs = ("latents", "condition_embeddings")
+
+    autoencoder: ParamAutoencoder
+    unet: ParamUNet1D
+    scheduler: Any
+    condition_encoder: SentenceConditionEncoder | ClipConditionEncoder
+    normalizer: ParamNormalizer
+    template: AdapterTemplate
+    condition_index: ConditionIndex
+
+    def __init__(
+        self,
+        autoencoder: ParamAutoencoder,
+        unet: ParamUNet1D,
+        scheduler: Any,
+        condition_encoder: SentenceConditionEncoder | ClipConditionEncoder,
+        normalizer: ParamNormalizer,
+        template: AdapterTemplate,
+        condition_index: ConditionIndex,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            autoencoder=autoencoder,
+            unet=unet,
+            scheduler=scheduler,
+            condition_encoder=condition_encoder,
+            normalizer=normalizer,
+            template=template,
+            condition_index=condition_index,
+        )
+        self._base: SentenceBackbone | None = None
+        self._guidance_scale = 1.0
+        self._interrupt = False
+
+    # --- loading ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The local folder of a generator: bundled, cached, or fetched (only JSON, safetensors, text; never code)."""
+        options = {
+            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "force_download") if name in kwargs
+        }
+        return str(find_generator(pretrained_model_name, **options))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> CondPDiffPipeline:
+        """Load a generator from a local folder, by the name of a bundled one, or from the Hub.
+
+        Args:
+            kwargs: as for every diffusers pipeline (`torch_dtype`, `revision`, `token`, `cache_dir`, `local_files_only`,
+                `variant`, components to replace …).
+
+        Raises:
+            HubError: not found, not reachable, incomplete, or not a generator of this package.
+        """
+        refused = [name for name in REFUSED_OPTIONS if name in kwargs]
+        if refused:
+            raise HubError(f"{refused[0]} is not accepted: generators are JSON and safetensors only, and no code is run from them")
+        folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
+        _check_model_index(folder)
+        try:
+            return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        except CondPDiffError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise HubError(
+                f"the generator {str(pretrained_model_name_or_path)!r} cannot be loaded, perhaps it is incomplete: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    # --- steps --------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        """The classifier-free guidance of the call in progress; 1 is none."""
+        return self._guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipe._interrupt = True` in a callback to stop denoising."""
+        return self._interrupt
+
+    def encode_condition(self, condition: str | TaskPrompt, num_adapters: int) -> tuple[torch.Tensor, ConditionReport]:
+        """The condition embedding, repeated to shape `(num_adapters, condition_dim)`, and the encoder's report."""
+        embeddings, reports = self.condition_encoder.encode([condition])
+        return embeddings.to(self._execution_device, self.unet.dtype).expand(num_adapters, -1), reports[0]
+
+    def prepare_latents(
+        self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Initial noise, shape `(num_adapters, channels, length)`, scaled for the scheduler."""
+        channels, length = self.autoencoder.latent_shape
+        shape = (num_adapters, channels, length + extra_length(self.normalizer.num_statistics, channels))
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            latents = randn_tensor(shape, list(generator) if isinstance(generator, Sequence) else generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise CondPDiffError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
+        else:
+            latents = latents.to(device, dtype)
+        return latents * self.scheduler.init_noise_sigma
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32."""
+        code, statistics = split_statistics(latents, self.normalizer.num_statistics)
+        values = self.autoencoder.decode(code.to(self.autoencoder.dtype))
+        return self.normalizer.denormalize(values.float(), statistics.float())
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        condition: str | TaskPrompt,
+        num_adapters: int = 1,
+        num_inference_steps: int = 10,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: Literal["adapter", "params", "latent"] = "adapter",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Generate adapters for one condition.
+
+        Args:
+            condition: a `TaskPrompt`, or a plain task description.
+            num_adapters: how many candidates. With two or more and examples in the prompt, the one that does best on the
+                examples is chosen (the paper generates 20 and chooses on training data).
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance; 1 switches it off.
+            generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only.
+            latents: initial noise, shape `(num_adapters, channels, length)`, instead of drawing it.
+            output_type: "adapter"; or "params" / "latent" for the tensor, without adapters.
+            return_dict: False gives the output as a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return changed
+                tensors.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings".
+
+        Returns:
+            `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
+            num_params)`, or latents for those output types.
+
+        Raises:
+            ConditionError: the condition cannot be used.
+            CondPDiffError: another argument is out of its range.
+        """
+        prompt = self._check_inputs(
+            condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
+        )
+        self._guidance_scale, self._interrupt = guidance_scale, False
+
+        condition_embeddings, condition_report = self.encode_condition(prompt, num_adapters)
+        latents = self.prepare_latents(num_adapters, generator, latents)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        step_options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        with self.progress_bar(total=num_inference_steps) as bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    break
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+                prediction = self._predict(scaled, timestep, condition_embeddings)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "condition_embeddings": condition_embeddings}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, index, timestep, asked) or {}
+                    latents = changed.get("latents", latents)
+                    condition_embeddings = changed.get("condition_embeddings", condition_embeddings)
+                bar.update()
+
+        if output_type == "latent":
+            return latents
+        params = self.decode(latents)
+        if output_type == "params":
+            return params
+        output = self._to_output(prompt, params, latents, condition_embeddings[0], condition_report, num_inference_steps)
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    # --- internals ----------------------------------------------------------------------------------------------
+
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        if self.guidance_scale == 1.0:
+            return self.unet(latents, timestep, condition).sample
+        both = self.unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
+        without, with_condition = both.chunk(2)
+        return torch.lerp(without, with_condition, self.guidance_scale)
+
+    def _to_output(
+        self,
+        prompt: TaskPrompt,
+        params: torch.Tensor,
+        latents: torch.Tensor,
+        condition: torch.Tensor,
+        condition_report: ConditionReport,
+        num_inference_steps: int,
+    ) -> CondPDiffPipelineOutput:
+        nearest = tuple(self.condition_index.nearest(condition.to(self.condition_index.device, torch.float32)))
+        inside = bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
+        labels, labels_from = tuple(prompt.labels), "prompt"
+        if not labels:
+            labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
+            labels_from = "nearest trained task" if labels else "nowhere"
+        metadata = {
+            "labels": list(labels),
+            "condition": {"description": prompt.description, "examples": [list(example) for example in prompt.examples]},
+            "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
+            "in_distribution": inside,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "scheduler": type(self.scheduler).__name__,
+        }
+        adapters = [self.template.to_adapter(row, {**metadata, "candidate": index}) for index, row in enumerate(params)]
+        scores = self._score(adapters, prompt) if len(adapters) > 1 and prompt.examples else None
+        chosen = min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss)) if scores else 0
+        threshold = round(float(self.condition_index.threshold), 4)
+        report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, tuple(scores) if scores else None)
+        return CondPDiffPipelineOutput(adapters, chosen, report, latents)
+
+    def base_model(self) -> SentenceBackbone:
+        """The frozen base model that the adapters are for; loaded on first use. Never attach to it for longer than a call."""
+        if self._base is None:
+            self._base = SentenceBackbone.load(self.template.base)
+        self._base.model.to(self._execution_device)
+        return self._base
+
+    def _score(self, adapters: Sequence[LoraAdapter], prompt: TaskPrompt) -> list[CandidateScore]:
+        """Accuracy and cross-entropy of each candidate on the prompt's own examples: nothing else is ever selected on."""
+        texts = [text for text, _ in prompt.examples]
+        classifier = PrototypeClassifier(self.base_model(), prompt.labels, adapters[0], self.template.config.max_length)
+        targets = torch.tensor([prompt.labels.index(label) for _, label in prompt.examples], device=self._execution_device)
+        scores = []
+        for adapter in adapters:
+            logits = classifier.with_adapter(adapter).logits(texts)
+            accuracy = (logits.argmax(1) == targets).float().mean()
+            scores.append(CandidateScore(round(float(accuracy), 4), round(float(nn.functional.cross_entropy(logits, targets)), 6)))
+        return scores
+
+    def _check_inputs(
+        self,
+        condition: str | TaskPrompt,
+        num_adapters: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        callback_tensors: Sequence[str],
+    ) -> TaskPrompt:
+        for name, value, most in (("num_adapters", num_adapters, MAX_ADAPTERS), ("num_inference_steps", num_inference_steps, 1000)):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= 100:
+            raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {guidance_scale!r}")
+        if isinstance(generator, Sequence) and len(generator) != num_adapters:
+            raise CondPDiffError(f"got {len(generator)} generators for {num_adapters} adapters; give one each")
+        if output_type not in ("adapter", "params", "latent"):
+            raise CondPDiffError(f"output_type must be 'adapter', 'params' or 'latent', got {output_type!r}")
+        unknown = [name for name in callback_tensors if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
+        if isinstance(condition, (list, tuple)):
+            raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
+        return TaskPrompt.of(condition)
+
+
+def _check_model_index(folder: Path) -> None:
+    """Refuse what is not a generator, before any of its components' modules is imported."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "a peft adapter" if (folder / "adapter_config.json").exists() else "something else"
+        raise HubError(f"{folder} is not a generator (no model_index.json); it looks like {what}") from error
+    except (OSError, ValueError) as error:
+        raise HubError(f"{path} is not valid JSON: {error}") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name != CondPDiffPipeline.__name__:
+        raise HubError(f"{folder} holds a {name!r}, expected a {CondPDiffPipeline.__name__!r}")
+    for component, value in index.items():
+        if isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in COMPONENT_LIBRARIES):
+            raise HubError(
+                f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
+            )

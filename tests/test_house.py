@@ -1,0 +1,316 @@
+"""The house keeps its shape: dependencies point one way, optional packages stay in their place, no pickles, no rag-bag modules.
+
+Every checker is a plain function over source text or a folder, and each is also shown something that it must refuse.
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
+RANKS = {
+    "errors": 0, "model_cards": 0,
+    "atomic": 1, "component": 1, "layout": 1,
+    "adapter": 2, "conditioning": 2, "hub": 2, "normalization": 2,
+    "models": 3,
+    "classifier": 4,
+    "pipelines": 5,
+    "cond_pdiff": 6,
+    "training": 7, "app": 7,
+}  # fmt: skip
+
+# Optional or heavy imports → the one unit that may have them, and whether only inside a function.
+PLACES = {
+    "gradio": ("app", False),
+    "huggingface_hub": ("hub", False),
+    "open_clip": ("models", True),
+    **dict.fromkeys(
+        ("datasets", "ray", "tensorboard", "torch.utils.tensorboard", "sklearn", "matplotlib", "torchmetrics"), ("training", True)
+    ),
+}
+
+# Whatever reads or writes pickles, or runs code that came with data.
+BANNED = (
+    "pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",
+    "torch.load", "torch.save", "torch.hub", "torch.jit.load", "torch.package",
+    "eval", "exec", "builtins.eval", "builtins.exec",
+)  # fmt: skip
+BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
+
+MAPPED_FOLDERS = ("pipelines", "training", "model_cards")
+BUNDLE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
+MAX_BUNDLE_BYTES = 12_000_000
+
+
+# --- imports -----------------------------------------------------------------------------------------------------------------
+
+
+def under(name: str, parents: str | tuple[str, ...]) -> bool:
+    """Is the dotted `name` one of `parents` or inside one?"""
+    return any(name == parent or name.startswith(parent + ".") for parent in ([parents] if isinstance(parents, str) else parents))
+
+
+def unit_of(name: str) -> str:
+    """The unit (a key of RANKS) of a module or of a name imported from it; unknown names of `cond_pdiff` are public names."""
+    head, _, rest = name.partition(".")
+    unit = rest.partition(".")[0]
+    return unit if head == "cond_pdiff" and unit in RANKS else head
+
+
+def imported(tree: ast.AST, package: str, inside_function: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """(dotted name, line, inside a function?) of every import: `from a import b` is `a.b`, and `import_module("a")` is `a`."""
+    for node in ast.iter_child_nodes(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = ".".join([*parents[: len(parents) + 1 - node.level], node.module or ""]).strip(".") if node.level else node.module
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            names = [str(node.args[0].value)] if node.args and isinstance(node.args[0], ast.Constant) else []
+        yield from ((name, node.lineno, inside_function) for name in names)
+        deeper = inside_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield from imported(node, package, deeper)
+
+
+def used_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of every name that is read, import aliases undone: after `import torch as t`, `t.load` is `torch.load`."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            aliases.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            head, dot, rest = ast.unparse(node).partition(".")
+            yield aliases.get(head, head) + dot + rest, node.lineno
+
+
+def check_edges(module: str, is_package: bool, tree: ast.AST) -> Iterator[str]:
+    """Imports that go the wrong way, or stand in the wrong place."""
+    here = unit_of(module)
+    if here not in RANKS or (here == "cond_pdiff" and module != "cond_pdiff"):
+        yield f"{module} has no rank; give it one in RANKS"
+        return
+    for name, line, lazy in imported(tree, module if is_package else module.rpartition(".")[0]):
+        there = unit_of(name)
+        if there in MAPPED_FOLDERS and not under(name, "cond_pdiff"):
+            yield f"{module}:{line} imports {name}; write cond_pdiff.{name}"
+        elif there in RANKS and there != here and RANKS[there] >= RANKS[here]:
+            yield f"{module}:{line} imports {name}, but {here} may not depend on {there}"
+        for package, (home, only_lazy) in PLACES.items():
+            if under(name, package) and here != home:
+                yield f"{module}:{line} imports {package}, which belongs in {home} only"
+            elif under(name, package) and only_lazy and not lazy:
+                yield f"{module}:{line} imports {package} outside a function"
+
+
+def check_pickles(module: str, tree: ast.AST) -> Iterator[str]:
+    """Uses of pickles, of `eval` and `exec`, and arguments that allow them."""
+    found = {(name, line) for name, line, _ in imported(tree, "")} | set(used_names(tree))
+    yield from (f"{module}:{line} uses {name}" for name, line in sorted(found) if under(name, BANNED))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and not (isinstance(node.value, ast.Constant) and node.value.value is False):
+            if node.arg in BANNED_ARGUMENTS:
+                yield f"{module}:{node.lineno} passes {node.arg}"
+            elif node.arg == "use_safetensors" and ast.unparse(node.value) != "True":
+                yield f"{module}:{node.lineno} passes use_safetensors={ast.unparse(node.value)}"
+        elif isinstance(node, ast.keyword) and node.arg in ("weights_only", "use_safetensors"):
+            yield f"{module}:{node.lineno} passes {node.arg}=False"
+
+
+def check_bare_imports(where: str, tree: ast.AST) -> Iterator[str]:
+    """Bare imports of a mapped folder: they make a second copy of every class, which breaks `isinstance`."""
+    for name, line, _ in imported(tree, ""):
+        if under(name, MAPPED_FOLDERS):
+            yield f"{where}:{line} imports {name}; write cond_pdiff.{name}"
+
+
+def check_module(module: str, source: str, is_package: bool = False) -> list[str]:
+    """Everything that is wrong with one module of the package, or with `app`."""
+    tree = ast.parse(source)
+    return [*check_edges(module, is_package, tree), *check_pickles(module, tree)]
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def installed_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] in MAPPED_FOLDERS:
+        parts.insert(0, "cond_pdiff")
+    return ".".join(parts).removesuffix(".__init__")
+
+
+SHIPPED = [*python_files("cond_pdiff", *MAPPED_FOLDERS), *ROOT.glob("app.py")]
+OTHERS = [*python_files("tests", "benchmarks"), *(path for path in ROOT.glob("*.py") if path.name != "app.py")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=installed_name)
+def test_module_keeps_to_the_rules(path: Path) -> None:
+    assert check_module(installed_name(path), path.read_text(encoding="utf-8"), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=installed_name)
+def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
+    assert list(check_bare_imports(path.name, ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("cond_pdiff.errors", "from cond_pdiff.atomic import dump_json", "errors may not depend on atomic"),
+        ("cond_pdiff.layout", "from cond_pdiff import adapter", "layout may not depend on adapter"),
+        ("cond_pdiff.hub", "def f():\n    import cond_pdiff.conditioning", "hub may not depend on conditioning"),
+        ("cond_pdiff.adapter", "from .models.param_autoencoder import ParamAutoencoder", "adapter may not depend on models"),
+        ("cond_pdiff.models.new", "from ..pipelines import CondPDiffPipeline", "models may not depend on pipelines"),
+        ("cond_pdiff.pipelines.new", "from cond_pdiff import CondPDiffPipeline", "pipelines may not depend on cond_pdiff"),
+        ("cond_pdiff.pipelines.new", "from cond_pdiff.training.ema import EMA", "pipelines may not depend on training"),
+        ("cond_pdiff.classifier", "import importlib\nimportlib.import_module('cond_pdiff.training')", "may not depend on training"),
+        ("cond_pdiff.training.new", "import app", "training may not depend on app"),
+        ("app", "from cond_pdiff.training.cli import main", "app may not depend on training"),
+        ("cond_pdiff.stranger", "", "has no rank"),
+        ("cond_pdiff.training.new", "from training.zoo import Zoo", "write cond_pdiff.training"),
+        ("cond_pdiff.hub", "import gradio", "belongs in app only"),
+        ("cond_pdiff.adapter", "from huggingface_hub import HfApi", "belongs in hub only"),
+        ("cond_pdiff.models.new", "import open_clip", "outside a function"),
+        ("cond_pdiff.models.new", "def f():\n    import datasets", "belongs in training only"),
+        ("cond_pdiff.training.new", "from sklearn.decomposition import PCA", "outside a function"),
+        ("cond_pdiff.training.new", "from torch.utils.tensorboard import SummaryWriter", "outside a function"),
+        ("cond_pdiff.training.new", "def f():\n    import pickle", "uses pickle"),
+        ("cond_pdiff.training.new", "import torch\ntorch.save({}, 'x')", "uses torch.save"),
+        ("cond_pdiff.training.new", "import torch as t\nread = t.load", "uses torch.load"),
+        ("cond_pdiff.training.new", "from torch import load as read", "uses torch.load"),
+        ("cond_pdiff.training.new", "eval('1')", "uses eval"),
+        ("app", "run = exec", "uses exec"),
+        ("cond_pdiff.hub", "AutoModel.from_pretrained('x', trust_remote_code=True)", "passes trust_remote_code"),
+        ("cond_pdiff.hub", "numpy.load('x', allow_pickle=flag)", "passes allow_pickle"),
+        ("cond_pdiff.hub", "read('x', weights_only=False)", "passes weights_only=False"),
+        ("cond_pdiff.hub", "read('x', use_safetensors=False)", "passes use_safetensors=False"),
+        ("cond_pdiff.hub", "read('x', use_safetensors=None)", "passes use_safetensors=None"),
+    ],
+)
+def test_checker_refuses(module: str, source: str, complaint: str) -> None:
+    found = check_module(module, source)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cond_pdiff.models.new", "from cond_pdiff.models.param_autoencoder import activation\nfrom cond_pdiff import hub, normalization"),
+        ("cond_pdiff.models.new", "def f():\n    import open_clip"),
+        ("cond_pdiff", "from cond_pdiff.pipelines import CondPDiffPipeline"),
+        ("cond_pdiff.training.new", "import cond_pdiff\nfrom .zoo import Zoo\ndef f():\n    from datasets import load_dataset"),
+        ("app", "import gradio\nfrom cond_pdiff import CondPDiffPipeline"),
+        ("cond_pdiff.classifier", "import torch\nmodel.eval()\nread('x', trust_remote_code=False, use_safetensors=True)"),
+    ],
+)
+def test_checker_accepts(module: str, source: str) -> None:
+    assert check_module(module, source) == []
+
+
+def test_bare_import_checker_refuses() -> None:
+    source = "import pipelines\ndef f():\n    from training.zoo import Zoo\nfrom model_cards import x\nimport cond_pdiff.training"
+    assert len(list(check_bare_imports("x", ast.parse(source)))) == 3
+
+
+# --- packages ----------------------------------------------------------------------------------------------------------------
+
+
+def packages_on_disk(root: Path, package_dir: dict[str, str]) -> set[str]:
+    """Installed names of all folders with an `__init__.py` under the mapped ones; top-level packages that nobody mapped, too."""
+    found = {".".join([package, *path.parent.relative_to(root / folder).parts])
+             for package, folder in package_dir.items() for path in (root / folder).rglob("__init__.py")}  # fmt: skip
+    unmapped = {path.parent.name for path in root.glob("*/__init__.py")} - set(package_dir.values()) - {"tests", "benchmarks"}
+    return found | unmapped
+
+
+def folders_without_init(root: Path, package_dir: dict[str, str]) -> set[str]:
+    """Mapped folders, and folders with modules in them, that lack an `__init__.py`."""
+    folders = {path.parent for folder in package_dir.values() for path in (root / folder).rglob("*.py")}
+    folders |= {root / folder for folder in package_dir.values()}
+    return {str(folder.relative_to(root)) for folder in folders if not (folder / "__init__.py").exists()}
+
+
+def setuptools_settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+
+
+def test_packages_are_those_on_disk() -> None:
+    settings = setuptools_settings()
+    assert set(MAPPED_FOLDERS) == set(settings["package-dir"].values()) - {"cond_pdiff"}
+    assert folders_without_init(ROOT, settings["package-dir"]) == set()
+    assert sorted(settings["packages"]) == sorted(packages_on_disk(ROOT, settings["package-dir"]))
+
+
+def test_package_checkers_refuse(tmp_path: Path) -> None:
+    for name in ("lib/__init__.py", "lib/models/__init__.py", "jobs/sub/__init__.py", "jobs/bare/x.py", "other/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    mapping = {"lib": "lib", "lib.jobs": "jobs"}
+    assert packages_on_disk(tmp_path, mapping) == {"lib", "lib.models", "lib.jobs.sub", "other"}
+    assert folders_without_init(tmp_path, mapping) == {"jobs", "jobs/bare"}
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+def rag_bags(names: list[str]) -> list[str]:
+    """Module paths whose name says nothing about what is inside."""
+    return [name for name in names if {part.removesuffix(".py").strip("_") for part in Path(name).parts}
+            & {"utils", "util", "helpers", "helper", "misc", "common"}]  # fmt: skip
+
+
+def check_bundle(folder: Path) -> list[str]:
+    """What is wrong with a bundled generator: too large, or a file that would not be fetched or not be packed."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    found = [f"{folder.name}: {size} bytes, at most {MAX_BUNDLE_BYTES} are bundled"] if size > MAX_BUNDLE_BYTES else []
+    for path in files:
+        name = path.relative_to(folder)
+        if not any(fnmatch(path.name, pattern) for pattern in BUNDLE_PATTERNS):
+            found.append(f"{folder.name}: {name} is of a kind that is never fetched")
+        if len(name.parts) > 2:
+            found.append(f"{folder.name}: {name} is too deep for the package data in pyproject.toml")
+    return found
+
+
+def test_no_rag_bag_modules() -> None:
+    assert rag_bags([str(path.relative_to(ROOT)) for path in (*SHIPPED, *OTHERS)]) == []
+
+
+def test_rag_bag_checker_refuses() -> None:
+    assert rag_bags(["training/utils.py", "cond_pdiff/misc/x.py", "tests/_helpers.py", "cond_pdiff/layout.py"]) == [
+        "training/utils.py", "cond_pdiff/misc/x.py", "tests/_helpers.py"
+    ]  # fmt: skip
+
+
+def test_bundled_generators_are_small_and_complete() -> None:
+    folders = [path for path in (ROOT / "cond_pdiff" / "bundled").glob("*") if path.is_dir()]
+    assert [problem for folder in folders for problem in check_bundle(folder)] == []
+
+
+def test_bundle_checker_refuses(tmp_path: Path) -> None:
+    (tmp_path / "unet" / "deep").mkdir(parents=True)
+    (tmp_path / "model_index.json").touch()
+    (tmp_path / "unet" / "weights.bin").touch()
+    (tmp_path / "unet" / "deep" / "config.json").touch()
+    with (tmp_path / "unet" / "model.safetensors").open("wb") as file:
+        file.truncate(MAX_BUNDLE_BYTES + 1)
+    found = check_bundle(tmp_path)
+    assert len(found) == 3
+    assert "at most" in found[0]
+    assert {"deep/config.json" in found[1], "weights.bin" in found[2]} == {True}

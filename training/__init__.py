@@ -1,0 +1,1 @@
+"""Collect adapters into zoos, train generators on them, evaluate what they make."""

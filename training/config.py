@@ -1,0 +1,129 @@
+"""Training settings as data: a recipe is a JSON file with one section a stage; unknown or misspelt entries are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.hub import MINILM
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How adapters are fine-tuned into a zoo."""
+
+    tasks: tuple[str, ...]                          # tasks that the generator is trained on
+    unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
+    base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
+    rank: int = 4                                   # r of ΔW = alpha / r · B · A
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
+    train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
+    runs: int = 3                                   # runs a task, differing in data subset, order and learning rate
+    steps: int = 100                                # optimiser steps a run
+    batch_size: int = 16                            # texts a step
+    max_length: int = 48                            # tokens a text
+    learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
+    warmup: float = 0.1                             # share of the steps
+    subset: float = 0.8                             # share of the training rows that a run sees
+    multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
+    metric_rows: int = 200                          # rows of the reported split for the manifest's accuracy
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How one stage is trained by the loop."""
+
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3     # peak; cosine to zero after the warm-up
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    ema_decay: float = 0.995        # of the weights that are kept
+    max_grad_norm: float = 1.0
+    precision: str = "no"           # "bf16" or "fp16": autocast, where the device is faster with it
+    checkpoint_every: int = 200     # steps; a killed run goes on from the last checkpoint
+    log_every: int = 20             # steps a line of metrics.jsonl
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The autoencoder stage (paper, section 3.2 and appendix B)."""
+
+    model: dict[str, Any] = field(default_factory=dict)     # ParamAutoencoder's arguments, without num_params
+    fit: FitConfig = FitConfig()
+    normalizer: str = "task"        # ParamNormalizer's mode
+    input_noise: float = 0.001      # standard deviation, in units of normalised params
+    latent_noise: float = 0.1       # standard deviation, in units of the batch's latents (equation 6b)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The diffusion stage (paper, section 3.3 and appendix B)."""
+
+    model: dict[str, Any] = field(default_factory=dict)     # ParamUNet1D's arguments, without sizes
+    fit: FitConfig = FitConfig()
+    condition_encoder: dict[str, Any] = field(default_factory=lambda: {"type": "SentenceConditionEncoder"})  # and its arguments
+    prediction_type: str = "v_prediction"
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    condition_dropout: float = 0.1  # share of samples trained without a condition, for classifier-free guidance
+    condition_noise: float = 0.02   # standard deviation added to condition embeddings
+    prompts_per_task: int = 48      # variants of each task's prompt: examples, label names, words left out
+    latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
+
+
+Config = TypeVar("Config")
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe by name (one of the shipped ones) or by path, as a dict of sections."""
+    path = Path(name)
+    if not path.suffix:
+        path = RECIPES_FOLDER / f"{name}.json"
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = sorted(entry.stem for entry in RECIPES_FOLDER.glob("*.json"))
+        raise TrainingError(f"no recipe {str(name)!r}; there are {known}, or give the path of a JSON file") from error
+    except ValueError as error:
+        raise TrainingError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise TrainingError(f"{path} must hold a JSON object of sections")
+    return recipe
+
+
+def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
+    """A config dataclass from a recipe's section; `TrainingError` names unknown, missing or mistyped entries."""
+    known = {entry.name: entry for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    unknown = sorted(set(section) - set(known))
+    if unknown:
+        raise TrainingError(f"{where}: unknown entry {unknown[0]!r}; known are {sorted(known)}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
+    if known.get("fit") and "fit" in values:
+        values["fit"] = parse(FitConfig, values["fit"], f"{where}, fit")
+    try:
+        config = config_class(**values)
+    except TypeError as error:
+        raise TrainingError(f"{where}: {error}") from error
+    for name, entry in known.items():
+        _check_type(getattr(config, name), str(entry.type), f"{where}: {name}")
+    return config
+
+
+def _check_type(value: object, declared: str, what: str) -> None:
+    expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    allowed = expected.get(declared)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and declared != "bool")):
+        raise TrainingError(f"{what} must be {declared}, got {value!r}")

@@ -1,0 +1,59 @@
+"""Distances between adapters in ΔW, for routing and novelty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+
+
+def delta_gram(left: Sequence[LoraAdapter], right: Sequence[LoraAdapter]) -> torch.Tensor:
+    """Inner products of whole updates, Σ over modules of ⟨ΔW_i, ΔW_j⟩, shape `(len(left), len(right))`.
+
+    ⟨B₁A₁, B₂A₂⟩ = sum((B₁ᵀB₂) ∘ (A₁A₂ᵀ)), so no ΔW is ever formed.
+    """
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    scale = left[0].spec.scale * right[0].spec.scale
+    for module in left[0].modules:
+        a_left, b_left = (torch.stack(factors).float() for factors in zip(*(x.factors(module) for x in left), strict=True))
+        a_right, b_right = (torch.stack(factors).float() for factors in zip(*(x.factors(module) for x in right), strict=True))
+        inputs = torch.einsum("iks,jls->ijkl", a_left, a_right)
+        outputs = torch.einsum("iok,jol->ijkl", b_left, b_right)
+        total += scale * (inputs * outputs).sum((2, 3)).double()
+    return total
+
+
+class ZooSpace:
+    """All adapters of a zoo's trained tasks, ready for distances.
+
+    Args:
+        adapters: of the zoo.
+        tasks: the task of each.
+    """
+
+    def __init__(self, adapters: Sequence[LoraAdapter], tasks: Sequence[str]) -> None:
+        self.adapters, self.tasks = list(adapters), list(tasks)
+        self.squared_norms = torch.tensor([float(delta_gram([x], [x])) for x in self.adapters], dtype=torch.float64)
+
+    def distances(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
+        """‖ΔW − ΔW_zoo‖ / ‖ΔW_zoo‖ for every pair, shape `(len(adapters), len(zoo))`."""
+        own = torch.tensor([float(delta_gram([x], [x])) for x in adapters], dtype=torch.float64)
+        squared = own[:, None] + self.squared_norms - 2 * delta_gram(adapters, self.adapters)
+        return (squared.clamp_min(0) / self.squared_norms).sqrt()
+
+    def nearest(self, adapters: Sequence[LoraAdapter]) -> list[tuple[int, float]]:
+        """(index of the nearest zoo adapter, relative distance) of each adapter: the novelty."""
+        values, indices = self.distances(adapters).min(1)
+        return list(zip(indices.tolist(), values.tolist(), strict=True))
+
+
+def common_errors(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor) -> float | None:
+    """Share of the rows that either of two predictions gets wrong which both get wrong; None if neither errs.
+
+    1 means the same errors, as copies make them.
+    """
+    wrong_first, wrong_second = first != targets, second != targets
+    either = int((wrong_first | wrong_second).sum())
+    return int((wrong_first & wrong_second).sum()) / either if either else None

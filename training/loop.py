@@ -1,0 +1,194 @@
+"""The one training loop. Stages differ by their `Stage`, not by a copied file.
+
+Resuming is exact: all randomness of a step comes from (seed, step, process), the learning rate is a function of the step,
+and a checkpoint holds weights, optimiser, EMA and gradient scaler. Killing a run at any moment and giving the same command
+again ends in the same bits as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from cond_pdiff.training.config import FitConfig
+
+METRICS_FILE = "metrics.jsonl"
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+class Stage(Protocol):
+    """What the loop trains."""
+
+    name: str
+    module: nn.Module
+    identity: dict[str, Any]
+    """JSON-ready facts (settings, data hash) that must be equal for a checkpoint to be continued."""
+
+    def draw(self, batch_size: int, rng: torch.Generator) -> Any:
+        """Draw a batch. All randomness of a step comes from `rng`, a CPU generator."""
+
+    def loss(self, module: nn.Module, batch: Any, rng: torch.Generator) -> torch.Tensor:
+        """The loss of a batch under `module` (the wrapped form of `self.module`)."""
+
+    def describe(self, batch: Any) -> str:
+        """What is in the batch, for error messages."""
+
+
+def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False) -> None:
+    """Train `stage.module` in place and leave it with its EMA weights, in evaluation mode.
+
+    Args:
+        stage: what to train.
+        config: see `FitConfig`.
+        folder: for checkpoints and `metrics.jsonl`; a checkpoint found there is continued.
+        tensorboard: also write tensorboard events below `folder`.
+
+    Raises:
+        TrainingError: the loss is not finite (names step and batch), or the checkpoint is of another run.
+    """
+    if config.precision not in PRECISIONS:
+        raise TrainingError(f"precision must be one of {PRECISIONS}, got {config.precision!r}")
+    accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(stage, config, folder, accelerator)
+    start = run.restore()
+    if tensorboard:
+        accelerator.init_trackers(stage.name)
+    steps = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=stage.name, disable=not accelerator.is_main_process)
+    for step in steps:
+        loss = run.step(step)
+        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+            row = {"step": step + 1, "loss": float(f"{loss:.6g}"), "learning_rate": learning_rate(config, step)}
+            run.log(row)
+            accelerator.log({"loss": row["loss"]}, step=step + 1)
+            steps.set_postfix(loss=row["loss"])
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            run.save(step + 1)
+    run.finish()
+    accelerator.end_training()
+
+
+def learning_rate(config: FitConfig, step: int) -> float:
+    """Linear warm-up, then cosine to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
+    """The random numbers of one step of one process."""
+    digest = hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class _Run:
+    """Module, optimiser and EMA of one run, and how they go to disk and back."""
+
+    def __init__(self, stage: Stage, config: FitConfig, folder: Path, accelerator: Accelerator) -> None:
+        self.stage, self.config, self.folder, self.accelerator = stage, config, folder, accelerator
+        self.identity = json.loads(json.dumps({"fit": asdict(config), **stage.identity}))
+        optimizer = torch.optim.AdamW(stage.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.module, self.optimizer = accelerator.prepare(stage.module.train(), optimizer)
+        self.ema = EMAModel(stage.module.parameters(), decay=config.ema_decay)
+        self.ema.to(accelerator.device)
+
+    def step(self, step: int) -> float:
+        stage, config, accelerator = self.stage, self.config, self.accelerator
+        rng = step_generator(config.seed, step, accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        batch = stage.draw(config.batch_size, rng)
+        with accelerator.autocast():
+            loss = stage.loss(self.module, batch, rng)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{stage.name}: the loss is {value} at step {step}; the batch was {stage.describe(batch)}. "
+                "The last checkpoint is kept; check these adapters, or lower the learning rate."
+            )
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.stage.module.parameters())
+        return value
+
+    def save(self, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        optimizer_state = self.optimizer.state_dict()["state"]
+        scaler = self.accelerator.scaler
+        save_checkpoint(
+            self.folder,
+            step,
+            {
+                "model": self.stage.module.state_dict(),
+                "optimizer": {f"{index}.{name}": value for index, entry in optimizer_state.items() for name, value in entry.items()},
+                "ema": {str(index): value for index, value in enumerate(self.ema.shadow_params)},
+            },
+            {"identity": self.identity, "ema_steps": self.ema.optimization_step, "scaler": scaler.state_dict() if scaler else None},
+        )
+
+    def restore(self) -> int:
+        """Load the newest checkpoint, if any, and return the number of finished steps."""
+        found = load_checkpoint(self.folder)
+        step = 0
+        if found is not None:
+            step, tensors, state = found
+            if state["identity"] != self.identity:
+                different = sorted(name for name in self.identity if state["identity"].get(name) != self.identity[name])
+                raise TrainingError(
+                    f"{self.folder} holds a run with other settings or data ({', '.join(different)} differ); choose another folder"
+                )
+            self.stage.module.load_state_dict(tensors["model"])
+            packed = self.optimizer.state_dict()
+            entries: dict[int, dict[str, torch.Tensor]] = {}
+            for key, value in tensors["optimizer"].items():
+                index, name = key.split(".", 1)
+                entries.setdefault(int(index), {})[name] = value
+            self.optimizer.load_state_dict({**packed, "state": entries})
+            self.ema.shadow_params = [tensors["ema"][str(index)].to(self.accelerator.device) for index in range(len(tensors["ema"]))]
+            self.ema.optimization_step = state["ema_steps"]
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        self._cut_log(step)
+        return step
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _cut_log(self, step: int) -> None:
+        """Drop the lines that a killed run wrote after its last checkpoint (the very last may be a fragment)."""
+        path = self.folder / METRICS_FILE
+        if not self.accelerator.is_main_process or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                break
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def finish(self) -> None:
+        self.ema.copy_to(self.stage.module.parameters())
+        self.stage.module.to("cpu").eval()
+        if self.accelerator.is_main_process:
+            write_text(self.folder / "run.json", dump_json({"identity": self.identity, "steps": self.config.steps}))

@@ -1,0 +1,227 @@
+"""Text classification tasks on disk: the folder format that `collect` and `evaluate` read.
+
+A task is a folder with
+
+- `meta.json`: `name`, `description`, `label_names` (strings), and optionally `task_type` (default
+  "single-classification"; also "pair-classification"), `group`, `licence`;
+- `train.jsonl.gz` and at least one of `test.jsonl.gz`, `validation.jsonl.gz` (plain `.jsonl` works too): one JSON
+  object a line, `{"text": …, "label": i}` or `{"text_a": …, "text_b": …, "label": i}`, with i an index into
+  `label_names`.
+
+A folder of such folders is a task collection. `write_task` makes one from rows, `import_dataset` from a Hub data set.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.atomic import atomic_folder, dump_json
+from cond_pdiff.conditioning import TaskPrompt, Text
+from cond_pdiff.errors import TaskDataError
+
+Row = tuple[Text, int]
+SPLITS = ("train", "validation", "test")
+CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Args:
+        name: the folder's name.
+        description: what to decide.
+        labels: label names.
+        folder: where the rows are.
+        group: the kind of task, for reports.
+        licence: of the data.
+    """
+
+    name: str
+    description: str
+    labels: tuple[str, ...]
+    folder: Path
+    group: str = ""
+    licence: str = ""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Task:
+        """Read and check a task folder's `meta.json`; `TaskDataError` says what is wrong."""
+        folder = Path(folder)
+        meta = _read_meta(folder)
+        task_type = meta.get("task_type", "single-classification")
+        if task_type not in CLASSIFICATION_TYPES:
+            raise TaskDataError(f"{folder}: task_type is {task_type!r}; only {' and '.join(CLASSIFICATION_TYPES)} can be trained")
+        try:
+            if not isinstance(meta["label_names"], list):
+                raise TypeError(f"label_names is {meta['label_names']!r:.80}, not a list")
+            task = cls(
+                name=str(meta["name"]),
+                description=str(meta["description"]),
+                labels=tuple(str(label) for label in meta["label_names"]),
+                folder=folder,
+                group=str(meta.get("group", "")),
+                licence=str(meta.get("licence", "")),
+            )
+        except FileNotFoundError as error:
+            raise TaskDataError(f"{folder} is not a task folder: meta.json is missing") from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise TaskDataError(
+                f"{folder / 'meta.json'}: {type(error).__name__}: {error}; expected name, description, label_names"
+            ) from error
+        TaskPrompt(task.description, labels=task.labels)
+        return task
+
+    def rows(self, split: str) -> list[Row]:
+        """All (text, label index) rows of a split; `TaskDataError` names the first bad line."""
+        path = next((path for path in self._files(split) if path.exists()), None)
+        if path is None:
+            raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz")
+        opener = gzip.open if path.suffix == ".gz" else open
+        rows = []
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    rows.append(self._row(json.loads(line)))
+                except (KeyError, ValueError, TypeError) as error:
+                    raise TaskDataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+        if not rows:
+            raise TaskDataError(f"{path} has no rows")
+        return rows
+
+    @property
+    def report_split(self) -> str:
+        """The split that numbers are reported on: test where there is one, else validation. Nothing is selected on it."""
+        return "test" if any(path.exists() for path in self._files("test")) else "validation"
+
+    def report_rows(self, limit: int | None) -> list[Row]:
+        """Up to `limit` rows of the reported split, a fixed random choice."""
+        return sample_rows(self.rows(self.report_split), limit, f"{self.name}/report")
+
+    def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
+        """The task as a condition, with `num_examples` training rows as examples, of as many classes as possible."""
+        rows = list(self.rows("train"))
+        random.Random(f"{self.name}/prompt/{seed}").shuffle(rows)
+        return TaskPrompt(self.description, spread_over_labels(rows, num_examples, self.labels), self.labels)
+
+    def _files(self, split: str) -> tuple[Path, Path]:
+        return self.folder / f"{split}.jsonl.gz", self.folder / f"{split}.jsonl"
+
+    def _row(self, data: Mapping[str, Any]) -> Row:
+        label = data["label"]
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.labels):
+            raise ValueError(f"label {label!r} is not an index into the {len(self.labels)} label names")
+        text = data["text"] if "text" in data else (data["text_a"], data["text_b"])
+        parts = (text,) if isinstance(text, str) else text
+        if not all(isinstance(part, str) and part.strip() for part in parts):
+            raise ValueError("texts must be non-empty strings")
+        return text, label
+
+
+def sample_rows(rows: Sequence[Row], limit: int | None, seed: str) -> list[Row]:
+    """Up to `limit` rows, a random choice that depends only on `seed`, in their original order."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
+def spread_over_labels(rows: Iterable[Row], count: int, labels: Sequence[str]) -> list[tuple[Text, str]]:
+    """`count` (text, label name) examples from `rows`, in turn from every class that has rows."""
+    by_label: dict[int, list[Text]] = {}
+    for text, label in rows:
+        by_label.setdefault(label, []).append(text)
+    queues = list(by_label.items())
+    examples: list[tuple[Text, str]] = []
+    depth = 0
+    while len(examples) < count and any(len(texts) > depth for _, texts in queues):
+        examples += [(texts[depth], labels[label]) for label, texts in queues if len(texts) > depth]
+        depth += 1
+    return examples[:count]
+
+
+def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[Task]:
+    """The named tasks below `folder`, or all classification tasks there, sorted by name.
+
+    Raises:
+        TaskDataError: no such folder, or a named task is missing or malformed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise TaskDataError(f"{folder} is not a folder of tasks")
+    if names is not None:
+        return [Task.load(folder / name) for name in names]
+    tasks = []
+    for path in sorted(folder.glob("*/meta.json")):
+        task_type = json.loads(path.read_text(encoding="utf-8")).get("task_type", "single-classification")
+        if task_type in CLASSIFICATION_TYPES:
+            tasks.append(Task.load(path.parent))
+    if not tasks:
+        raise TaskDataError(f"no classification tasks below {folder}")
+    return tasks
+
+
+def write_task(folder: str | Path, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Row]], **meta: Any) -> Task:
+    """Write a task folder, complete or not at all, and read it back checked.
+
+    Args:
+        splits: "train", "validation" and/or "test" → rows.
+        meta: further entries of `meta.json` (`group`, `licence`, …).
+    """
+    folder = Path(folder)
+    pairs = any(not isinstance(text, str) for rows in splits.values() for text, _ in rows)
+    facts = {
+        **meta,
+        "name": folder.name,
+        "description": description,
+        "label_names": list(labels),
+        "task_type": CLASSIFICATION_TYPES[pairs],
+    }
+    with atomic_folder(folder, ()) as aside:
+        (aside / "meta.json").write_text(dump_json(facts), encoding="utf-8")
+        for split, rows in splits.items():
+            if split not in SPLITS:
+                raise TaskDataError(f"{split!r} is not one of the splits {SPLITS}")
+            with gzip.open(aside / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
+                for text, label in rows:
+                    fields = {"text": text} if isinstance(text, str) else {"text_a": text[0], "text_b": text[1]}
+                    file.write(json.dumps({**fields, "label": label}, ensure_ascii=False) + "\n")
+    return Task.load(folder)
+
+
+def import_dataset(dataset: str, folder: str | Path, description: str, text_columns: Sequence[str], label_column: str = "label") -> Task:
+    """Convert a data set that `datasets.load_dataset` reads (a Hub name or a local folder of CSV, JSON or Parquet files).
+
+    Args:
+        text_columns: one column, or two for pairs.
+        label_column: a ClassLabel, integer or string column.
+    """
+    from datasets import ClassLabel, load_dataset
+
+    loaded = load_dataset(dataset)
+    missing = [column for column in (*text_columns, label_column) if column not in loaded["train"].column_names]
+    if missing:
+        raise TaskDataError(f"{dataset} has no column {missing[0]!r}; it has {loaded['train'].column_names}")
+    feature = loaded["train"].features[label_column]
+    if isinstance(feature, ClassLabel):
+        labels = list(feature.names)
+        index = {number: number for number in range(len(labels))}
+    else:
+        values = sorted(set(loaded["train"][label_column]))
+        labels = [str(value) for value in values]
+        index = {value: number for number, value in enumerate(values)}
+    splits = {
+        split: [
+            (row[text_columns[0]] if len(text_columns) == 1 else (row[text_columns[0]], row[text_columns[1]]), index[row[label_column]])
+            for row in loaded[split]
+            if row[label_column] in index and all(row[column] for column in text_columns)
+        ]
+        for split in SPLITS
+        if split in loaded
+    }
+    return write_task(folder, description, labels, splits)

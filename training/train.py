@@ -1,0 +1,53 @@
+"""`train`: both stages, one after the other, then the generator. Run the same command again to go on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.atomic import atomic_folder
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
+from cond_pdiff.training.loop import fit
+from cond_pdiff.training.tasks import load_tasks
+from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo import Zoo
+
+
+def train(
+    recipe: dict[str, Any], zoo_folder: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False
+) -> Path:
+    """Train a generator on a zoo.
+
+    Args:
+        recipe: its `autoencoder` and `unet` sections (see `AutoencoderConfig`, `UNetConfig`).
+        zoo_folder: made by `collect`.
+        tasks_folder: the task collection that the zoo was collected on; prompts are drawn from its training rows.
+        run_folder: gets `autoencoder/` and `unet/` (checkpoints, metrics.jsonl) and `generator/`.
+        tensorboard: also write tensorboard events.
+
+    Returns:
+        The generator's folder. Autoencoder and U-Net are stored in half precision (and loaded in float32 by default).
+    """
+    run_folder = Path(run_folder)
+    zoo = Zoo(zoo_folder)
+    autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
+    unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
+
+    autoencoder = AutoencoderStage(ZooParams(zoo), autoencoder_config)
+    fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
+    print(f"autoencoder: loses {autoencoder.reconstruction_error():.1%} of the zoo's energy")
+    unet = UNetStage(autoencoder, load_tasks(tasks_folder, zoo.task_names), unet_config)
+    fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
+    return save_generator(unet.pipeline(), run_folder / "generator")
+
+
+def save_generator(pipe: CondPDiffPipeline, folder: Path) -> Path:
+    """Save a generator, complete or not at all, replacing the one of an earlier run of the same command."""
+    pipe.autoencoder.half()
+    pipe.unet.half()
+    components = ("model_index.json", *pipe.components)
+    with atomic_folder(folder, components, overwrite=True) as aside:
+        pipe.save_pretrained(aside)
+    return folder

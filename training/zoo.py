@@ -1,0 +1,105 @@
+"""A zoo: a folder of adapters collected by fine-tuning, with a manifest.
+
+zoo.json                                the settings and tasks it was collected with
+lora_a.safetensors                      the one `lora_A` that all runs start from
+tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
+multitask/                              one adapter trained on all zoo tasks, the baseline
+manifest.json                           all run.json in one table
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.hub import Backbone
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class ZooRun:
+    """One fine-tuned adapter of a zoo: where it is and what `run.json` says of it."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """The task's name."""
+        return str(self.facts["task"])
+
+    def adapter(self) -> LoraAdapter:
+        """Load the adapter, checking that its bytes are the ones that were collected."""
+        found = hashlib.sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        if found != self.facts["sha256"]:
+            raise TaskDataError(f"{self.folder / WEIGHTS_FILE} has changed since it was collected; delete the folder and collect it again")
+        return LoraAdapter.load(self.folder)
+
+
+class Zoo:
+    """Read access to a zoo folder.
+
+    Args:
+        folder: the zoo.
+
+    Raises:
+        TaskDataError: not a zoo, or a malformed one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.facts: dict[str, Any] = json.loads((self.folder / "zoo.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise TaskDataError(f"{self.folder} is not a zoo: zoo.json is missing; `cond-pdiff collect` makes one") from error
+        except ValueError as error:
+            raise TaskDataError(f"{self.folder / 'zoo.json'} is not valid JSON: {error}") from error
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that the generator is to be trained on."""
+        return list(self.facts["tasks"])
+
+    @property
+    def unseen_names(self) -> list[str]:
+        """The tasks kept out of training, with directly trained adapters for comparison."""
+        return list(self.facts["unseen"])
+
+    @property
+    def base(self) -> Backbone:
+        """The base model."""
+        return Backbone.from_json(self.facts["base"])
+
+    def run_folder(self, task: str, run: int) -> Path:
+        """Where the adapter of a task's k-th run is, or will be."""
+        return self.folder / "tasks" / task / f"run-{run}"
+
+    def runs(self, task: str) -> list[ZooRun]:
+        """The finished runs of a task, in order."""
+        paths = sorted((self.folder / "tasks" / task).glob(f"run-*/{RUN_FILE}"))
+        return [ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+    def multitask(self) -> ZooRun | None:
+        """The multi-task baseline, if it has been collected."""
+        path = self.folder / "multitask" / RUN_FILE
+        return ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+    def write_manifest(self) -> None:
+        """Gather all `run.json` into `manifest.json`."""
+        rows = [run.facts for task in (*self.task_names, *self.unseen_names) for run in self.runs(task)]
+        write_text(self.folder / "manifest.json", dump_json({"zoo": self.facts, "runs": rows}))
+
+
+def soup(adapters: list[LoraAdapter]) -> LoraAdapter:
+    """The mean of one task's adapters (the paper's "model soup" baseline)."""
+    mean = {key: torch.stack([adapter.tensors[key] for adapter in adapters]).mean(0) for key in adapters[0].tensors}
+    return LoraAdapter(adapters[0].spec, mean)
