@@ -223,7 +223,9 @@ class CondPDiffPipeline(DiffusionPipeline):
         params = self.decode(latents)
         if output_type == "params":
             return params
-        output = self._to_output(prompt, params, latents, condition_embeddings[0], condition_report, num_inference_steps)
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "scheduler": type(self.scheduler).__name__}
+        made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(_seeds(generator, num_adapters))]
+        output = self._to_output(prompt, params, made, latents, condition_embeddings[0], condition_report)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
@@ -240,10 +242,10 @@ class CondPDiffPipeline(DiffusionPipeline):
         self,
         prompt: TaskPrompt,
         params: torch.Tensor,
+        made: Sequence[dict[str, Any]],
         latents: torch.Tensor,
         condition: torch.Tensor,
         condition_report: ConditionReport,
-        num_inference_steps: int,
     ) -> CondPDiffPipelineOutput:
         nearest = tuple(self.condition_index.nearest(condition.to(self.condition_index.device, torch.float32)))
         inside = bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
@@ -256,11 +258,8 @@ class CondPDiffPipeline(DiffusionPipeline):
             "condition": {"description": prompt.description, "examples": [list(example) for example in prompt.examples]},
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
             "in_distribution": inside,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": self.guidance_scale,
-            "scheduler": type(self.scheduler).__name__,
         }
-        adapters = [self.template.to_adapter(row, {**metadata, "candidate": index}) for index, row in enumerate(params)]
+        adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         scores = self._score(adapters, prompt) if len(adapters) > 1 and prompt.examples else None
         chosen = min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss)) if scores else 0
         threshold = round(float(self.condition_index.threshold), 4)
@@ -311,6 +310,13 @@ class CondPDiffPipeline(DiffusionPipeline):
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         return TaskPrompt.of(condition)
+
+
+def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
+    """The seed behind each candidate; with one RNG for all, a candidate depends on its place too."""
+    if generator is None:
+        return [None] * count
+    return [rng.initial_seed() for rng in generator] if isinstance(generator, Sequence) else [generator.initial_seed()] * count
 
 
 def _check_model_index(folder: Path) -> None:

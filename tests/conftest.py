@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import string
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -15,7 +17,10 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from cond_pdiff.adapter import FACTORS, KEY_PREFIX, LoraAdapter, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.training.collect import collect
+from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.tasks import Row, write_task
+from cond_pdiff.training.train import train
 
 RANK = 2
 TARGETS = ("query", "key", "value", "attention.output.dense")
@@ -102,3 +107,43 @@ def tasks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         write_task(folder / name, description, labels, {"train": rows, "test": rows[::3]}, group="toy", licence="CC0-1.0")
     return folder
+
+
+# --- a zoo and a generator trained on it ---------------------------------------------------------------------------------------
+
+TINY_COLLECT = {
+    "tasks": ["moods", "animals"], "unseen": ["likeness"], "rank": 2, "alpha": 8.0, "runs": 2, "steps": 20, "batch_size": 8,
+    "max_length": 16, "learning_rates": [3e-2, 2e-2], "multitask_steps": 4, "metric_rows": 10,
+}  # fmt: skip
+TINY_FIT = {"batch_size": 8, "warmup_steps": 3, "checkpoint_every": 20, "log_every": 5, "ema_decay": 0.9}
+TINY_RECIPE = {
+    "autoencoder": {
+        "model": {"encoder_channels": [4, 8], "decoder_channels": [8, 4], "decoder_bottom_channels": 16, "stride": 4, "latent_dim": 8},
+        "fit": {**TINY_FIT, "steps": 30, "learning_rate": 3e-3},
+    },
+    "unet": {
+        "model": {"block_out_channels": [8, 8, 4], "embedding_dim": 32},
+        "fit": {**TINY_FIT, "steps": 60, "learning_rate": 3e-3},
+        "prompts_per_task": 6,
+    },
+}
+
+
+def tiny_recipe(backbone: Backbone) -> dict[str, Any]:
+    """A recipe for the tiny BERT, as JSON holds it, that is collected and trained in seconds."""
+    encoder = {"type": "SentenceConditionEncoder", "backbone": backbone.to_json(), "embedding_dim": HIDDEN}
+    recipe = {**TINY_RECIPE, "collect": {**TINY_COLLECT, "base": backbone.to_json()}}
+    return copy.deepcopy({**recipe, "unet": {**TINY_RECIPE["unet"], "condition_encoder": encoder}})
+
+
+@pytest.fixture(scope="session")
+def tiny_zoo(tiny_backbone: Backbone, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo of `moods` and `animals`, two runs each, with `likeness` unseen. Only to be read."""
+    config = parse(CollectConfig, tiny_recipe(tiny_backbone)["collect"], "collect")
+    return collect(config, tasks_folder, tmp_path_factory.mktemp("zoo")).folder
+
+
+@pytest.fixture(scope="session")
+def tiny_generator(tiny_backbone: Backbone, tiny_zoo: Path, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator's folder, trained on the tiny zoo. Only to be read."""
+    return train(tiny_recipe(tiny_backbone), tiny_zoo, tasks_folder, tmp_path_factory.mktemp("run"))

@@ -191,7 +191,9 @@ def test_attach_adds_delta_w(sentence_backbone: SentenceBackbone, tiny_adapter: 
         torch.testing.assert_close(sentence_backbone.embed(TEXTS), base, atol=1e-7, rtol=0)
 
 
-def test_detached_models_are_bit_identical(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, other_adapter: LoraAdapter) -> None:
+def test_detached_models_are_bit_identical(
+    sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, other_adapter: LoraAdapter
+) -> None:
     model = sentence_backbone.model
     state, outputs = fingerprint(model), sentence_backbone.embed(TEXTS)
 
@@ -257,11 +259,13 @@ def test_a_wrong_base_is_refused_and_stays_untouched(
 ) -> None:
     base = model()
     before = fingerprint(base)
+    act = {
+        "attach": tiny_adapter.attach,
+        "attached": lambda base: tiny_adapter.attached(base).__enter__(),
+        "check_base": tiny_adapter.check_base,
+    }
     with pytest.raises(AdapterError, match=message):
-        if enter == "attached":
-            tiny_adapter.attached(base).__enter__()
-        else:
-            getattr(tiny_adapter, enter)(base)
+        act[enter](base)
     assert fingerprint(base) == before
 
 
@@ -376,7 +380,9 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("edited", [CONFIG_FILE, METADATA_FILE])
 @pytest.mark.parametrize(("field", "entry", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_config_and_metadata_may_not_contradict_each_other(saved: Path, field: str, entry: dict[str, Any], message: str, edited: str) -> None:
+def test_config_and_metadata_may_not_contradict_each_other(
+    saved: Path, field: str, entry: dict[str, Any], message: str, edited: str
+) -> None:
     (value,) = entry.values()
     if edited == CONFIG_FILE:
         edit_json(saved / CONFIG_FILE, lambda config: config.update({field: value}))

@@ -67,7 +67,9 @@ def test_stock_peft_gives_the_same_predictions(classifier: PrototypeClassifier, 
     torch.testing.assert_close(theirs.logits(TEXTS), classifier.logits(TEXTS), atol=1e-5, rtol=0)
 
 
-def test_the_adapter_matters_and_is_only_attached_while_working(classifier: PrototypeClassifier, sentence_backbone: SentenceBackbone) -> None:
+def test_the_adapter_matters_and_is_only_attached_while_working(
+    classifier: PrototypeClassifier, sentence_backbone: SentenceBackbone
+) -> None:
     plain = PrototypeClassifier(sentence_backbone, LABELS)
     base = plain.logits(TEXTS)
     assert (classifier.logits(TEXTS) - base).norm() > 0.5
@@ -77,7 +79,9 @@ def test_the_adapter_matters_and_is_only_attached_while_working(classifier: Prot
     assert torch.equal(plain.with_adapter(classifier.adapter).logits(TEXTS), classifier.logits(TEXTS))
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "text 2 is empty"), (5, "text 2 must be a string"), (("a", " "), "text 2, part 2 is empty")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "text 2 is empty"), (5, "text 2 must be a string"), (("a", " "), "text 2, part 2 is empty")]
+)
 def test_bad_texts_are_named_and_leave_nothing_attached(classifier: PrototypeClassifier, text: Any, message: str) -> None:
     with pytest.raises(ConditionError, match=message):
         classifier.logits(["good", text])

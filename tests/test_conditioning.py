@@ -58,7 +58,7 @@ def test_the_longest_text_is_accepted() -> None:
         (["good"], "at least two labels"),
         (["good", " good "], "'good' is given twice"),
         (["good", ""], "label 2 is empty"),
-        (["good", 1], "label 2 must be a string"),
+        (["good", 1], "label 2 must be one string, got int"),
         (["good", ("a", "b")], "label 2 must be one string"),
     ],
 )
@@ -90,7 +90,7 @@ def test_prompts_are_values() -> None:
     ("arguments", "message"),
     [
         ({"description": ""}, "the task description is empty"),
-        ({"description": 5}, "the task description must be a string"),
+        ({"description": 5}, "the task description must be one string, got int"),
         ({"description": ("a", "b")}, "the task description must be one string"),
         ({"examples": ["text"]}, r"example 1 must be a \(text, label\) pair, got 'text'"),
         ({"examples": "ab"}, "example 1 must be a"),
@@ -99,7 +99,7 @@ def test_prompts_are_values() -> None:
         ({"examples": [*TWO, ("", "good")]}, "the text of example 3 is empty"),
         ({"examples": [*TWO, (("a", ""), "good")]}, "the text of example 3, part 2 is empty"),
         ({"examples": [*TWO, ("a", "")]}, "the label of example 3 is empty"),
-        ({"examples": [*TWO, ("a", 1)]}, "the label of example 3 must be a string"),
+        ({"examples": [*TWO, ("a", 1)]}, "the label of example 3 must be one string, got int"),
         ({"examples": [*TWO, ("a", ("b", "c"))]}, "the label of example 3 must be one string"),
         ({"examples": [("a", "good"), ("b", "good")]}, "all examples have the label 'good'"),
         ({"examples": TWO, "labels": ["good", "fair"]}, r"example 2 has the label 'bad'.*\['good', 'fair'\]"),

@@ -16,7 +16,9 @@ LANGUAGE = {
     "encoder_channels": (4, 4), "decoder_channels": (4, 8), "kernel_size": 5, "stride": 5, "latent_dim": None, "norm": "instance",
     "encoder_activation": "tanh", "decoder_activation": "tanh",
 }  # fmt: skip
-DEFAULT = {"encoder_channels": (2, 4), "decoder_channels": (6, 3), "decoder_bottom_channels": 5, "latent_dim": 10, "encoder_activation": "silu"}
+DEFAULT = {
+    "encoder_channels": (2, 4), "decoder_channels": (6, 3), "decoder_bottom_channels": 5, "latent_dim": 10, "encoder_activation": "silu",
+}  # fmt: skip
 AUTOENCODERS = {"style": STYLE, "language": LANGUAGE, "default": DEFAULT}
 LENGTHS = [97, 100, 125, 128, 251]
 

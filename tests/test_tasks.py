@@ -38,7 +38,8 @@ def replace_meta(task: Task, **entries: Any) -> None:
 
 @pytest.mark.parametrize(("rows", "task_type"), [(ROWS, "single-classification"), (PAIRS, "pair-classification")])
 def test_what_is_written_is_read_back(tmp_path: Path, rows: list[Row], task_type: str) -> None:
-    written = write_task(tmp_path / "films", "Is it kind?", LABELS, {"train": rows, "validation": rows[::-1]}, group="reviews", licence="MIT")
+    splits = {"train": rows, "validation": rows[::-1]}
+    written = write_task(tmp_path / "films", "Is it kind?", LABELS, splits, group="reviews", licence="MIT")
     assert Task.load(written.folder) == written
     assert (written.name, written.description, written.labels) == ("films", "Is it kind?", LABELS)
     assert (written.group, written.licence, written.folder) == ("reviews", "MIT", tmp_path / "films")
@@ -102,8 +103,6 @@ def test_examples_are_spread_over_the_labels(count: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 7])
 def test_prompts_hold_training_rows_of_as_many_classes_as_possible(tasks_folder: Path, name: str, classes: int, count: int) -> None:
     task = Task.load(tasks_folder / name)
-    if count == 1:
-        assert task.prompt(0, count).labels == task.labels
     prompt = task.prompt(0, count)
     assert prompt.description == task.description
     assert prompt.labels == task.labels
@@ -270,6 +269,19 @@ def test_import_of_pairs_with_number_labels(tmp_path: Path) -> None:
     task = import_dataset(str(source), tmp_path / "pairs", "Is it kind?", ["a", "b"])
     assert task.labels == ("2", "10")
     assert task.rows("train") == [(("one", "two"), 1), (("three", "four"), 0)]
+
+
+@pytest.mark.usefixtures("_private_cache")
+def test_import_takes_label_names_from_a_class_label_column(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    columns = {"text": ["good", "bad", "unlabelled"], "label": [1, 0, -1]}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["unkind", "kind"])})
+    (tmp_path / "source").mkdir()
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "source" / "train.parquet")
+    task = import_dataset(str(tmp_path / "source"), tmp_path / "films", "Is it kind?", ["text"])
+    assert task.labels == ("unkind", "kind")
+    assert task.rows("train") == [("good", 1), ("bad", 0)]
 
 
 @pytest.mark.usefixtures("_private_cache")

@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE, LoraAdapter, LoraSpec, base_fingerprint
-from cond_pdiff.atomic import atomic_folder, check_output_folder, dump_json, write_text
+from cond_pdiff.atomic import atomic_folder, check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import TrainingError
@@ -80,7 +80,7 @@ def _open_zoo(
         torch.manual_seed(config.seed)
         model = get_peft_model(backbone.model, _peft_config(config))
         lora_a = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_A." in key}
-        (folder / "lora_a.safetensors").write_bytes(save({key: value.contiguous() for key, value in lora_a.items()}))
+        write_bytes(folder / "lora_a.safetensors", save({key: value.contiguous() for key, value in lora_a.items()}))
         model.unload()
         write_text(folder / "zoo.json", dump_json(facts))
     zoo = Zoo(folder)
@@ -144,7 +144,7 @@ class _Tuner:
         warmup = max(1, round(config.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
-            lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup)),
+            lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)),
         )
         rng = random.Random(seed)
         streams = [(task, self._batches(task, rng)) for task in tasks]

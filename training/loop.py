@@ -188,6 +188,8 @@ class _Run:
         write_text(path, "".join(line + "\n" for line in kept))
 
     def finish(self) -> None:
+        # Mixed precision wraps the module's forward; what is kept must not depend on accelerate.
+        self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         self.ema.copy_to(self.stage.module.parameters())
         self.stage.module.to("cpu").eval()
         if self.accelerator.is_main_process:

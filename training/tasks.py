@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.conditioning import TaskPrompt, Text
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.errors import ConditionError, TaskDataError
 
 Row = tuple[Text, int]
 SPLITS = ("train", "validation", "test")
@@ -69,13 +70,13 @@ class Task:
                 group=str(meta.get("group", "")),
                 licence=str(meta.get("licence", "")),
             )
-        except FileNotFoundError as error:
-            raise TaskDataError(f"{folder} is not a task folder: meta.json is missing") from error
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            TaskPrompt(task.description, labels=task.labels)
+        except (KeyError, TypeError) as error:
             raise TaskDataError(
                 f"{folder / 'meta.json'}: {type(error).__name__}: {error}; expected name, description, label_names"
             ) from error
-        TaskPrompt(task.description, labels=task.labels)
+        except ConditionError as error:
+            raise TaskDataError(f"{folder / 'meta.json'}: {error}") from error
         return task
 
     def rows(self, split: str) -> list[Row]:
@@ -85,12 +86,15 @@ class Task:
             raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz")
         opener = gzip.open if path.suffix == ".gz" else open
         rows = []
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    rows.append(self._row(json.loads(line)))
-                except (KeyError, ValueError, TypeError) as error:
-                    raise TaskDataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+        try:
+            with opener(path, "rt", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        rows.append(self._row(json.loads(line)))
+                    except (KeyError, ValueError, TypeError) as error:
+                        raise TaskDataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            raise TaskDataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if not rows:
             raise TaskDataError(f"{path} has no rows")
         return rows
@@ -118,7 +122,7 @@ class Task:
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.labels):
             raise ValueError(f"label {label!r} is not an index into the {len(self.labels)} label names")
         text = data["text"] if "text" in data else (data["text_a"], data["text_b"])
-        parts = (text,) if isinstance(text, str) else text
+        parts = text if isinstance(text, tuple) else (text,)
         if not all(isinstance(part, str) and part.strip() for part in parts):
             raise ValueError("texts must be non-empty strings")
         return text, label
@@ -154,16 +158,30 @@ def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[T
     folder = Path(folder)
     if not folder.is_dir():
         raise TaskDataError(f"{folder} is not a folder of tasks")
-    if names is not None:
-        return [Task.load(folder / name) for name in names]
-    tasks = []
-    for path in sorted(folder.glob("*/meta.json")):
-        task_type = json.loads(path.read_text(encoding="utf-8")).get("task_type", "single-classification")
-        if task_type in CLASSIFICATION_TYPES:
-            tasks.append(Task.load(path.parent))
-    if not tasks:
-        raise TaskDataError(f"no classification tasks below {folder}")
+    if names is None:
+        folders = [path.parent for path in sorted(folder.glob("*/meta.json"))]
+        folders = [path for path in folders if _read_meta(path).get("task_type", "single-classification") in CLASSIFICATION_TYPES]
+        if not folders:
+            raise TaskDataError(f"no classification tasks below {folder}")
+    else:
+        folders = [folder / name for name in names]
+    tasks = [Task.load(path) for path in folders]
+    for task in tasks:
+        if task.name != task.folder.name:
+            raise TaskDataError(f"{task.folder / 'meta.json'}: name is {task.name!r}, but the folder is called {task.folder.name!r}")
     return tasks
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TaskDataError(f"{folder} is not a task folder: meta.json is missing") from error
+    except ValueError as error:
+        raise TaskDataError(f"{folder / 'meta.json'} is not valid JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise TaskDataError(f"{folder / 'meta.json'} must hold a JSON object, got {type(meta).__name__}")
+    return meta
 
 
 def write_task(folder: str | Path, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Row]], **meta: Any) -> Task:
@@ -191,6 +209,9 @@ def write_task(folder: str | Path, description: str, labels: Sequence[str], spli
                 for text, label in rows:
                     fields = {"text": text} if isinstance(text, str) else {"text_a": text[0], "text_b": text[1]}
                     file.write(json.dumps({**fields, "label": label}, ensure_ascii=False) + "\n")
+        written = Task.load(aside)
+        for split in splits:
+            written.rows(split)
     return Task.load(folder)
 
 
@@ -204,6 +225,8 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
     from datasets import ClassLabel, load_dataset
 
     loaded = load_dataset(dataset)
+    if "train" not in loaded:
+        raise TaskDataError(f"{dataset} has no train split; it has {sorted(loaded)}")
     missing = [column for column in (*text_columns, label_column) if column not in loaded["train"].column_names]
     if missing:
         raise TaskDataError(f"{dataset} has no column {missing[0]!r}; it has {loaded['train'].column_names}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
@@ -35,19 +37,20 @@ def train(
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
 
-    autoencoder = AutoencoderStage(ZooParams(zoo), autoencoder_config)
+    autoencoder = AutoencoderStage(ZooParams.load(zoo), autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
     print(f"autoencoder: loses {autoencoder.reconstruction_error():.1%} of the zoo's energy")
     unet = UNetStage(autoencoder, load_tasks(tasks_folder, zoo.task_names), unet_config)
     fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
-    return save_generator(unet.pipeline(), run_folder / "generator")
+    if PartialState().is_main_process:
+        save_generator(unet.pipeline(), run_folder / "generator")
+    return run_folder / "generator"
 
 
-def save_generator(pipe: CondPDiffPipeline, folder: Path) -> Path:
+def save_generator(pipe: CondPDiffPipeline, folder: Path) -> None:
     """Save a generator, complete or not at all, replacing the one of an earlier run of the same command."""
     pipe.autoencoder.half()
     pipe.unet.half()
     components = ("model_index.json", *pipe.components)
     with atomic_folder(folder, components, overwrite=True) as aside:
         pipe.save_pretrained(aside)
-    return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,26 +18,33 @@ from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
 from cond_pdiff.training.zoo import Zoo
 
 
+@dataclass(frozen=True)
 class ZooParams:
     """All adapters of a zoo's trained tasks as one matrix.
 
-    Attributes:
+    Args:
         template: layout and constants.
         params: shape `(num_adapters, num_params)`.
         tasks: index of each adapter's task in `zoo.task_names`, shape `(num_adapters,)`.
         names: `task/run` of each adapter, for messages.
     """
 
-    def __init__(self, zoo: Zoo) -> None:
+    template: AdapterTemplate
+    params: torch.Tensor
+    tasks: torch.Tensor
+    names: list[str]
+
+    @classmethod
+    def load(cls, zoo: Zoo) -> ZooParams:
+        """Read a finished zoo; `TaskDataError` if a task has no adapter yet."""
         runs = [(index, run) for index, task in enumerate(zoo.task_names) for run in zoo.runs(task)]
         missing = sorted(set(range(len(zoo.task_names))) - {index for index, _ in runs})
         if missing:
             raise TaskDataError(f"{zoo.folder} has no adapter of {zoo.task_names[missing[0]]!r} yet; run `cond-pdiff collect` to the end")
         adapters = [run.adapter() for _, run in runs]
-        self.template = AdapterTemplate.from_adapters(adapters, zoo.base, int(zoo.facts["collect"]["max_length"]))
-        self.params = torch.stack([self.template.to_params(adapter) for adapter in adapters])
-        self.tasks = torch.tensor([index for index, _ in runs])
-        self.names = [f"{run.task}/{run.folder.name}" for _, run in runs]
+        template = AdapterTemplate.from_adapters(adapters, zoo.base, int(zoo.facts["collect"]["max_length"]))
+        params = torch.stack([template.to_params(adapter) for adapter in adapters])
+        return cls(template, params, torch.tensor([index for index, _ in runs]), [f"{run.task}/{run.folder.name}" for _, run in runs])
 
     @property
     def sha256(self) -> str:

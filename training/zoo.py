@@ -85,8 +85,9 @@ class Zoo:
 
     def runs(self, task: str) -> list[ZooRun]:
         """The finished runs of a task, in order."""
-        paths = sorted((self.folder / "tasks" / task).glob(f"run-*/{RUN_FILE}"))
-        return [ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        paths = (self.folder / "tasks" / task).glob(f"run-*/{RUN_FILE}")
+        runs = [ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+        return sorted(runs, key=lambda run: int(run.facts["run"]))
 
     def multitask(self) -> ZooRun | None:
         """The multi-task baseline, if it has been collected."""

@@ -62,9 +62,9 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
         "rows. *soup*: the mean of the task's own trained adapters. *retrieval*: the soup of the nearest trained task. *multi-task*: one "
         "LoRA trained on all tasks of the zoo.",
         "",
-        *_accuracy_table(evaluation),
+        *accuracy_table(evaluation),
         "",
-        *_facts(evaluation),
+        *facts(evaluation),
         "",
         "## Every task",
         "",
@@ -79,7 +79,8 @@ def to_markdown(evaluation: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _accuracy_table(evaluation: dict[str, Any]) -> list[str]:
+def accuracy_table(evaluation: dict[str, Any]) -> list[str]:
+    """Mean accuracies, as lines of a Markdown table."""
     lines = ["| mean over | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     for part, title in (("zoo", "tasks of the zoo"), ("unseen", "unseen tasks")):
         means = evaluation[part]
@@ -89,7 +90,8 @@ def _accuracy_table(evaluation: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _facts(evaluation: dict[str, Any]) -> list[str]:
+def facts(evaluation: dict[str, Any]) -> list[str]:
+    """Routing, novelty, diversity and time, as lines of a Markdown list."""
     lines = []
     for part, title in (("zoo", "Tasks of the zoo"), ("unseen", "Unseen tasks")):
         means = evaluation[part]

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pkgutil
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, TrainingError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.training.collect import collect
+from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.tasks import Row, Task
+from cond_pdiff.training.zoo import Zoo, ZooRun, soup
+
+JOBS = [("moods", 0), ("animals", 0), ("likeness", 0), ("moods", 1), ("animals", 1)]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_backbone: Backbone) -> CollectConfig:
+    return CollectConfig(
+        tasks=("moods", "animals"), unseen=("likeness",), base=tiny_backbone.to_json(), rank=2, alpha=8.0, runs=2, steps=20, batch_size=8,
+        max_length=16, learning_rates=(3e-2, 2e-2), multitask_steps=4, metric_rows=10,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def zoo(config: CollectConfig, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Collected once; tests that change it work on a copy."""
+    return collect(config, tasks_folder, tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def copied(zoo: Zoo, tmp_path: Path) -> Zoo:
+    return Zoo(shutil.copytree(zoo.folder, tmp_path / "zoo"))
+
+
+def all_runs(zoo: Zoo) -> list[ZooRun]:
+    return [run for name in (*zoo.task_names, *zoo.unseen_names) for run in zoo.runs(name)]
+
+
+def weights(zoo: Zoo) -> dict[str, str]:
+    """Every adapter's folder and the hash of its weights, as they are on disk."""
+    paths = sorted(zoo.folder.rglob(WEIGHTS_FILE))
+    return {str(path.parent.relative_to(zoo.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def accuracy(classifier: PrototypeClassifier, task: Task, rows: Sequence[Row]) -> float:
+    predicted = classifier.predict([text for text, _ in rows])
+    return sum(label == task.labels[index] for label, (_, index) in zip(predicted, rows, strict=True)) / len(rows)
+
+
+# --- what a zoo is -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_job_is_done_and_stands_in_the_manifest(zoo: Zoo, config: CollectConfig, tasks_folder: Path) -> None:
+    assert set(weights(zoo)) == {*(f"tasks/{name}/run-{run}" for name, run in JOBS), "multitask"}
+    assert [path.name for path in zoo.folder.rglob(".*")] == []
+    manifest = json.loads((zoo.folder / "manifest.json").read_text())
+    assert manifest["zoo"] == zoo.facts
+    assert sorted((row["task"], row["run"]) for row in manifest["runs"]) == sorted(JOBS)
+    for row in manifest["runs"]:
+        assert row["sha256"] == weights(zoo)[f"tasks/{row['task']}/run-{row['run']}"]
+        assert row["learning_rate"] == config.learning_rates[row["run"]]
+        assert (row["steps"], row["split"]) == (20, "test")
+        assert 0 <= row["accuracy"] <= 1
+    assert len({row["seed"] for row in manifest["runs"]}) == len(JOBS)
+    assert sorted(zoo.task_names) == ["animals", "moods"]
+    assert zoo.unseen_names == ["likeness"]
+    assert zoo.base == Backbone(**config.base)
+    assert zoo.facts["tasks"]["animals"]["labels"] == list(Task.load(tasks_folder / "animals").labels)
+
+
+def test_all_adapters_share_lora_a_and_differ_in_lora_b(zoo: Zoo, sentence_backbone: SentenceBackbone, tasks_folder: Path) -> None:
+    runs = all_runs(zoo)
+    multitask = zoo.multitask()
+    assert multitask is not None
+    first, *others = adapters = [run.adapter() for run in (*runs, multitask)]
+    for other in others:
+        assert other.spec == first.spec
+        for name in first.modules:
+            assert torch.equal(other.factors(name)[0], first.factors(name)[0])
+            assert not torch.equal(other.factors(name)[1], first.factors(name)[1])
+    for run, adapter in zip(runs, adapters, strict=False):
+        adapter.check_base(sentence_backbone.model)
+        assert adapter.metadata["labels"] == list(Task.load(tasks_folder / run.task).labels)
+        assert adapter.metadata["task"] == run.task
+
+
+def test_trained_adapters_know_their_task(zoo: Zoo, tasks_folder: Path, sentence_backbone: SentenceBackbone) -> None:
+    for name, least in (("moods", 0.9), ("animals", 0.6)):
+        task, run = Task.load(tasks_folder / name), zoo.runs(name)[0]
+        rows = task.rows("train")
+        classifier = PrototypeClassifier(sentence_backbone, task.labels)
+        trained = accuracy(classifier.with_adapter(run.adapter()), task, rows)
+        assert trained >= least > 1.5 / len(task.labels)
+        assert trained > accuracy(classifier, task, rows) + 0.1
+
+
+def test_the_reported_accuracy_is_that_of_the_saved_adapter(zoo: Zoo, tasks_folder: Path) -> None:
+    for run in zoo.runs("animals"):
+        task = Task.load(tasks_folder / "animals")
+        rows = task.report_rows(10)
+        assert round(accuracy(PrototypeClassifier.load(run.folder), task, rows), 4) == run.facts["accuracy"]
+
+
+def test_training_both_factors_moves_lora_a(config: CollectConfig, tasks_folder: Path, zoo: Zoo, tmp_path: Path) -> None:
+    small = replace(config, train_lora_a=True, tasks=("moods",), unseen=(), runs=1, steps=2, multitask_steps=0)
+    (run,) = all_runs(collect(small, tasks_folder, tmp_path / "zoo"))
+    moved, frozen = run.adapter(), zoo.runs("moods")[0].adapter()
+    assert not any(torch.equal(moved.factors(name)[0], frozen.factors(name)[0]) for name in moved.modules)
+
+
+def test_the_soup_is_the_mean(zoo: Zoo) -> None:
+    first, second = (run.adapter() for run in zoo.runs("moods"))
+    for key, tensor in soup([first, second]).tensors.items():
+        torch.testing.assert_close(tensor, (first.tensors[key] + second.tensors[key]) / 2)
+        assert "lora_B" in key or torch.equal(tensor, first.tensors[key])
+
+
+# --- going on ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_zoo_is_left_as_it_is(copied: Zoo, config: CollectConfig, tasks_folder: Path) -> None:
+    times = {path: path.stat().st_mtime_ns for path in copied.folder.rglob(WEIGHTS_FILE)}
+    manifest = (copied.folder / "manifest.json").read_bytes()
+    collect(config, tasks_folder, copied.folder)
+    assert {path: path.stat().st_mtime_ns for path in copied.folder.rglob(WEIGHTS_FILE)} == times
+    assert (copied.folder / "manifest.json").read_bytes() == manifest
+
+
+def test_a_lost_run_comes_back_bit_for_bit(copied: Zoo, config: CollectConfig, tasks_folder: Path) -> None:
+    before = weights(copied)
+    for folder in ("tasks/animals/run-1", "multitask"):
+        shutil.rmtree(copied.folder / folder)
+    collect(config, tasks_folder, copied.folder)
+    assert weights(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [("torch.optim.AdamW.step", 30), ("cond_pdiff.adapter.LoraAdapter.save", 2), ("cond_pdiff.training.collect.dump_json", 3)],
+    ids=["in the second training", "before the second save", "between adapter and run.json"],
+)
+def test_an_interrupted_job_leaves_nothing_and_is_done_again(
+    zoo: Zoo, config: CollectConfig, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, calls: int
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, where, calls)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config, tasks_folder, tmp_path / "zoo")
+    stopped = Zoo(tmp_path / "zoo")
+    assert weights(stopped) == {"tasks/moods/run-0": weights(zoo)["tasks/moods/run-0"]}
+    assert [path.name for path in (stopped.folder / "tasks").rglob("*") if path.name.startswith(".")] == []
+    assert [run.task for run in all_runs(stopped)] == ["moods"]
+    collect(config, tasks_folder, stopped.folder)
+    assert weights(stopped) == weights(zoo)
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:
+    """Raise `KeyboardInterrupt` at the n-th call of the function `where`."""
+    owner, _, name = where.rpartition(".")
+    original: Callable[..., Any] = getattr(pkgutil.resolve_name(owner), name)
+    count = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(where, counting)
+
+
+def test_shards_cover_all_jobs_and_give_the_same_adapters(zoo: Zoo, config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    done: list[set[str]] = []
+    for index in range(3):
+        shard = collect(config, tasks_folder, tmp_path / "zoo", (index, 3))
+        done.append(set(weights(shard)) - set().union(*done))
+    assert [len(names) for names in done] == [2, 2, 2]
+    assert weights(shard) == weights(zoo)
+    assert len(json.loads((shard.folder / "manifest.json").read_text())["runs"]) == len(JOBS)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 21}, r"\(collect differ\)"),
+        ({"seed": 1}, r"\(collect differ\)"),
+        ({"rank": 3}, r"\(collect, lora differ\)"),
+        ({"tasks": ("moods",)}, r"\(tasks differ\)"),
+        ({"unseen": ()}, r"\(unseen differ\)"),
+    ],
+)
+def test_other_settings_are_refused(copied: Zoo, config: CollectConfig, tasks_folder: Path, change: dict[str, Any], message: str) -> None:
+    before = weights(copied)
+    with pytest.raises(TrainingError, match=rf"other settings {message}"):
+        collect(replace(config, **change), tasks_folder, copied.folder)
+    assert weights(copied) == before
+
+
+def test_another_task_description_is_refused(copied: Zoo, config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(tasks_folder, tmp_path / "tasks")
+    meta = json.loads((other / "moods" / "meta.json").read_text())
+    (other / "moods" / "meta.json").write_text(json.dumps({**meta, "description": "Something else?"}))
+    with pytest.raises(TrainingError, match=r"\(tasks differ\)"):
+        collect(config, other, copied.folder)
+
+
+def test_a_folder_with_other_things_is_refused(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"thesis\.doc"):
+        collect(config, tasks_folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.doc"]
+
+
+def test_missing_tasks_and_targets_are_refused_before_writing(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TaskDataError, match="weather is not a task folder"):
+        collect(replace(config, unseen=("weather",)), tasks_folder, tmp_path / "zoo")
+    with pytest.raises(AdapterError, match="no module named"):
+        collect(replace(config, target_modules=("to_q",)), tasks_folder, tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"moods: the loss is (nan|inf) at step \d+; lower the learning rate"):
+        collect(replace(config, learning_rates=(1e30,)), tasks_folder, tmp_path / "zoo")
+    assert weights(Zoo(tmp_path / "zoo")) == {}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_very_short_runs_work(config: CollectConfig, tasks_folder: Path, tmp_path: Path, steps: int) -> None:
+    tiny = replace(config, tasks=("moods",), unseen=(), runs=1, steps=steps, multitask_steps=0)
+    assert [run.facts["steps"] for run in all_runs(collect(tiny, tasks_folder, tmp_path / "zoo"))] == [steps]
+
+
+def test_changed_weights_are_noticed(copied: Zoo) -> None:
+    run = copied.runs("moods")[0]
+    shutil.copy(copied.runs("moods")[1].folder / WEIGHTS_FILE, run.folder / WEIGHTS_FILE)
+    LoraAdapter.load(run.folder)
+    with pytest.raises(TaskDataError, match="has changed since it was collected"):
+        run.adapter()
+
+
+def test_what_is_no_zoo_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskDataError, match=r"zoo\.json is missing"):
+        Zoo(tmp_path)
+    (tmp_path / "zoo.json").write_text("{")
+    with pytest.raises(TaskDataError, match="not valid JSON"):
+        Zoo(tmp_path)
+
+
+def test_runs_come_in_their_order(copied: Zoo) -> None:
+    first = copied.runs("moods")[0]
+    for number in (2, 10, 11):
+        folder = shutil.copytree(first.folder, copied.run_folder("moods", number))
+        (folder / "run.json").write_text(json.dumps({**first.facts, "run": number}))
+    assert [run.facts["run"] for run in copied.runs("moods")] == [0, 1, 2, 10, 11]
+    assert copied.runs("nothing") == []
