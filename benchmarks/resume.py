@@ -37,7 +37,9 @@ STEPS = {"autoencoder": 24, "unet": 60}
 def synthetic_zoo(folder: Path) -> tuple[ZooParams, list[Task]]:
     """Random `lora_B` for two tasks, on MiniLM's shapes."""
     spec = LoraSpec(MINILM.repo_id, 4, 16.0, ("attention.output.dense", "key", "query", "value"))
-    modules = [f"encoder.layer.{layer}.attention.{name}" for layer in range(6) for name in ("self.query", "self.key", "self.value", "output.dense")]
+    modules = [
+        f"encoder.layer.{layer}.attention.{name}" for layer in range(6) for name in ("self.query", "self.key", "self.value", "output.dense")
+    ]
     rng = torch.Generator().manual_seed(0)
     shared = {f"{KEY_PREFIX}{module}.lora_A.weight": torch.randn(4, 384, generator=rng) for module in modules}
     adapters = [
@@ -46,7 +48,9 @@ def synthetic_zoo(folder: Path) -> tuple[ZooParams, list[Task]]:
     ]
     template = AdapterTemplate.from_adapters(adapters, MINILM, 48)
     rows = [(f"text number {index}", index % 2) for index in range(40)]
-    tasks = [write_task(folder / name, f"Decide about {name}.", ["no", "yes"], {"train": rows, "test": rows}) for name in ("apples", "pears")]
+    tasks = [
+        write_task(folder / name, f"Decide about {name}.", ["no", "yes"], {"train": rows, "test": rows}) for name in ("apples", "pears")
+    ]
     params = torch.stack([template.to_params(adapter) for adapter in adapters])
     return ZooParams(template, params, torch.tensor([0, 0, 1, 1]), [f"run {index}" for index in range(4)]), tasks
 

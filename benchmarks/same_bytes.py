@@ -1,6 +1,6 @@
 """The same seed in many fresh processes with random PYTHONHASHSEED: how many different adapters come out? (One.)
 
-    python benchmarks/same_bytes.py [--processes 20]
+python benchmarks/same_bytes.py [--processes 20]
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-COMMAND = ["generate", "Classify a news item by its topic.", "--example", "shares fell=business", "--example", "a late goal=sports", "--seed", "7"]
+COMMAND = [
+    "generate",
+    "Classify a news item by its topic.",
+    "--example",
+    "shares fell=business",
+    "--example",
+    "a late goal=sports",
+    "--seed",
+    "7",
+]
 
 
 def folder_sha256(folder: Path) -> str:

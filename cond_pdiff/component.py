@@ -7,6 +7,8 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
+from cond_pdiff.errors import HubError
+
 
 class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name, as in every diffusers model
     """A diffusers model whose weights are safetensors, always: a pickle is never read, also not from a local folder.
@@ -19,5 +21,19 @@ class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define c
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers model, from safetensors only."""
-        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+        """Load as any diffusers model, from safetensors only.
+
+        Raises:
+            HubError: a tensor is missing (diffusers would go on with random numbers), or there is one that does not belong.
+        """
+        report = bool(kwargs.pop("output_loading_info", False))
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
+        )
+        for what in ("missing_keys", "unexpected_keys"):
+            if info[what]:
+                raise HubError(
+                    f"the weights in {pretrained_model_name_or_path} are not those of a {cls.__name__}: "
+                    f"{what.replace('_', ' ')} {sorted(info[what])[:3]}"
+                )
+        return (model, info) if report else model

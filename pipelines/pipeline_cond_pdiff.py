@@ -112,7 +112,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         except CondPDiffError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
             raise HubError(
                 f"the generator {str(pretrained_model_name_or_path)!r} cannot be loaded, perhaps it is incomplete: "
                 f"{type(error).__name__}: {error}"
@@ -223,7 +223,11 @@ class CondPDiffPipeline(DiffusionPipeline):
         params = self.decode(latents)
         if output_type == "params":
             return params
-        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "scheduler": type(self.scheduler).__name__}
+        settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "scheduler": type(self.scheduler).__name__,
+        }
         made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(_seeds(generator, num_adapters))]
         output = self._to_output(prompt, params, made, latents, condition_embeddings[0], condition_report)
         self.maybe_free_model_hooks()

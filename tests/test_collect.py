@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_recipe
 
 from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
@@ -18,7 +19,7 @@ from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, Tr
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.collect import collect
-from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.tasks import Row, Task
 from cond_pdiff.training.zoo import Zoo, ZooRun, soup
 
@@ -27,20 +28,17 @@ JOBS = [("moods", 0), ("animals", 0), ("likeness", 0), ("moods", 1), ("animals",
 
 @pytest.fixture(scope="module")
 def config(tiny_backbone: Backbone) -> CollectConfig:
-    return CollectConfig(
-        tasks=("moods", "animals"), unseen=("likeness",), base=tiny_backbone.to_json(), rank=2, alpha=8.0, runs=2, steps=20, batch_size=8,
-        max_length=16, learning_rates=(3e-2, 2e-2), multitask_steps=4, metric_rows=10,
-    )  # fmt: skip
+    return parse(CollectConfig, tiny_recipe(tiny_backbone)["collect"], "collect")
 
 
 @pytest.fixture(scope="module")
-def zoo(config: CollectConfig, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    """Collected once; tests that change it work on a copy."""
-    return collect(config, tasks_folder, tmp_path_factory.mktemp("zoo"))
+def zoo(tiny_zoo: Path) -> Zoo:
+    return Zoo(tiny_zoo)
 
 
 @pytest.fixture
 def copied(zoo: Zoo, tmp_path: Path) -> Zoo:
+    """A copy, for tests that change it."""
     return Zoo(shutil.copytree(zoo.folder, tmp_path / "zoo"))
 
 

@@ -202,7 +202,11 @@ def _classify(arguments: argparse.Namespace) -> None:
     from cond_pdiff import PrototypeClassifier
 
     classifier = PrototypeClassifier.load(arguments.adapter, arguments.label or None, arguments.base)
-    probabilities = classifier.logits([_parse_text(text) for text in arguments.text]).softmax(1)
+    texts = [_parse_text(text) for text in arguments.text]
+    cut = sum(classifier.backbone.count_tokens(text) > classifier.max_length for text in texts)
+    if cut:
+        print(f"note: of {cut} texts only the first {classifier.max_length} tokens are read", file=sys.stderr)
+    probabilities = classifier.logits(texts).softmax(1)
     for text, row in zip(arguments.text, probabilities, strict=True):
         best = int(row.argmax())
         print(f"{classifier.labels[best]:<24} {row[best]:>4.0%}  {text[:100]}")

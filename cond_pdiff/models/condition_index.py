@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ class ConditionIndex(Component):
     """Condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
 
     Args:
-        tasks: name → facts (`description`, `labels`, …) of every trained task, in the order of the embeddings.
+        tasks: name → facts (`description`, `labels`, …) of every trained task.
         condition_dim: size of a condition embedding.
+        names: the tasks in the order of the embeddings; default: the order of `tasks`. (A saved config sorts its keys.)
     """
 
     __module__ = "cond_pdiff"
@@ -35,15 +36,16 @@ class ConditionIndex(Component):
     threshold: torch.Tensor
 
     @register_to_config
-    def __init__(self, tasks: Mapping[str, Mapping[str, Any]], condition_dim: int) -> None:
+    def __init__(self, tasks: Mapping[str, Mapping[str, Any]], condition_dim: int, names: Sequence[str] | None = None) -> None:
         super().__init__()
+        self.register_to_config(names=list(names or tasks))
         self.register_buffer("embeddings", torch.zeros(len(tasks), condition_dim))
         self.register_buffer("threshold", torch.zeros(1))
 
     @property
     def names(self) -> list[str]:
-        """Names of the trained tasks."""
-        return list(self.config.tasks)
+        """Names of the trained tasks, in the order of the embeddings."""
+        return list(self.config.names)
 
     def similarities(self, conditions: torch.Tensor) -> torch.Tensor:
         """Similarity of each condition to each trained task, shape `(batch, num_tasks)`.

@@ -49,7 +49,9 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
         steps=collect["steps"],
         batch_size=collect["batch_size"],
         learning_rates=", ".join(f"{rate:g}" for rate in collect["learning_rates"]),
-        tuned="both `lora_A` and `lora_B`" if collect["train_lora_a"] else "`lora_B` only, from one frozen `lora_A` that all adapters share",
+        tuned="both `lora_A` and `lora_B`"
+        if collect["train_lora_a"]
+        else "`lora_B` only, from one frozen `lora_A` that all adapters share",
         accuracy_table="\n".join(accuracy_table(evaluation)),
         facts="\n".join(facts(evaluation)),
         samples=evaluation["settings"]["samples"],

@@ -139,7 +139,7 @@ class _Evaluator:
             "similarity": output.report.nearest[0].similarity,
             "in_distribution": output.report.in_distribution,
             "routed": self._routed(task) if seen else None,
-            "novelty": self._novelty(output.adapters, generated, trained, targets, texts, classifier),
+            "novelty": self._novelty(task, output.adapters, generated, trained, targets, texts, classifier),
             "distinct": len({tuple(predicted.tolist()) for predicted in generated}),
             "seconds_per_adapter": self._seconds(prompt),
             "settings": self.settings,
@@ -164,6 +164,7 @@ class _Evaluator:
 
     def _novelty(
         self,
+        task: Task,
         adapters: Sequence[LoraAdapter],
         generated: Sequence[torch.Tensor],
         trained: Sequence[torch.Tensor],
@@ -173,9 +174,10 @@ class _Evaluator:
     ) -> dict[str, float | None]:
         """Distance to the nearest zoo adapter, and shared errors with it; beside them, the same between two trained runs."""
         nearest = self.space.nearest(adapters)
-        predictions = {
-            index: classifier.with_adapter(self.space.adapters[index]).logits(texts).argmax(1) for index in {index for index, _ in nearest}
-        }
+        own = [index for index, name in enumerate(self.space.tasks) if name == task.name]
+        predictions = dict(zip(own, trained, strict=False))
+        for index in {index for index, _ in nearest} - set(own):
+            predictions[index] = classifier.with_adapter(self.space.adapters[index]).logits(texts).argmax(1)
         shared = [common_errors(mine, predictions[index], targets) for mine, (index, _) in zip(generated, nearest, strict=True)]
         between = [common_errors(first, second, targets) for position, first in enumerate(trained) for second in trained[:position]]
         return {

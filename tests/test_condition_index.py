@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HIDDEN
+
+from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.condition_encoders import SentenceConditionEncoder
+from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
+
+NAMES = ("zebra", "apple", "mango", "lemon")  # not in the alphabet's order
+DIM = 8
+
+
+def unit_parts(*tasks: int, present: tuple[int, ...] = (0, 1, 2)) -> torch.Tensor:
+    """Conditions of three unit parts of size 8; part p of task t points along axis (t + p) % 8."""
+    parts = torch.zeros(len(tasks), 3, DIM)
+    for row, task in enumerate(tasks):
+        for part in present:
+            parts[row, part, (task + part) % DIM] = 1
+    return parts.flatten(1)
+
+
+@pytest.fixture
+def index() -> ConditionIndex:
+    """Four tasks, each with a complete prompt, one without examples, and a plain description."""
+    index = ConditionIndex({name: {"labels": [name, "other"]} for name in NAMES}, 3 * DIM)
+    index.fit(torch.stack([unit_parts(0, 1, 2, 3), unit_parts(0, 1, 2, 3, present=(0, 1)), unit_parts(0, 1, 2, 3, present=(0,))], dim=1))
+    return index
+
+
+def test_the_most_similar_comes_first(index: ConditionIndex) -> None:
+    condition = 0.6 * unit_parts(1)[0] + 0.5 * unit_parts(3)[0] + 0.2 * unit_parts(0)[0]
+    nearest = index.nearest(condition, count=4)
+    assert [neighbour.task for neighbour in nearest] == ["apple", "lemon", "zebra", "mango"]
+    assert [neighbour.similarity for neighbour in nearest] == sorted((n.similarity for n in nearest), reverse=True)
+    assert [neighbour.task for neighbour in index.nearest(condition)] == ["apple", "lemon", "zebra"]
+    assert index.nearest(condition, count=9) == nearest
+
+
+@pytest.mark.parametrize("task", range(4))
+@pytest.mark.parametrize("present", [(0, 1, 2), (0, 1), (0,), (0, 2)])
+def test_a_trained_prompt_has_similarity_one_whatever_parts_it_has(index: ConditionIndex, task: int, present: tuple[int, ...]) -> None:
+    condition = unit_parts(task, present=present)[0]
+    assert index.nearest(condition, 1) == [Neighbour(NAMES[task], 1.0)]
+    assert index.in_distribution(index.nearest(condition, 1)[0].similarity)
+
+
+def test_what_shares_nothing_has_similarity_zero_and_is_out(index: ConditionIndex) -> None:
+    (first, *_) = index.nearest(unit_parts(5)[0])
+    assert first.similarity == 0
+    assert not index.in_distribution(first.similarity)
+    (first, *_) = index.nearest(torch.zeros(3 * DIM))
+    assert first.similarity == 0
+
+
+def test_the_embeddings_are_the_means_of_complete_prompts(index: ConditionIndex) -> None:
+    assert torch.equal(index.embeddings, unit_parts(0, 1, 2, 3))
+    index.fit(torch.stack([unit_parts(0, 1, 2, 3, present=(0,)), unit_parts(4, 5, 6, 7, present=(0,))], dim=1))
+    torch.testing.assert_close(index.embeddings, (unit_parts(0, 1, 2, 3, present=(0,)) + unit_parts(4, 5, 6, 7, present=(0,))) / 2)
+
+
+def test_the_threshold_separates_own_from_other() -> None:
+    """It lies between the two where they are apart, and at the best place where they overlap."""
+    rng = torch.Generator().manual_seed(0)
+    axes = torch.eye(3, 20)
+    own = torch.nn.functional.normalize(axes[:, None] + 0.1 * torch.randn(3, 30, 20, generator=rng), dim=2)
+    index = ConditionIndex(dict.fromkeys("abc", {}), 20)
+    index.fit(own)
+    for task, prompts in zip("abc", own, strict=True):
+        for prompt in prompts:
+            nearest = index.nearest(prompt)
+            assert nearest[0].task == task
+            assert index.in_distribution(nearest[0].similarity)
+            assert not index.in_distribution(nearest[1].similarity)
+
+    blurred = torch.nn.functional.normalize(axes[:, None] + 0.5 * torch.randn(3, 30, 20, generator=rng), dim=2)
+    index.fit(blurred)
+    similarities = torch.stack([index.similarities(prompts) for prompts in blurred])
+    to_own = torch.cat([similarities[task, :, task] for task in range(3)])
+    to_other = torch.cat([similarities[task][:, [other for other in range(3) if other != task]].amax(1) for task in range(3)])
+
+    def balanced(threshold: float) -> float:
+        return float((to_own >= threshold).float().mean() + (to_other < threshold).float().mean()) / 2
+
+    best = max(balanced(step / 500) for step in range(-500, 501))
+    assert 0.6 < best < 1
+    assert balanced(float(index.threshold)) >= best - 1e-6
+
+
+def test_plain_strings_are_comparable_with_full_prompts(tiny_backbone: Backbone) -> None:
+    encoder = SentenceConditionEncoder(tiny_backbone.to_json(), HIDDEN)
+    words = {"film": ("good", "bad"), "meal": ("kitten", "puppy"), "room": ("feather", "bark")}
+    full = [TaskPrompt(f"the {noun}", [(f"the {label}", label) for label in labels]) for noun, labels in words.items()]
+    encoder.fit_center(full)
+    plain = [f"the {noun}" for noun in words]
+    own = torch.stack([encoder.encode([prompt, string])[0] for prompt, string in zip(full, plain, strict=True)])
+    index = ConditionIndex({noun: {} for noun in words}, encoder.condition_dim)
+    index.fit(own)
+    for noun, conditions in zip(words, own, strict=True):
+        for condition in conditions:
+            (first, *_) = index.nearest(condition)
+            assert first.task == noun
+            assert first.similarity == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3 * DIM), (4, 2, DIM), (4, 3 * DIM)])
+def test_fit_refuses_other_shapes(index: ConditionIndex, shape: tuple[int, ...]) -> None:
+    with pytest.raises(CondPDiffError, match=rf"expected \(4, prompts, {3 * DIM}\) conditions, got"):
+        index.fit(torch.zeros(shape))
+
+
+def test_one_task_alone_is_nearest_to_everything() -> None:
+    index = ConditionIndex({"only": {}}, DIM)
+    index.fit(torch.eye(DIM)[None, :1])
+    assert index.nearest(torch.eye(DIM)[0]) == [Neighbour("only", 1.0)]
+    assert index.in_distribution(0.5)
+
+
+def test_save_and_load_keep_order_and_numbers(index: ConditionIndex, tmp_path: Path) -> None:
+    index.save_pretrained(tmp_path)
+    loaded = ConditionIndex.from_pretrained(tmp_path)
+    assert loaded.names == list(NAMES)
+    assert loaded.config.tasks["mango"]["labels"] == ["mango", "other"]
+    assert torch.equal(loaded.embeddings, index.embeddings)
+    assert torch.equal(loaded.threshold, index.threshold)

@@ -1,0 +1,58 @@
+"""The README's code runs as it stands there, and its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cond_pdiff.hub import BUNDLED_FOLDER, MINILM, bundled_generators, find_backbone
+from cond_pdiff.training.cli import _parser, main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BASH_BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in BASH_BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("cond-pdiff ")
+]
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_named_generator_is_bundled() -> None:
+    assert "cond-pdiff/minilm-text-tasks" in bundled_generators()
+    assert (BUNDLED_FOLDER / "minilm-text-tasks" / "README.md").is_file()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(PYTHON_BLOCKS) == 2
+    for block in PYTHON_BLOCKS:
+        # Where the Hub is out of reach, the base model comes from the package that carries it.
+        exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("['negative', 'positive']")
+    assert {path.name for path in (inside / "my-adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_generate_and_classify_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate, classify = (next(command for command in COMMANDS if command[0] == name) for name in ("generate", "classify"))
+    assert main(generate) == 0
+    assert main(classify) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["negative", "positive"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_every_command_parses(command: list[str]) -> None:
+    assert _parser().parse_args(command).run
+
+
+def test_all_commands_are_covered() -> None:
+    assert {command[0] for command in COMMANDS} >= {"generate", "classify", "collect", "train", "evaluate", "import-task"}
