@@ -33,6 +33,11 @@ OWN_FILES = (*ADAPTER_FILES, "README.md")
 MAX_RANK = 1024
 MAX_JSON_BYTES = 4 << 20
 FACTORS = ("lora_A", "lora_B")
+UNSUPPORTED_OPTIONS = (
+    *("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "exclude_modules", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
+)
+"""Entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
 
 
 @dataclass(frozen=True)
@@ -291,13 +296,13 @@ class LoraAdapter:
         """
         if check:
             self.check_base(model)
-        handles = []
+        hooks = []
         for name in self.modules:
             linear = model.get_submodule(name)
             weight = linear.weight
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
-            handles.append(linear.register_forward_hook(_lora_hook(lora_a, lora_b * (scale * self.spec.scale))))
-        return Attachment(handles)
+            hooks.append((linear, _lora_hook(lora_a, lora_b * (scale * self.spec.scale))))
+        return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks])
 
     @contextlib.contextmanager
     def attached(self, model: nn.Module, scale: float = 1.0, check: bool = True) -> Iterator[nn.Module]:
@@ -317,8 +322,9 @@ class LoraAdapter:
             space: "delta" interpolates ΔW = B · A: exactly where both share `lora_A`, else by the best approximation of
                 the same rank (truncated SVD). "factors" interpolates A and B separately, as averaging checkpoints does.
         """
-        if self.layout != other.layout or self.spec != other.spec:
-            raise AdapterError("only adapters of the same layout, rank, alpha and base model can be interpolated")
+        same_dtypes = all(other.tensors[key].dtype == tensor.dtype for key, tensor in self.tensors.items() if key in other.tensors)
+        if self.layout != other.layout or self.spec != other.spec or not same_dtypes:
+            raise AdapterError("only adapters of the same layout, rank, alpha and base model, in the same dtype, can be interpolated")
         if space not in ("factors", "delta"):
             raise AdapterError(f"space must be 'factors' or 'delta', got {space!r}")
         shared_a = all(torch.equal(self.factors(name)[0], other.factors(name)[0]) for name in self.modules)
@@ -360,7 +366,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _spec_from_peft(config: Mapping[str, Any], path: Path) -> LoraSpec:
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out"):
+    for name in UNSUPPORTED_OPTIONS:
         if config.get(name):
             raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
     if config.get("bias", "none") != "none":

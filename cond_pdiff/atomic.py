@@ -83,7 +83,12 @@ def atomic_folder(target: Path, own_files: Collection[str], overwrite: bool = Fa
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "folder"
             os.replace(target, old)
-        os.replace(aside, target)
+        try:
+            os.replace(aside, target)
+        except OSError:
+            if old is not None:
+                os.replace(old, target)
+            raise
         _sync(target.parent)
         if old is not None:
             shutil.rmtree(old.parent)

@@ -27,6 +27,10 @@ def _check_string(text: object, what: str) -> str:
     if not isinstance(text, str):
         raise ConditionError(f"{what} must be one string, got {type(text).__name__}")
     stripped = text.strip()
+    try:
+        stripped.encode()
+    except UnicodeEncodeError as error:
+        raise ConditionError(f"{what} holds characters that no text can have (lone surrogates): {error.reason}") from error
     if not stripped:
         raise ConditionError(f"{what} is empty; give at least one word")
     if len(stripped) > MAX_TEXT_CHARS:

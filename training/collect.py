@@ -75,7 +75,9 @@ def _open_zoo(
     }
     facts = json.loads(json.dumps(facts))
     if not (folder / "zoo.json").exists():
-        check_output_folder(folder, ("lora_a.safetensors",), overwrite=True)
+        # Another shard may be writing the same files aside at this moment.
+        temporary = [path.name for path in folder.glob(".*.json.*")] + [path.name for path in folder.glob(".*.safetensors.*")]
+        check_output_folder(folder, ("lora_a.safetensors", "zoo.json", *temporary), overwrite=True)
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         model = get_peft_model(backbone.model, _peft_config(config))

@@ -37,6 +37,10 @@ class CollectConfig:
     metric_rows: int = 200                          # rows of the reported split for the manifest's accuracy
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.learning_rates:
+            raise TrainingError("collect: name at least one task and one learning rate")
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -124,6 +128,6 @@ def parse(config_class: type[Config], section: Mapping[str, Any], where: str) ->
 
 def _check_type(value: object, declared: str, what: str) -> None:
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    allowed = expected.get(declared)
+    allowed = expected.get(declared) or ((tuple,) if declared.startswith("tuple") else None)
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and declared != "bool")):
-        raise TrainingError(f"{what} must be {declared}, got {value!r}")
+        raise TrainingError(f"{what} must be {declared.replace('tuple', 'a list: ')}, got {value!r}")

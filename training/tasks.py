@@ -28,6 +28,8 @@ from cond_pdiff.errors import ConditionError, TaskDataError
 
 Row = tuple[Text, int]
 SPLITS = ("train", "validation", "test")
+UNLABELLED = (None, -1)
+"""How data sets mark rows without a label; such rows are left out of an import."""
 CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
 
 
@@ -220,7 +222,7 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
 
     Args:
         text_columns: one column, or two for pairs.
-        label_column: a ClassLabel, integer or string column.
+        label_column: a ClassLabel, integer or string column. Rows without a label (None or -1) are left out.
     """
     from datasets import ClassLabel, load_dataset
 
@@ -235,16 +237,16 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         labels = list(feature.names)
         index = {number: number for number in range(len(labels))}
     else:
-        values = sorted(set(loaded["train"][label_column]))
+        values = sorted(set(loaded["train"][label_column]) - set(UNLABELLED))
         labels = [str(value) for value in values]
         index = {value: number for number, value in enumerate(values)}
-    splits = {
-        split: [
-            (row[text_columns[0]] if len(text_columns) == 1 else (row[text_columns[0]], row[text_columns[1]]), index[row[label_column]])
-            for row in loaded[split]
-            if row[label_column] in index and all(row[column] for column in text_columns)
-        ]
-        for split in SPLITS
-        if split in loaded
-    }
+    splits: dict[str, list[Row]] = {}
+    for split in (name for name in SPLITS if name in loaded):
+        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED]
+        unknown = [row[label_column] for row in labelled if row[label_column] not in index]
+        if unknown:
+            raise TaskDataError(f"{dataset}: the {split} split has the label {unknown[0]!r}, which the train split has not")
+        texts = [row[text_columns[0]] if len(text_columns) == 1 else tuple(row[column] for column in text_columns) for row in labelled]
+        if labelled:
+            splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
     return write_task(folder, description, labels, splits)

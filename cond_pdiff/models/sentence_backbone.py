@@ -63,6 +63,7 @@ class SentenceBackbone:
         Returns:
             shape `(len(texts), embedding_dim)`, each row of length 1.
         """
+        max_length = min(max_length, self.max_tokens)
         # A pair is cut at its longer half first ("longest_first"), so the shorter text of a pair is never lost.
         batch = self.tokenizer(list(texts), padding=True, truncation="longest_first", max_length=max_length, return_tensors="pt")
         batch = batch.to(next(self.model.parameters()).device)
