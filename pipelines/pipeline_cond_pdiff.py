@@ -144,8 +144,8 @@ class CondPDiffPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             latents = randn_tensor(shape, list(generator) if isinstance(generator, Sequence) else generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise CondPDiffError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
+        elif not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
+            raise CondPDiffError(f"latents must be a tensor of shape {shape}, got {getattr(latents, 'shape', type(latents).__name__)}")
         else:
             latents = latents.to(device, dtype)
         return latents * self.scheduler.init_noise_sigma
@@ -304,6 +304,9 @@ class CondPDiffPipeline(DiffusionPipeline):
                 raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
         if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= 100:
             raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {guidance_scale!r}")
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * (generator is not None)
+        if not all(isinstance(rng, torch.Generator) for rng in generators):
+            raise CondPDiffError(f"generator must be a torch.Generator, or a list of them, got {generator!r:.80}")
         if isinstance(generator, Sequence) and len(generator) != num_adapters:
             raise CondPDiffError(f"got {len(generator)} generators for {num_adapters} adapters; give one each")
         if output_type not in ("adapter", "params", "latent"):

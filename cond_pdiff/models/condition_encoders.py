@@ -88,7 +88,7 @@ class SentenceConditionEncoder(Component):
         """
         prompts = [TaskPrompt.of(condition) for condition in conditions]
         reports = [self._report(prompt) for prompt in prompts]
-        parts = torch.stack([self._parts(prompt) for prompt in prompts])
+        parts = self._parts(prompts)
         present = parts.norm(dim=2, keepdim=True) > 0
         centered = nn.functional.normalize(parts - self.center.to(parts), dim=2) * present
         return centered.flatten(1).to(self.center.dtype), reports
@@ -96,19 +96,19 @@ class SentenceConditionEncoder(Component):
     @torch.no_grad()
     def fit_center(self, prompts: Sequence[TaskPrompt]) -> None:
         """Measure the mean of each part over `prompts`, which must all have labels and examples."""
-        self.center.copy_(torch.stack([self._parts(prompt) for prompt in prompts]).mean(0))
+        self.center.copy_(self._parts(prompts).mean(0))
 
-    def _parts(self, prompt: TaskPrompt) -> torch.Tensor:
-        groups: list[list[Text]] = [
-            [prompt.description],
-            [label_text(label) for label in prompt.labels],
-            [text for text, _ in prompt.examples],
-        ]
-        embeddings = self.backbone.embed([text for group in groups for text in group], self.config.max_tokens)
-        means = []
-        for group in embeddings.split([len(group) for group in groups]):
-            means.append(nn.functional.normalize(group.mean(0), dim=0) if len(group) else torch.zeros_like(embeddings[0]))
-        return torch.stack(means)
+    def _parts(self, prompts: Sequence[TaskPrompt]) -> torch.Tensor:
+        """Unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
+        groups: list[list[Text]] = []
+        for prompt in prompts:
+            groups += [[prompt.description], [label_text(label) for label in prompt.labels], [text for text, _ in prompt.examples]]
+        # Prompts of one task share most texts; each is embedded once.
+        place = {text: index for index, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
+        embeddings = self.backbone.embed(list(place), self.config.max_tokens)
+        nothing = embeddings.new_zeros(embeddings.shape[1])
+        means = [embeddings[[place[text] for text in group]].mean(0) if group else nothing for group in groups]
+        return nn.functional.normalize(torch.stack(means), dim=1).unflatten(0, (len(prompts), 3))
 
     def _report(self, prompt: TaskPrompt) -> ConditionReport:
         limit = self.config.max_tokens

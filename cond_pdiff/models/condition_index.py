@@ -54,7 +54,7 @@ class ConditionIndex(Component):
         condition's squared length counts them.
         """
         parts = conditions.square().sum(1, keepdim=True).clamp_min(1e-8)
-        return conditions @ self.embeddings.T / parts
+        return conditions @ self.embeddings.to(conditions.dtype).T / parts
 
     def nearest(self, condition: torch.Tensor, count: int = 3) -> list[Neighbour]:
         """The `count` most similar trained tasks of one condition, shape `(condition_dim,)`, most similar first."""
