@@ -2,8 +2,7 @@
 
     python benchmarks/resume.py [--kills 50]
 
-Each trial trains both stages at the bundled generator's size on a synthetic zoo, is killed (SIGKILL) after a random delay and
-started again. Children are forked from one process that has imported everything, so that kills fall into training.
+Each trial trains both stages, small networks on a synthetic zoo, is killed (SIGKILL) after a random delay and started again. Children are forked from one process that has imported everything, so that kills fall into training.
 """
 
 from __future__ import annotations
@@ -31,7 +30,11 @@ from cond_pdiff.training.tasks import Task, write_task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
 from cond_pdiff.training.train_unet import UNetStage
 
-STEPS = {"autoencoder": 24, "unet": 60}
+STEPS = {"autoencoder": 60, "unet": 60}
+SMALL = {
+    "autoencoder": {"encoder_channels": [4, 4], "decoder_channels": [4, 2], "decoder_bottom_channels": 4, "stride": 8, "latent_dim": 16},
+    "unet": {"block_out_channels": [8, 8, 4], "embedding_dim": 64},
+}
 
 
 def synthetic_zoo(folder: Path) -> tuple[ZooParams, list[Task]]:
@@ -60,7 +63,7 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
     sections = {}
     for name in STEPS:
         short = {"steps": STEPS[name], "batch_size": 8, "checkpoint_every": 5, "warmup_steps": 5, "log_every": 1}
-        sections[name] = {**recipe[name], "fit": short}
+        sections[name] = {**recipe[name], "model": SMALL[name], "fit": short}
     autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
     unet = UNetStage(autoencoder, tasks, parse(UNetConfig, {**sections["unet"], "prompts_per_task": 2}, "unet"))

@@ -69,7 +69,7 @@ def test_the_threshold_separates_own_from_other() -> None:
     rng = torch.Generator().manual_seed(0)
     axes = torch.eye(3, 20)
     own = torch.nn.functional.normalize(axes[:, None] + 0.1 * torch.randn(3, 30, 20, generator=rng), dim=2)
-    index = ConditionIndex(dict.fromkeys("abc", {}), 20)
+    index = ConditionIndex({name: {} for name in "abc"}, 20)
     index.fit(own)
     for task, prompts in zip("abc", own, strict=True):
         for prompt in prompts:

@@ -52,7 +52,7 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor
         state = json.loads((newest / STATE_FILE).read_text(encoding="utf-8"))
         tensors = {path.stem: load_file(path) for path in sorted(newest.glob("*.safetensors"))}
         return int(state.pop("step")), tensors, state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise TrainingError(f"{newest} is damaged ({error}); delete it to start this stage again") from error
 
 

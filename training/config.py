@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+SECTIONS = ("about", "collect", "autoencoder", "unet")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class UNetConfig:
 
 
 Config = TypeVar("Config")
+Network = TypeVar("Network")
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
@@ -105,11 +107,16 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise TrainingError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(recipe, dict):
         raise TrainingError(f"{path} must hold a JSON object of sections")
+    unknown = sorted(set(recipe) - set(SECTIONS))
+    if unknown:
+        raise TrainingError(f"{path}: unknown section {unknown[0]!r}; known are {list(SECTIONS)}")
     return recipe
 
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
     """A config dataclass from a recipe's section; `TrainingError` names unknown, missing or mistyped entries."""
+    if not isinstance(section, Mapping):
+        raise TrainingError(f"{where} must be a JSON object, got {section!r:.80}")
     known = {entry.name: entry for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     unknown = sorted(set(section) - set(known))
     if unknown:
@@ -126,8 +133,17 @@ def parse(config_class: type[Config], section: Mapping[str, Any], where: str) ->
     return config
 
 
+def build(network: Callable[..., Network], where: str, /, *arguments: Any, **settings: Any) -> Network:
+    """`network(*arguments, **settings)`; `TrainingError` if the recipe's settings name an argument that it does not have."""
+    try:
+        return network(*arguments, **settings)
+    except TypeError as error:
+        raise TrainingError(f"{where}: {error}") from error
+
+
 def _check_type(value: object, declared: str, what: str) -> None:
     expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    allowed = expected.get(declared) or ((tuple,) if declared.startswith("tuple") else None)
+    expected |= {"tuple": (tuple,), "dict": (dict,)}
+    allowed = expected.get(declared.partition("[")[0])
     if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and declared != "bool")):
-        raise TrainingError(f"{what} must be {declared.replace('tuple', 'a list: ')}, got {value!r}")
+        raise TrainingError(f"{what} must be {declared.replace('tuple', 'a list: ').replace('dict', 'an object: ')}, got {value!r}")

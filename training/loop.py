@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -61,7 +62,11 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     """
     if config.precision not in PRECISIONS:
         raise TrainingError(f"precision must be one of {PRECISIONS}, got {config.precision!r}")
-    accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
+    AcceleratorState._reset_state()  # accelerate keeps one precision for the whole process; each stage has its own
+    try:
+        accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
+    except ValueError as error:
+        raise TrainingError(f"precision {config.precision!r} cannot be had on this machine: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(stage, config, folder, accelerator)
     start = run.restore()
@@ -149,24 +154,34 @@ class _Run:
         step = 0
         if found is not None:
             step, tensors, state = found
-            if state["identity"] != self.identity:
-                different = sorted(name for name in self.identity if state["identity"].get(name) != self.identity[name])
+            found_identity = state.get("identity", {})
+            if found_identity != self.identity:
+                different = sorted(name for name in self.identity if found_identity.get(name) != self.identity[name])
                 raise TrainingError(
                     f"{self.folder} holds a run with other settings or data ({', '.join(different)} differ); choose another folder"
                 )
-            self.stage.module.load_state_dict(tensors["model"])
-            packed = self.optimizer.state_dict()
-            entries: dict[int, dict[str, torch.Tensor]] = {}
-            for key, value in tensors["optimizer"].items():
-                index, name = key.split(".", 1)
-                entries.setdefault(int(index), {})[name] = value
-            self.optimizer.load_state_dict({**packed, "state": entries})
-            self.ema.shadow_params = [tensors["ema"][str(index)].to(self.accelerator.device) for index in range(len(tensors["ema"]))]
-            self.ema.optimization_step = state["ema_steps"]
-            if self.accelerator.scaler and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            try:
+                self._load(tensors, state)
+            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+                raise TrainingError(f"the checkpoint in {self.folder} is damaged ({error}); delete it to start this stage again") from error
         self._cut_log(step)
         return step
+
+    def _load(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+        self.stage.module.load_state_dict(tensors["model"])
+        packed = self.optimizer.state_dict()
+        entries: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            index, name = key.split(".", 1)
+            entries.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**packed, "state": entries})
+        averages = [tensors["ema"][str(index)].to(self.accelerator.device) for index in range(len(self.ema.shadow_params))]
+        if [average.shape for average in averages] != [average.shape for average in self.ema.shadow_params]:
+            raise ValueError("the averaged weights have other shapes")
+        self.ema.shadow_params = averages
+        self.ema.optimization_step = state["ema_steps"]
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def log(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

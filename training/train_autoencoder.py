@@ -13,7 +13,7 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.normalization import ParamNormalizer
-from cond_pdiff.training.config import AutoencoderConfig
+from cond_pdiff.training.config import AutoencoderConfig, build
 from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
 from cond_pdiff.training.zoo import Zoo
 
@@ -60,7 +60,7 @@ class AutoencoderStage:
     def __init__(self, data: ZooParams, config: AutoencoderConfig) -> None:
         self.data, self.config = data, config
         torch.manual_seed(config.fit.seed)
-        self.module = ParamAutoencoder(data.template.layout.num_params, **config.model)
+        self.module = build(ParamAutoencoder, "autoencoder, model", data.template.layout.num_params, **config.model)
         self.normalizer = ParamNormalizer(config.normalizer, data.template.layout.sizes)
         self.normalizer.fit(data.params)
         self.values, self.statistics = self.normalizer.normalize(data.params)

@@ -19,7 +19,7 @@ from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.normalization import join_statistics
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.config import UNetConfig
+from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage
@@ -62,7 +62,8 @@ class UNetStage:
         self.conditions = self._encode_prompts()
         self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(self.tasks))]
         torch.manual_seed(config.fit.seed)
-        self.module = ParamUNet1D(self.latents.shape[1], self.latents.shape[2], self.encoder.condition_dim, **config.model)
+        sizes = (self.latents.shape[1], self.latents.shape[2], self.encoder.condition_dim)
+        self.module = build(ParamUNet1D, "unet, model", *sizes, **config.model)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_start=config.beta_start,
@@ -136,4 +137,4 @@ def _condition_encoder(settings: dict[str, Any]) -> SentenceConditionEncoder | C
     name = arguments.pop("type", None)
     if name not in CONDITION_ENCODERS:
         raise TrainingError(f"condition_encoder's type must be one of {sorted(CONDITION_ENCODERS)}, got {name!r}")
-    return CONDITION_ENCODERS[name](**arguments)
+    return build(CONDITION_ENCODERS[name], "unet, condition_encoder", **arguments)
