@@ -42,10 +42,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def check_output_folder(target: Path, own_files: Collection[str], overwrite: bool) -> None:
     """Raise `OutputExistsError` unless `target` is absent, empty, or (with `overwrite`) holds nothing but `own_files`."""
+    nearest = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise OutputExistsError(f"{nearest} is a file; name a folder to write to")
     if not target.exists():
         return
-    if not target.is_dir():
-        raise OutputExistsError(f"{target} is a file; name a folder to write to")
     found = sorted(entry.name for entry in target.iterdir())
     if found and not overwrite:
         raise OutputExistsError(f"{target} is not empty (it holds {found[0]!r}); choose another folder or force the replacement")

@@ -162,7 +162,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         condition: str | TaskPrompt,
         num_adapters: int = 1,
         num_inference_steps: int = 10,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = 1.5,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["adapter", "params", "latent"] = "adapter",

@@ -56,5 +56,11 @@ def load_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor
         raise TrainingError(f"{newest} is damaged ({error}); delete it to start this stage again") from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left below `folder`: checkpoints that were being written, and superseded ones."""
+    for path in (*folder.glob(f".{PREFIX}*"), *_checkpoints(folder)[:-1]):
+        shutil.rmtree(path)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except CondPDiffError as error:
-        print(f"cond-pdiff: error: {error}", file=sys.stderr)
+    except (CondPDiffError, OSError) as error:  # OSError: no space left, no permission …
+        print(f"cond-pdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("cond-pdiff: interrupted; finished parts are kept, run the same command again to go on", file=sys.stderr)
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--generator", default=DEFAULT_GENERATOR, metavar="NAME", help="bundled name, folder, or Hub repository")
     generate.add_argument("--num-adapters", type=int, default=None, metavar="N", help="candidates (default: 20 with examples, else 1)")
     generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps")
-    generate.add_argument("--guidance-scale", type=float, default=1.0, metavar="G", help="classifier-free guidance; 1 is none")
+    generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="classifier-free guidance; 1 is none")
     generate.add_argument("--seed", type=int, default=0, help="candidate i uses seed + i")
     generate.add_argument("--force", action="store_true", help="replace an adapter that is already there")
     generate.set_defaults(run=_generate)
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", required=True, type=Path, help="folder for evaluation.json and evaluation.md")
     evaluate.add_argument("--samples", type=int, default=20, help="adapters generated a task")
     evaluate.add_argument("--max-rows", type=int, default=200, help="rows of the reported split a task")
-    evaluate.add_argument("--guidance-scale", type=float, default=1.0)
+    evaluate.add_argument("--guidance-scale", type=float, default=1.5)
     evaluate.add_argument("--steps", type=int, default=10, help="denoising steps")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="measure every N-th task beginning with I")
@@ -152,6 +152,7 @@ def _run_generator(
     from diffusers.utils import logging as diffusers_logging
 
     from cond_pdiff import CondPDiffPipeline, TaskPrompt
+    from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS
 
     prompt = TaskPrompt(description, [_parse_example(example) for example in examples], labels)
     diffusers_logging.disable_progress_bar()
@@ -160,7 +161,7 @@ def _run_generator(
     count = num_adapters if num_adapters is not None else (20 if prompt.examples else 1)
     if not 0 <= seed < 2**63 - 1001:
         raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(max(count, 0))]
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(min(max(count, 0), MAX_ADAPTERS))]
     return pipe(prompt, num_adapters=count, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale)
 
 
@@ -200,9 +201,10 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _classify(arguments: argparse.Namespace) -> None:
     from cond_pdiff import PrototypeClassifier
+    from cond_pdiff.conditioning import check_text
 
+    texts = [check_text(_parse_text(text), f"text {index}") for index, text in enumerate(arguments.text, 1)]
     classifier = PrototypeClassifier.load(arguments.adapter, arguments.label or None, arguments.base)
-    texts = [_parse_text(text) for text in arguments.text]
     cut = sum(classifier.backbone.count_tokens(text) > classifier.max_length for text in texts)
     if cut:
         print(f"note: of {cut} texts only the first {classifier.max_length} tokens are read", file=sys.stderr)
@@ -218,7 +220,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from cond_pdiff import PrototypeClassifier
 
     print(f"task       {DEMO_DESCRIPTION}\nexamples   {'; '.join(DEMO_EXAMPLES)}")
-    output = _run_generator(DEMO_DESCRIPTION, DEMO_EXAMPLES, (), DEFAULT_GENERATOR, None, 0, 10, 1.0)
+    output = _run_generator(DEMO_DESCRIPTION, DEMO_EXAMPLES, (), DEFAULT_GENERATOR, None, 0, 10, 1.5)
     _print_report(output)
     with tempfile.TemporaryDirectory() as folder:
         adapted = PrototypeClassifier.load(output.save_adapter(Path(folder) / "adapter"))

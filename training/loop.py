@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.checkpoint import load_checkpoint, save_checkpoint
+from cond_pdiff.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from cond_pdiff.training.config import FitConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -150,6 +150,8 @@ class _Run:
 
     def restore(self) -> int:
         """Load the newest checkpoint, if any, and return the number of finished steps."""
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.folder)
         found = load_checkpoint(self.folder)
         step = 0
         if found is not None:

@@ -226,7 +226,10 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
     """
     from datasets import ClassLabel, load_dataset
 
-    loaded = load_dataset(dataset)
+    try:
+        loaded = load_dataset(dataset)
+    except Exception as error:  # datasets has a few dozen of its own, and passes on those of every reader
+        raise TaskDataError(f"{dataset} cannot be read as a data set: {type(error).__name__}: {error}") from error
     if "train" not in loaded:
         raise TaskDataError(f"{dataset} has no train split; it has {sorted(loaded)}")
     missing = [column for column in (*text_columns, label_column) if column not in loaded["train"].column_names]

@@ -36,11 +36,12 @@ def train(
     zoo = Zoo(zoo_folder)
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
+    tasks = load_tasks(tasks_folder, zoo.task_names)
 
     autoencoder = AutoencoderStage(ZooParams.load(zoo), autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
     print(f"autoencoder: loses {autoencoder.reconstruction_error():.1%} of the zoo's energy")
-    unet = UNetStage(autoencoder, load_tasks(tasks_folder, zoo.task_names), unet_config)
+    unet = UNetStage(autoencoder, tasks, unet_config)
     fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
     if PartialState().is_main_process:
         save_generator(unet.pipeline(), run_folder / "generator")

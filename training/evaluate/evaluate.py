@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors
@@ -39,8 +39,12 @@ class EvaluateConfig:
     samples: int = 20  # adapters generated a task
     max_rows: int = 200  # rows of the reported split a task; a fixed random choice
     num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    guidance_scale: float = 1.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise CondPDiffError(f"max_rows must be at least 1, got {self.max_rows}")
 
 
 def evaluate(
@@ -87,6 +91,8 @@ class _Evaluator:
         self.zoo, self.config = zoo, config
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
+        if set(self.pipe.condition_index.names) != set(zoo.task_names):
+            raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.base: SentenceBackbone = self.pipe.base_model()
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
         multitask = zoo.multitask()
@@ -203,6 +209,8 @@ def _weights_sha256(pipe: CondPDiffPipeline) -> str:
 
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
+        settings = {key: value for key, value in module.config.items() if not key.startswith("_")}
+        digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=str)}".encode())
         if isinstance(module, torch.nn.Module):
             for key, value in sorted(module.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())

@@ -100,9 +100,11 @@ def facts(evaluation: dict[str, Any]) -> list[str]:
         routing = "" if means["routing"] is None else f"routing {means['routing']:.1%} of {means['routing_samples']} samples; "
         between = means["novelty_common_errors_between_runs"]
         reference = "" if between is None else f" (two trained runs of a task share {between:.0%})"
+        shared = means["novelty_common_errors"]
+        errors = "no errors to share with it" if shared is None else f"{shared:.0%} of errors shared with it{reference}"
         lines.append(
             f"- {title}: {routing}ΔW distance to the nearest zoo adapter {means['novelty_distance']:.2f} of its size; "
-            f"{means['novelty_common_errors']:.0%} of errors shared with it{reference}; distinct predictions among "
+            f"{errors}; distinct predictions among "
             f"{evaluation['settings']['samples']} samples: {means['distinct_mean']:.1f} on average, {means['distinct_least']} at least; "
             f"{means['in_distribution']:.0%} of the prompts called in-distribution; "
             f"{means['seconds_per_adapter']:.2f} s from condition to adapter (median)."
