@@ -230,7 +230,7 @@ def halve(path: Path) -> None:
     [
         *((f"{group}.safetensors", damage) for group in ("model", "optimizer", "ema") for damage in (truncate, Path.unlink)),
         *((f"{group}.safetensors", damage) for group in ("model", "ema") for damage in (without_a_tensor, halve)),
-        *(("state.json", lambda path, text=text: path.write_text(text)) for text in ("", "{", "[]", "5", "{}", '{"step": 5}')),
+        *(("state.json", lambda path, text=text: path.write_text(text)) for text in ("", "{", "[]", "5", "{}")),
         ("state.json", Path.unlink),
     ],
 )
@@ -364,9 +364,7 @@ def test_every_precision_trains_and_resumes_with_any_other_before_it(data: ZooPa
     assert bits(tmp_path / "whole") == bits(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp8", "half", "", pytest.param("fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it can"))]
-)
+@pytest.mark.parametrize("precision", ["fp8", "half", ""])
 def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path, precision: str) -> None:
     config = tiny_config(precision=precision)
     with pytest.raises(TrainingError, match="precision"):

@@ -156,7 +156,7 @@ class _Run:
         step = 0
         if found is not None:
             step, tensors, state = found
-            found_identity = state.get("identity", {})
+            found_identity = state.get("identity", self.identity)  # without one, the checkpoint is damaged: `_load` says so
             if found_identity != self.identity:
                 different = sorted(name for name in self.identity if found_identity.get(name) != self.identity[name])
                 raise TrainingError(
@@ -165,7 +165,8 @@ class _Run:
             try:
                 self._load(tensors, state)
             except (KeyError, ValueError, TypeError, RuntimeError) as error:
-                raise TrainingError(f"the checkpoint in {self.folder} is damaged ({error}); delete it to start this stage again") from error
+                why = " ".join(str(error).split())
+                raise TrainingError(f"the checkpoint in {self.folder} is damaged ({why}); delete it to start this stage again") from error
         self._cut_log(step)
         return step
 
