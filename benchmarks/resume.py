@@ -2,7 +2,8 @@
 
     python benchmarks/resume.py [--kills 50]
 
-Each trial trains both stages, small networks on a synthetic zoo, is killed (SIGKILL) after a random delay and started again. Children are forked from one process that has imported everything, so that kills fall into training.
+Each trial trains both stages, small networks on a synthetic zoo, is killed (SIGKILL) after a random delay and started again.
+Children are forked from one process that has imported everything, so that kills fall into training.
 """
 
 from __future__ import annotations
