@@ -67,6 +67,8 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
         accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
     except ValueError as error:
         raise TrainingError(f"precision {config.precision!r} cannot be had on this machine: {error}") from error
+    if config.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 without a word
+        raise TrainingError("precision 'fp16' needs a GPU; choose 'bf16' or 'no'")
     folder.mkdir(parents=True, exist_ok=True)
     run = _Run(stage, config, folder, accelerator)
     start = run.restore()
