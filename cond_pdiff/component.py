@@ -27,9 +27,10 @@ class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define c
             HubError: a tensor is missing (diffusers would go on with random numbers), or there is one that does not belong.
         """
         report = bool(kwargs.pop("output_loading_info", False))
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(  # diffusers annotates the model alone, also where it returns a pair
             pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
         )
+        model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:
                 raise HubError(

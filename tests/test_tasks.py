@@ -254,12 +254,22 @@ def write_csv(path: Path, rows: list[tuple[object, ...]]) -> None:
 def test_import_of_a_folder_of_csv(tmp_path: Path) -> None:
     source = tmp_path / "source"
     write_csv(source / "train.csv", [("body", "mood"), ("good", "kind"), ("bad, very", "unkind"), ("", "kind"), ("fine ü", "kind")])
-    write_csv(source / "test.csv", [("body", "mood"), ("awful", "unkind"), ("what", "never seen")])
+    write_csv(source / "test.csv", [("body", "mood"), ("awful", "unkind"), ("what", "")])
     task = import_dataset(str(source), tmp_path / "films", "Is it kind?", ["body"], "mood")
     assert task == Task.load(tmp_path / "films")
     assert task.labels == ("kind", "unkind")
     assert task.rows("train") == [("good", 0), ("bad, very", 1), ("fine ü", 0)]
     assert task.rows("test") == [("awful", 1)]
+
+
+@pytest.mark.usefixtures("_private_cache")
+def test_import_refuses_a_label_that_training_never_shows(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_csv(source / "train.csv", [("body", "mood"), ("good", "kind"), ("bad", "unkind")])
+    write_csv(source / "test.csv", [("body", "mood"), ("what", "strange")])
+    with pytest.raises(TaskDataError, match="the test split has the label 'strange', which the train split has not"):
+        import_dataset(str(source), tmp_path / "films", "Is it kind?", ["body"], "mood")
+    assert not (tmp_path / "films").exists()
 
 
 @pytest.mark.usefixtures("_private_cache")

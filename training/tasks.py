@@ -222,7 +222,7 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
 
     Args:
         text_columns: one column, or two for pairs.
-        label_column: a ClassLabel, integer or string column. Rows without a label (None or -1) are left out.
+        label_column: a ClassLabel, integer or string column. Rows without a label (None or -1) or without a text are left out.
     """
     from datasets import ClassLabel, load_dataset
 
@@ -245,7 +245,7 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         index = {value: number for number, value in enumerate(values)}
     splits: dict[str, list[Row]] = {}
     for split in (name for name in SPLITS if name in loaded):
-        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED]
+        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED and all(row[column] for column in text_columns)]
         unknown = [row[label_column] for row in labelled if row[label_column] not in index]
         if unknown:
             raise TaskDataError(f"{dataset}: the {split} split has the label {unknown[0]!r}, which the train split has not")
