@@ -69,6 +69,7 @@ def atomic_folder(target: Path, own_files: Collection[str], overwrite: bool = Fa
     """
     target = Path(target).absolute()
     check_output_folder(target, own_files, overwrite)
+    made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -95,6 +96,9 @@ def atomic_folder(target: Path, own_files: Collection[str], overwrite: bool = Fa
             shutil.rmtree(old.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another process may have put something there meanwhile
+            for parent in made:
+                parent.rmdir()
         raise
 
 

@@ -97,6 +97,9 @@ class ParamLayout:
         given = dict(constants or {})
         if set(given) != set(self.constants):
             raise AdapterError(f"expected the {len(self.constants)} constant tensors of the layout, {len(given)} came")
+        for key, tensor in given.items():
+            if tuple(tensor.shape) != self.shapes[key]:
+                raise AdapterError(f"constant tensor {key!r} has shape {tuple(tensor.shape)}, expected {self.shapes[key]}")
         pieces = dict(zip(self.modelled, params.split(list(self.sizes)), strict=True))
         return {key: (pieces[key].reshape(shape) if key in pieces else given[key]).clone() for key, shape in self.shapes.items()}
 

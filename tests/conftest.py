@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import pkgutil
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,19 @@ def tiny_zoo(tiny_backbone: Backbone, tasks_folder: Path, tmp_path_factory: pyte
 def tiny_generator(tiny_backbone: Backbone, tiny_zoo: Path, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generator's folder, trained on the tiny zoo. Only to be read."""
     return train(tiny_recipe(tiny_backbone), tiny_zoo, tasks_folder, tmp_path_factory.mktemp("run"))
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:
+    """Raise `KeyboardInterrupt` at the n-th call of the function `where`."""
+    owner, _, name = where.rpartition(".")
+    original: Callable[..., Any] = getattr(pkgutil.resolve_name(owner), name)
+    count = 0
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    patch.setattr(where, counting)

@@ -47,7 +47,7 @@ def test_parents_are_made_and_a_relative_target_works(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failure_inside_changes_nothing(tmp_path: Path, error: type[BaseException], existing: bool) -> None:
-    target = tmp_path / "target"
+    target = tmp_path / "one" / "two" / "target"
     if existing:
         write(target, "old")
     before = contents(tmp_path)

@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pkgutil
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import interrupt_at, tiny_recipe
 
 from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
@@ -162,22 +161,6 @@ def test_an_interrupted_job_leaves_nothing_and_is_done_again(
     assert [run.task for run in all_runs(stopped)] == ["moods"]
     collect(config, tasks_folder, stopped.folder)
     assert weights(stopped) == weights(zoo)
-
-
-def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:
-    """Raise `KeyboardInterrupt` at the n-th call of the function `where`."""
-    owner, _, name = where.rpartition(".")
-    original: Callable[..., Any] = getattr(pkgutil.resolve_name(owner), name)
-    count = 0
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == calls:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    patch.setattr(where, counting)
 
 
 def test_shards_cover_all_jobs_and_give_the_same_adapters(zoo: Zoo, config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_validate_names_what_is_wrong(change: dict[str, torch.Tensor | None], me
         (torch.zeros(6), None, r"1 constant tensors of the layout, 0 came"),
         (torch.zeros(6), {"b": torch.zeros(4), "c": torch.zeros(1)}, r"1 constant tensors of the layout, 2 came"),
         (torch.zeros(6), {"c": torch.zeros(4)}, r"constant tensors"),
+        (torch.zeros(6), {"b": torch.zeros(3)}, r"constant tensor 'b' has shape \(3,\), expected \(4,\)"),
     ],
 )
 def test_unflatten_refuses_what_does_not_fit(params: torch.Tensor, constants: dict[str, torch.Tensor] | None, message: str) -> None:

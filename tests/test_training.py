@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import HIDDEN, TINY_RECIPE, tiny_recipe
+from conftest import HIDDEN, TINY_RECIPE, interrupt_at, tiny_recipe
 from safetensors.torch import load_file, save_file
 
 from cond_pdiff import AdapterTemplate, CondPDiffPipeline, LoraAdapter, LoraSpec, ParamUNet1D
@@ -103,27 +103,12 @@ def test_a_finished_run_is_not_trained_again(
     finished: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = bits(finished)
-    interrupt_at(monkeypatch, torch.optim.AdamW, "step", 1)
+    interrupt_at(monkeypatch, "torch.optim.AdamW.step", 1)
     assert train(recipe, tiny_zoo, tasks_folder, finished) == finished / "generator"
     assert bits(finished) == before
 
 
 # --- going on after an interruption ------------------------------------------------------------------------------------------
-
-
-def interrupt_at(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int) -> None:
-    """Raise `KeyboardInterrupt` at the n-th call of `owner.name`."""
-    original: Callable[..., Any] = getattr(owner, name)
-    count = 0
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == calls:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    patch.setattr(owner, name, counting)
 
 
 @pytest.mark.parametrize(
@@ -139,19 +124,15 @@ def interrupt_at(patch: pytest.MonkeyPatch, owner: Any, name: str, calls: int) -
 def test_an_interrupted_run_ends_in_the_same_bits(
     tiny_generator: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, name: str, calls: int
 ) -> None:
-    import cond_pdiff.training.checkpoint
-    import cond_pdiff.training.loop
-    import cond_pdiff.training.train
-
-    owners = {
-        "step": torch.optim.AdamW,
-        "log": cond_pdiff.training.loop._Run,
-        "save_checkpoint": cond_pdiff.training.loop,
-        "rmtree": cond_pdiff.training.checkpoint.shutil,
-        "save_generator": cond_pdiff.training.train,
+    places = {
+        "step": "torch.optim.AdamW.step",
+        "log": "cond_pdiff.training.loop._Run.log",
+        "save_checkpoint": "cond_pdiff.training.loop.save_checkpoint",
+        "rmtree": "cond_pdiff.training.checkpoint.shutil.rmtree",
+        "save_generator": "cond_pdiff.training.train.save_generator",
     }
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, owners[name], name, calls)
+        interrupt_at(patch, places[name], calls)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, tiny_zoo, tasks_folder, tmp_path / "run")
     train(recipe, tiny_zoo, tasks_folder, tmp_path / "run")
@@ -351,7 +332,7 @@ def test_every_precision_trains_and_resumes_with_any_other_before_it(data: ZooPa
     config = tiny_config(precision=precision, steps=4, batch_size=4, checkpoint_every=2, log_every=1)
     for name, calls in (("whole", 99), ("resumed", 4)):
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_at(patch, torch.optim.AdamW, "step", calls)
+            interrupt_at(patch, "torch.optim.AdamW.step", calls)
             stage = AutoencoderStage(data, config)
             if name == "resumed":
                 with pytest.raises(KeyboardInterrupt):
