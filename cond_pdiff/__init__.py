@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from cond_pdiff.adapter import LoraAdapter, LoraSpec
     from cond_pdiff.classifier import PrototypeClassifier
-    from cond_pdiff.conditioning import TaskPrompt
+    from cond_pdiff.conditioning import StyleImage, TaskPrompt
     from cond_pdiff.errors import CondPDiffError
     from cond_pdiff.layout import ParamLayout
     from cond_pdiff.models.adapter_template import AdapterTemplate
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cond_pdiff.models.condition_index import ConditionIndex
     from cond_pdiff.models.param_autoencoder import ParamAutoencoder
     from cond_pdiff.models.param_unet_1d import ParamUNet1D
+    from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
     from cond_pdiff.normalization import ParamNormalizer
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 # ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
 _WHERE = {
     "AdapterTemplate": "cond_pdiff.models.adapter_template",
+    "BackboneStyleConditionEncoder": "cond_pdiff.models.style_encoders",
     "ClipConditionEncoder": "cond_pdiff.models.condition_encoders",
     "CondPDiffError": "cond_pdiff.errors",
     "CondPDiffPipeline": "cond_pdiff.pipelines.pipeline_cond_pdiff",
@@ -42,11 +44,14 @@ _WHERE = {
     "ParamUNet1D": "cond_pdiff.models.param_unet_1d",
     "PrototypeClassifier": "cond_pdiff.classifier",
     "SentenceConditionEncoder": "cond_pdiff.models.condition_encoders",
+    "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
+    "StyleImage": "cond_pdiff.conditioning",
     "TaskPrompt": "cond_pdiff.conditioning",
 }
 
 __all__ = [
     "AdapterTemplate",
+    "BackboneStyleConditionEncoder",
     "ClipConditionEncoder",
     "CondPDiffError",
     "CondPDiffPipeline",
@@ -61,6 +66,8 @@ __all__ = [
     "ParamUNet1D",
     "PrototypeClassifier",
     "SentenceConditionEncoder",
+    "StyleCnnConditionEncoder",
+    "StyleImage",
     "TaskPrompt",
 ]
 

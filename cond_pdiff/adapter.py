@@ -120,6 +120,14 @@ def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
     return {name: module for name, module in sorted(found.items()) if isinstance(module, nn.Linear)}
 
 
+def adapted_module(model: Any) -> nn.Module:
+    """`model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
+    for candidate in (model, getattr(model, "transformer", None), getattr(model, "unet", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")
+
+
 class Attachment:
     """A live attachment; `detach` removes it. The base model's weights are never written to."""
 
@@ -264,9 +272,10 @@ class LoraAdapter:
 
     # --- models -------------------------------------------------------------------------------------------------
 
-    def check_base(self, model: nn.Module) -> None:
-        """Raise `AdapterError` unless `model` is the base that this adapter is for; the model is only read."""
-        linears = target_linears(model, self.spec)
+    def check_base(self, model: Any) -> None:
+        """Raise `AdapterError` unless `model` (or a diffusers pipeline's denoiser) is this adapter's base; it is only read."""
+        module = adapted_module(model)
+        linears = target_linears(module, self.spec)
         for name in sorted(set(linears) ^ set(self.modules)):
             where = "the model but not in the adapter" if name in linears else "the adapter but not in the model"
             raise AdapterError(f"module {name!r} is in {where}; is this the base {self.spec.base_model!r}?")
@@ -277,17 +286,19 @@ class LoraAdapter:
                     f"module {name!r} is {linear.out_features}×{linear.in_features}, "
                     f"but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}"
                 )
-        if self.spec.base_fingerprint is not None and base_fingerprint(model, self.spec) != self.spec.base_fingerprint:
+        if self.spec.base_fingerprint is not None and base_fingerprint(module, self.spec) != self.spec.base_fingerprint:
             raise AdapterError(
                 f"the model's weights are not those of {self.spec.base_model!r} that this adapter was made for "
                 "(fingerprints differ); load that base model unchanged, in float32 or float16"
             )
 
-    def attach(self, model: nn.Module, scale: float = 1.0, check: bool = True) -> Attachment:
+    def attach(self, model: Any, scale: float = 1.0, check: bool = True) -> Attachment:
         """Add scale · ΔW to the model's targeted linear layers, without touching their weights.
 
+        Several adapters may be attached to one model; their updates add up.
+
         Args:
-            model: the base model (for sentence-transformers: `model[0].auto_model`).
+            model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.
             scale: 0 is the base model, 1 the adapter at full strength.
             check: verify the base model first (see `check_base`); switch off only where it has just been verified.
 
@@ -298,14 +309,14 @@ class LoraAdapter:
             self.check_base(model)
         hooks = []
         for name in self.modules:
-            linear = model.get_submodule(name)
+            linear = adapted_module(model).get_submodule(name)
             weight = linear.weight
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
             hooks.append((linear, _lora_hook(lora_a, lora_b * (scale * self.spec.scale))))
         return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks])
 
     @contextlib.contextmanager
-    def attached(self, model: nn.Module, scale: float = 1.0, check: bool = True) -> Iterator[nn.Module]:
+    def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
         """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors."""
         attachment = self.attach(model, scale, check)
         try:

@@ -1,9 +1,15 @@
-"""What a person gives: task prompts, checked. Encoders turn them into condition embeddings."""
+"""What a person gives: task prompts and style images, checked. Encoders turn them into condition embeddings."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
 
 from cond_pdiff.errors import ConditionError
 
@@ -72,6 +78,10 @@ class TaskPrompt:
         object.__setattr__(self, "examples", examples)
         object.__setattr__(self, "labels", labels)
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready facts, kept with the adapters that are made from this prompt."""
+        return {"description": self.description, "examples": [list(example) for example in self.examples]}
+
     @classmethod
     def of(cls, condition: str | TaskPrompt) -> TaskPrompt:
         """A prompt from a plain string or a prompt."""
@@ -106,3 +116,134 @@ def _check_example(example: object, index: int) -> tuple[Text, str]:
     if not isinstance(example, (tuple, list)) or len(example) != 2:
         raise ConditionError(f"example {index} must be a (text, label) pair, got {example!r:.80}")
     return check_text(example[0], f"the text of example {index}"), _check_string(example[1], f"the label of example {index}")
+
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_IMAGE_BYTES = 10_000_000
+MAX_IMAGE_PIXELS = 32_000_000
+MAX_DECODED_PIXELS = {"JPEG": 10_000_000, "PNG": 10_000_000, "WEBP": 3_000_000}
+"""Where an image must be decoded whole, at most 64 MB are spent on it. (A baseline JPEG is decoded at a fraction of its size.)"""
+MIN_IMAGE_SIDE = 16
+STYLE_IMAGE_SIDE = 512
+"""Longer side of a style image as it is kept; encoders read far less."""
+
+
+@dataclass(frozen=True, eq=False)
+class StyleImage:
+    """A style image: the condition of the paper's style half (section 3.3).
+
+    Args:
+        image: any Pillow image. Kept in RGB, upright (EXIF), over white where it was transparent, its longer side at most
+            `STYLE_IMAGE_SIDE` pixels.
+
+    Raises:
+        ConditionError: not an image, too small, or not decodable.
+    """
+
+    image: Image.Image
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.image, Image.Image):
+            raise ConditionError(f"a style image must be a Pillow image, got {type(self.image).__name__}")
+        if min(self.image.size) < MIN_IMAGE_SIDE:
+            raise ConditionError(f"the image is {_size(self.image)} pixels; each side needs at least {MIN_IMAGE_SIDE}")
+        try:
+            image = _to_rgb(self.image)
+        except Exception as error:  # decoders raise a dozen kinds, from SyntaxError to struct.error
+            raise ConditionError(f"the image cannot be decoded, perhaps it is incomplete: {type(error).__name__}: {error}") from error
+        object.__setattr__(self, "image", image)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready facts, kept with the adapters that are made from this image; the picture itself is not."""
+        return {"image_size": list(self.image.size), "image_sha256": self.sha256}
+
+    @property
+    def sha256(self) -> str:
+        """Of size and pixels."""
+        return hashlib.sha256(f"{_size(self.image)} ".encode() + self.image.tobytes()).hexdigest()
+
+    @classmethod
+    def open(cls, source: str | Path | bytes) -> StyleImage:
+        """Read a PNG, JPEG or WebP file, or its bytes. Format, size and number of frames are checked before any pixel is decoded.
+
+        Raises:
+            ConditionError: no such file, more than 10 MB or 32 megapixels, animated, another format, or broken.
+        """
+        size = len(source) if isinstance(source, bytes) else _file_size(Path(source))
+        if size > MAX_IMAGE_BYTES:
+            raise ConditionError(f"the image has {size / 1e6:.1f} MB; at most {MAX_IMAGE_BYTES // 1_000_000} MB are accepted")
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        try:
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ConditionError(
+                f"the image has too many pixels; at most {MAX_IMAGE_PIXELS // 1_000_000} megapixels are accepted"
+            ) from error
+        except Exception as error:  # as above
+            raise ConditionError(f"not an image that can be read; expected one of {', '.join(IMAGE_FORMATS)}") from error
+        with image:
+            _check_header(image)
+            image.draft("RGB", (STYLE_IMAGE_SIDE, STYLE_IMAGE_SIDE))  # a JPEG is decoded at a fraction of its size
+            return cls(image)
+
+    @classmethod
+    def of(cls, condition: object) -> StyleImage:
+        """A style image from itself, a Pillow image, a path, or a file's bytes."""
+        if isinstance(condition, cls):
+            return condition
+        if isinstance(condition, Image.Image):
+            return cls(condition)
+        if isinstance(condition, (str, Path, bytes)):
+            return cls.open(condition)
+        raise ConditionError(f"a condition is a style image (Pillow image, path or bytes), got {type(condition).__name__}")
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}×{image.height}"
+
+
+def _file_size(path: Path) -> int:
+    if not path.is_file():
+        raise ConditionError(f"there is no image file {str(path)!r:.200}")
+    return path.stat().st_size
+
+
+def _check_header(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_IMAGE_PIXELS:
+        raise ConditionError(
+            f"the image has {pixels / 1e6:.1f} megapixels ({_size(image)}); at most {MAX_IMAGE_PIXELS // 1_000_000} are accepted"
+        )
+    whole = image.format != "JPEG" or bool(image.info.get("progressive"))
+    most = MAX_DECODED_PIXELS[str(image.format)] // 1_000_000
+    if whole and pixels > most * 1_000_000:
+        kind = "a progressive JPEG" if image.format == "JPEG" else f"a {image.format}"
+        raise ConditionError(
+            f"the image has {pixels / 1e6:.1f} megapixels; {kind} may have {most}: make it smaller, or save it as an ordinary JPEG"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        raise ConditionError(f"the image is animated ({getattr(image, 'n_frames', 1)} frames); give a single picture")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A small upright RGB copy of `image`, made strip by strip: converting it as a whole would need several times its memory."""
+    factor = max(1, max(image.size) // (2 * STYLE_IMAGE_SIDE))
+    rows = 64 * factor
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        small.paste(_opaque(strip).reduce(factor), (0, top // factor))
+    ratio = min(1.0, STYLE_IMAGE_SIDE / max(small.size))
+    small = small.resize((max(1, round(small.width * ratio)), max(1, round(small.height * ratio))))
+    small.info = image.info  # the orientation stands there
+    return ImageOps.exif_transpose(small)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """`image` in RGB, over white."""
+    if image.mode.startswith("I;16"):  # Pillow would cut, not scale
+        return image.convert("I").point(lambda value: value / 257).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

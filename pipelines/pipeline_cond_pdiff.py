@@ -17,7 +17,7 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import find_generator
 from cond_pdiff.models.adapter_template import AdapterTemplate
@@ -26,11 +26,13 @@ from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
 from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport
 
 MAX_ADAPTERS = 1000
 COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
+ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
 
@@ -41,7 +43,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         autoencoder: decodes latents to normalised params.
         unet: denoises latents.
         scheduler: any diffusers scheduler; a few-step solver by default.
-        condition_encoder: turns a task prompt into a condition embedding.
+        condition_encoder: turns a task prompt or a style image into a condition embedding.
         normalizer: normalised params ↔ params.
         template: layout, LoRA settings, base model and constant tensors.
         condition_index: the trained tasks.
@@ -53,7 +55,7 @@ class CondPDiffPipeline(DiffusionPipeline):
     autoencoder: ParamAutoencoder
     unet: ParamUNet1D
     scheduler: Any
-    condition_encoder: SentenceConditionEncoder | ClipConditionEncoder
+    condition_encoder: ConditionEncoder
     normalizer: ParamNormalizer
     template: AdapterTemplate
     condition_index: ConditionIndex
@@ -63,7 +65,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         autoencoder: ParamAutoencoder,
         unet: ParamUNet1D,
         scheduler: Any,
-        condition_encoder: SentenceConditionEncoder | ClipConditionEncoder,
+        condition_encoder: ConditionEncoder,
         normalizer: ParamNormalizer,
         template: AdapterTemplate,
         condition_index: ConditionIndex,
@@ -130,7 +132,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to stop denoising."""
         return self._interrupt
 
-    def encode_condition(self, condition: str | TaskPrompt, num_adapters: int) -> tuple[torch.Tensor, ConditionReport]:
+    def encode_condition(self, condition: Any, num_adapters: int) -> tuple[torch.Tensor, ConditionReport | StyleReport]:
         """The condition embedding, repeated to shape `(num_adapters, condition_dim)`, and the encoder's report."""
         embeddings, reports = self.condition_encoder.encode([condition])
         return embeddings.to(self._execution_device, self.unet.dtype).expand(num_adapters, -1), reports[0]
@@ -159,7 +161,7 @@ class CondPDiffPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        condition: str | TaskPrompt,
+        condition: Any,
         num_adapters: int = 1,
         num_inference_steps: int = 10,
         guidance_scale: float = 1.5,
@@ -173,7 +175,8 @@ class CondPDiffPipeline(DiffusionPipeline):
         """Generate adapters for one condition.
 
         Args:
-            condition: a `TaskPrompt`, or a plain task description.
+            condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
+                a Pillow image, or the path or bytes of an image file.
             num_adapters: how many candidates. With two or more and examples in the prompt, the one that does best on the
                 examples is chosen (the paper generates 20 and chooses on training data).
             num_inference_steps: denoising steps.
@@ -194,12 +197,12 @@ class CondPDiffPipeline(DiffusionPipeline):
             ConditionError: the condition cannot be used.
             CondPDiffError: another argument is out of its range.
         """
-        prompt = self._check_inputs(
+        checked = self._check_inputs(
             condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
 
-        condition_embeddings, condition_report = self.encode_condition(prompt, num_adapters)
+        condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
         latents = self.prepare_latents(num_adapters, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         step_options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -229,7 +232,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             "scheduler": type(self.scheduler).__name__,
         }
         made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(_seeds(generator, num_adapters))]
-        output = self._to_output(prompt, params, made, latents, condition_embeddings[0], condition_report)
+        output = self._to_output(checked, params, made, latents, condition_embeddings[0], condition_report)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
@@ -244,34 +247,38 @@ class CondPDiffPipeline(DiffusionPipeline):
 
     def _to_output(
         self,
-        prompt: TaskPrompt,
+        condition: TaskPrompt | StyleImage,
         params: torch.Tensor,
         made: Sequence[dict[str, Any]],
         latents: torch.Tensor,
-        condition: torch.Tensor,
-        condition_report: ConditionReport,
+        embedding: torch.Tensor,
+        condition_report: ConditionReport | StyleReport,
     ) -> CondPDiffPipelineOutput:
-        nearest = tuple(self.condition_index.nearest(condition.to(self.condition_index.device, torch.float32)))
+        nearest = tuple(self.condition_index.nearest(embedding.to(self.condition_index.device, torch.float32)))
         inside = bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
-        labels, labels_from = tuple(prompt.labels), "prompt"
-        if not labels:
-            labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
-            labels_from = "nearest trained task" if labels else "nowhere"
         metadata = {
-            "labels": list(labels),
-            "condition": {"description": prompt.description, "examples": [list(example) for example in prompt.examples]},
+            "condition": condition.to_json(),
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
             "in_distribution": inside,
         }
+        labels, labels_from = (), "nowhere"
+        if isinstance(condition, TaskPrompt):
+            labels, labels_from = tuple(condition.labels), "prompt"
+            if not labels:
+                labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
+                labels_from = "nearest trained task" if labels else "nowhere"
+            metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
-        scores = self._score(adapters, prompt) if len(adapters) > 1 and prompt.examples else None
+        scores = None
+        if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
+            scores = self._score(adapters, condition)
         chosen = min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss)) if scores else 0
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, tuple(scores) if scores else None)
         return CondPDiffPipelineOutput(adapters, chosen, report, latents)
 
     def base_model(self) -> SentenceBackbone:
-        """The frozen base model that the adapters are for; loaded on first use. Never attach to it for longer than a call."""
+        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call."""
         if self._base is None:
             self._base = SentenceBackbone.load(self.template.base)
         self._base.model.to(self._execution_device)
@@ -291,14 +298,14 @@ class CondPDiffPipeline(DiffusionPipeline):
 
     def _check_inputs(
         self,
-        condition: str | TaskPrompt,
+        condition: Any,
         num_adapters: int,
         num_inference_steps: int,
         guidance_scale: float,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
         callback_tensors: Sequence[str],
-    ) -> TaskPrompt:
+    ) -> TaskPrompt | StyleImage:
         for name, value, most in (("num_adapters", num_adapters, MAX_ADAPTERS), ("num_inference_steps", num_inference_steps, 1000)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
@@ -316,7 +323,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
-        return TaskPrompt.of(condition)
+        return self.condition_encoder.condition_type.of(condition)
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.models.condition_index import Neighbour
+from cond_pdiff.models.style_encoders import StyleReport
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GenerationReport:
         in_distribution: is the request like what the generator was trained on?
         threshold: the similarity from which a request counts as in-distribution.
         condition: what the condition encoder read.
-        labels: label names kept with the adapter.
+        labels: label names kept with the adapter; none for a style.
         labels_from: "prompt", "nearest trained task" (a prompt without labels that is in-distribution), or "nowhere".
         scores: of the candidates on the prompt's examples; None where there were none, or only one candidate.
     """
@@ -39,7 +40,7 @@ class GenerationReport:
     nearest: tuple[Neighbour, ...]
     in_distribution: bool
     threshold: float
-    condition: ConditionReport
+    condition: ConditionReport | StyleReport
     labels: tuple[str, ...]
     labels_from: str
     scores: tuple[CandidateScore, ...] | None

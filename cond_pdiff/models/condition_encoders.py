@@ -58,6 +58,7 @@ class SentenceConditionEncoder(Component):
 
     __module__ = "cond_pdiff"
 
+    condition_type = TaskPrompt
     center: torch.Tensor
 
     @register_to_config
@@ -132,6 +133,7 @@ class ClipConditionEncoder(Component):
 
     __module__ = "cond_pdiff"
 
+    condition_type = TaskPrompt
     anchor: torch.Tensor
 
     @register_to_config

@@ -1,0 +1,176 @@
+"""Condition encoders for style images: the paper's small CNN, trained with the U-Net, or a frozen ImageNet backbone.
+
+Both see the whole picture, at its own aspect ratio, and average over places: a style is everywhere in it, so crops and
+resizes of a picture give nearly the same embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import nn
+from transformers import AutoBackbone
+
+from cond_pdiff.component import Component
+from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.hub import Backbone, find_backbone
+
+MAX_ASPECT = 3
+"""Of a picture that is longer than this, the middle is read."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class StyleReport:
+    """What an encoder read of a style image.
+
+    Args:
+        width: of the picture as it was read, in pixels.
+        height: the same.
+    """
+
+    width: int
+    height: int
+
+    def to_json(self) -> dict[str, int]:
+        """A JSON-ready description."""
+        return asdict(self)
+
+
+def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
+    """The picture with its shorter side at `side` pixels, shape `(3, height, width)`, from 0 to 1."""
+    width, height = style.image.size
+    crop_width, crop_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    ratio = side / min(crop_width, crop_height)
+    size = (max(side, round(crop_width * ratio)), max(side, round(crop_height * ratio)))
+    box = (left, top, left + crop_width, top + crop_height)
+    pixels = np.asarray(style.image.resize(size, Image.Resampling.BOX if ratio < 1 else Image.Resampling.BICUBIC, box))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+class StyleCnnConditionEncoder(Component):
+    """The paper's style encoder: two strided convolutions, a mean over all places, a linear layer; trained with the U-Net.
+
+    Args:
+        channels: of the two convolutions.
+        condition_dim: length of a condition embedding.
+        image_side: shorter side of the picture as it is read, in pixels.
+    """
+
+    __module__ = "cond_pdiff"
+
+    condition_type = StyleImage
+
+    @register_to_config
+    def __init__(self, channels: Sequence[int] = (64, 256), condition_dim: int = 256, image_side: int = 128) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, channels[0], 7, stride=4, padding=3),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(channels[0], channels[1], 5, stride=2, padding=2),
+            nn.LeakyReLU(0.2),
+        )
+        self.project = nn.Linear(channels[1], condition_dim)
+
+    @property
+    def condition_dim(self) -> int:
+        """The length of a condition embedding."""
+        return int(self.config.condition_dim)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels from 0 to 1, shape `(batch, 3, height, width)` → unit-length embeddings, shape `(batch, condition_dim)`."""
+        features = self.convolutions(2 * pixels - 1).mean((2, 3))
+        return nn.functional.normalize(self.project(features), dim=1)
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
+        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+
+        Raises:
+            ConditionError: not a style image.
+        """
+        pictures = [style_pixels(StyleImage.of(condition), self.config.image_side) for condition in conditions]
+        rows = [self(picture[None].to(self.device, self.dtype)) for picture in pictures]
+        return torch.cat(rows), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
+
+
+class BackboneStyleConditionEncoder(Component):
+    """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
+
+    The embedding is one unit vector a stage, each with the training pictures' mean taken away.
+
+    Args:
+        backbone: reference of a transformers backbone (ResNet-18 by default) with `config.json` and `model.safetensors`.
+        stages: which of its stages are read, from 1.
+        channels: of those stages' feature maps.
+        image_side: shorter side of the picture as it is read, in pixels.
+    """
+
+    __module__ = "cond_pdiff"
+
+    condition_type = StyleImage
+    center: torch.Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: Mapping[str, Any] = Backbone("microsoft/resnet-18").to_json(),
+        stages: Sequence[int] = (1, 2, 3),
+        channels: Sequence[int] = (64, 128, 256),
+        image_side: int = 224,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(2 * sum(channels)))
+        # Kept out of the module tree: a frozen backbone is neither saved nor counted, and is loaded on first use.
+        self._loaded: list[Any] = []
+
+    @property
+    def condition_dim(self) -> int:
+        """The length of a condition embedding."""
+        return 2 * sum(self.config.channels)
+
+    @property
+    def backbone(self) -> Any:
+        """The frozen backbone, on this module's device."""
+        if not self._loaded:
+            folder = find_backbone(Backbone.from_json(self.config.backbone))
+            self._loaded.append(
+                AutoBackbone.from_pretrained(str(folder), out_indices=list(self.config.stages)).requires_grad_(False).eval()
+            )
+        return self._loaded[0].to(self.center.device)
+
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
+        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+
+        Raises:
+            ConditionError: not a style image.
+        """
+        pictures = [style_pixels(StyleImage.of(condition), self.config.image_side) for condition in conditions]
+        centered = self._statistics(pictures) - self.center.float()
+        sizes = [2 * count for count in self.config.channels]
+        parts = [nn.functional.normalize(part, dim=1) for part in centered.split(sizes, dim=1)]
+        return torch.cat(parts, 1).to(self.center.dtype), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
+
+    @torch.no_grad()
+    def fit_center(self, conditions: Sequence[Any]) -> None:
+        """Measure the mean statistics over training pictures."""
+        self.center.copy_(
+            self._statistics([style_pixels(StyleImage.of(condition), self.config.image_side) for condition in conditions]).mean(0)
+        )
+
+    @torch.no_grad()
+    def _statistics(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Unit-length (means, standard deviations) of each stage side by side, shape `(len(pictures), condition_dim)`."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        rows = []
+        for picture in pictures:
+            maps = self.backbone(((picture - mean) / std)[None].to(self.center.device)).feature_maps
+            rows.append(torch.cat([nn.functional.normalize(torch.cat([m.mean((2, 3)), m.std((2, 3))], 1), dim=1) for m in maps], 1))
+        return torch.cat(rows).float()
