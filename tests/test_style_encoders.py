@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ResNetBackbone, ResNetConfig
+from transformers import ResNetConfig, ResNetModel
 
 from cond_pdiff import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
 from cond_pdiff.conditioning import StyleImage
@@ -32,7 +32,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("resnet")
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], layer_type="basic")
-    ResNetBackbone(config).save_pretrained(folder)
+    ResNetModel(config).save_pretrained(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from torch import nn
-from transformers import AutoBackbone
+from transformers import AutoModel
 
 from cond_pdiff.component import Component
 from cond_pdiff.conditioning import StyleImage
@@ -107,7 +107,7 @@ class BackboneStyleConditionEncoder(Component):
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
 
     Args:
-        backbone: reference of a transformers backbone (ResNet-18 by default) with `config.json` and `model.safetensors`.
+        backbone: reference of a convolutional transformers model (ResNet, ConvNext) with `config.json` and `model.safetensors`.
         stages: which of its stages are read, from 1.
         channels: of those stages' feature maps.
         image_side: shorter side of the picture as it is read, in pixels.
@@ -141,9 +141,7 @@ class BackboneStyleConditionEncoder(Component):
         """The frozen backbone, on this module's device."""
         if not self._loaded:
             folder = find_backbone(Backbone.from_json(self.config.backbone))
-            self._loaded.append(
-                AutoBackbone.from_pretrained(str(folder), out_indices=list(self.config.stages)).requires_grad_(False).eval()
-            )
+            self._loaded.append(AutoModel.from_pretrained(folder).requires_grad_(False).eval())
         return self._loaded[0].to(self.center.device)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
@@ -171,6 +169,7 @@ class BackboneStyleConditionEncoder(Component):
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         rows = []
         for picture in pictures:
-            maps = self.backbone(((picture - mean) / std)[None].to(self.center.device)).feature_maps
+            hidden = self.backbone(((picture - mean) / std)[None].to(self.center.device), output_hidden_states=True).hidden_states
+            maps = [hidden[stage] for stage in self.config.stages]
             rows.append(torch.cat([nn.functional.normalize(torch.cat([m.mean((2, 3)), m.std((2, 3))], 1), dim=1) for m in maps], 1))
         return torch.cat(rows).float()
