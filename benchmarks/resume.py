@@ -67,7 +67,7 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
         sections[name] = {**recipe[name], "model": SMALL[name], "fit": short}
     autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, {**sections["unet"], "prompts_per_task": 2}, "unet"))
+    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, {**sections["unet"], "variants_per_task": 2}, "unet"))
     fit(unet, unet.config.fit, folder / "unet")
 
 

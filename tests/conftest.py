@@ -126,7 +126,7 @@ TINY_RECIPE = {
     "unet": {
         "model": {"block_out_channels": [8, 8, 4], "embedding_dim": 32},
         "fit": {**TINY_FIT, "steps": 60, "learning_rate": 3e-3},
-        "prompts_per_task": 6,
+        "variants_per_task": 6,
     },
 }
 

@@ -24,12 +24,13 @@ from cond_pdiff.adapter import FACTORS, KEY_PREFIX
 from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
+from cond_pdiff.training.conditions import prompt_variant
 from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import _Run, fit, learning_rate, step_generator
 from cond_pdiff.training.tasks import Task, load_tasks
 from cond_pdiff.training.train import train
 from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
-from cond_pdiff.training.train_unet import UNetStage, prompt_variant
+from cond_pdiff.training.train_unet import UNetStage
 from cond_pdiff.training.zoo import Zoo
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
@@ -541,7 +542,7 @@ def test_recipes_build_their_networks_and_train(name: str, tiny_backbone: Backbo
     encoder = {"type": "ClipConditionEncoder", "backbone": None}
     if recipe["unet"].get("condition_encoder", {"type": ""})["type"] != encoder["type"]:
         encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
-    section = {**recipe["unet"], "condition_encoder": encoder, "prompts_per_task": 2}
+    section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
     unet = UNetStage(autoencoder, load_tasks(tasks_folder, ["moods", "animals"]), parse(UNetConfig, section, "unet"))
     channels, length = latent_shape
     statistics = {"minilm-text-tasks": 2, "paper-language-half": 1}.get(name, 0)

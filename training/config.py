@@ -85,7 +85,7 @@ class UNetConfig:
     beta_schedule: str = "linear"
     condition_dropout: float = 0.1  # share of samples trained without a condition, for classifier-free guidance
     condition_noise: float = 0.02   # standard deviation added to condition embeddings
-    prompts_per_task: int = 48      # variants of each task's prompt: examples, label names, words left out
+    variants_per_task: int = 48     # of each task's condition: prompts with other examples, crops of style pictures
     latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
 
 

@@ -57,7 +57,7 @@ class Task:
     def load(cls, folder: str | Path) -> Task:
         """Read and check a task folder's `meta.json`; `TaskDataError` says what is wrong."""
         folder = Path(folder)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         task_type = meta.get("task_type", "single-classification")
         if task_type not in CLASSIFICATION_TYPES:
             raise TaskDataError(f"{folder}: task_type is {task_type!r}; only {' and '.join(CLASSIFICATION_TYPES)} can be trained")
@@ -162,7 +162,7 @@ def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[T
         raise TaskDataError(f"{folder} is not a folder of tasks")
     if names is None:
         folders = [path.parent for path in sorted(folder.glob("*/meta.json"))]
-        folders = [path for path in folders if _read_meta(path).get("task_type", "single-classification") in CLASSIFICATION_TYPES]
+        folders = [path for path in folders if read_meta(path).get("task_type", "single-classification") in CLASSIFICATION_TYPES]
         if not folders:
             raise TaskDataError(f"no classification tasks below {folder}")
     else:
@@ -174,7 +174,8 @@ def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[T
     return tasks
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta.json` of a task folder; `TaskDataError` if it is missing or no JSON object."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

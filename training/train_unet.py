@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,39 +11,40 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import nn
 
-from cond_pdiff.conditioning import TaskPrompt
-from cond_pdiff.errors import TrainingError
-from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
+from cond_pdiff.models.style_encoders import StyleCnnConditionEncoder
 from cond_pdiff.normalization import join_statistics
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
+from cond_pdiff.training.styles import Style
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage
 
-CONDITION_ENCODERS = {"SentenceConditionEncoder": SentenceConditionEncoder, "ClipConditionEncoder": ClipConditionEncoder}
-EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
-WORD_DROPOUT = 0.15
 
+class Denoiser(nn.Module):
+    """The U-Net behind its condition encoder, where that one is trained with it."""
 
-def prompt_variant(task: Task, index: int) -> TaskPrompt:
-    """The index-th way to ask for a task: the full prompt, then with other examples, fewer parts, and words left out.
+    def __init__(self, unet: ParamUNet1D, encoder: StyleCnnConditionEncoder | None) -> None:
+        super().__init__()
+        self.unet, self.encoder = unet, encoder
 
-    People word a task in their own way and give what they have; a generator that has only seen one wording takes everything
-    else for another task.
-    """
-    if index == 0:
-        return task.prompt("variant/0", EXAMPLE_COUNTS[-1])
-    rng = random.Random(f"{task.name}/variant/{index}")
-    prompt = task.prompt(f"variant/{index}", rng.choice(EXAMPLE_COUNTS))
-    words = prompt.description.split()
-    kept = [word for word in words if rng.random() >= WORD_DROPOUT] or words
-    description = " ".join(words if index % 3 == 0 else kept)
-    if not prompt.examples and rng.random() < 0.5:
-        return TaskPrompt(description)
-    return TaskPrompt(description, prompt.examples, prompt.labels)
+    def forward(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor, disturbance: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """Predict what the scheduler asks for, shape of `noisy`.
+
+        Args:
+            condition: embeddings, or the trained encoder's inputs (uint8).
+            disturbance: added to the embeddings, shape `(batch, condition_dim)`.
+            keep: False where a sample is trained without its condition, shape `(batch, 1)`.
+        """
+        if self.encoder is not None:
+            condition = self.encoder(condition.to(noisy.dtype) / 255)
+        sample: torch.Tensor = self.unet(noisy, timesteps, (condition + disturbance) * keep).sample
+        return sample
 
 
 class UNetStage:
@@ -52,18 +52,18 @@ class UNetStage:
 
     name = "unet"
 
-    def __init__(self, autoencoder: AutoencoderStage, tasks: Sequence[Task], config: UNetConfig) -> None:
-        self.autoencoder, self.tasks, self.config = autoencoder, list(tasks), config
+    def __init__(self, autoencoder: AutoencoderStage, tasks: Sequence[Task] | Sequence[Style], config: UNetConfig) -> None:
+        self.autoencoder, self.config = autoencoder, config
         data = autoencoder.data
         autoencoder.module.fit_scaling_factor(autoencoder.values)
         with torch.no_grad():
             self.latents = join_statistics(autoencoder.module.encode(autoencoder.values), autoencoder.statistics)
-        self.encoder = _condition_encoder(config.condition_encoder)
-        self.conditions = self._encode_prompts()
-        self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(self.tasks))]
         torch.manual_seed(config.fit.seed)
-        sizes = (self.latents.shape[1], self.latents.shape[2], self.encoder.condition_dim)
-        self.module = build(ParamUNet1D, "unet, model", *sizes, **config.model)
+        self.bank = ConditionBank.build(tasks, config)
+        self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(tasks))]
+        torch.manual_seed(config.fit.seed)
+        sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
+        self.module = Denoiser(build(ParamUNet1D, "unet, model", *sizes, **config.model), self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_start=config.beta_start,
@@ -74,17 +74,9 @@ class UNetStage:
         )
         self.identity: dict[str, Any] = {"config": asdict(config), "autoencoder": autoencoder.identity}
 
-    @torch.no_grad()
-    def _encode_prompts(self) -> torch.Tensor:
-        """Condition embeddings of all prompt variants, shape `(num_tasks, prompts_per_task, condition_dim)`."""
-        if isinstance(self.encoder, SentenceConditionEncoder):
-            self.encoder.fit_center([prompt_variant(task, 0) for task in self.tasks])
-        count = self.config.prompts_per_task
-        return torch.stack([self.encoder.encode([prompt_variant(task, index) for index in range(count)])[0] for task in self.tasks])
-
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of tasks, all equally likely, and of one of each task's adapters."""
-        tasks = torch.randint(len(self.tasks), (batch_size,), generator=rng)
+        tasks = torch.randint(len(self.bank.names), (batch_size,), generator=rng)
         picks = torch.rand(batch_size, generator=rng)
         adapters = torch.stack(
             [
@@ -100,16 +92,17 @@ class UNetStage:
         config, size = self.config, len(tasks)
         clean = self.latents[adapters]
         clean = clean + config.latent_jitter * torch.randn(clean.shape, generator=rng)
-        variants = torch.randint(self.conditions.shape[1], (size,), generator=rng)
-        condition = self.conditions[tasks, variants]
-        condition = condition + config.condition_noise * torch.randn(condition.shape, generator=rng)
-        condition = condition * (torch.rand(size, 1, generator=rng) >= config.condition_dropout)
+        variants = torch.randint(self.bank.inputs.shape[1], (size,), generator=rng)
+        condition = self.bank.inputs[tasks, variants]
+        disturbance = config.condition_noise * torch.randn(size, self.bank.encoder.condition_dim, generator=rng)
+        keep = torch.rand(size, 1, generator=rng) >= config.condition_dropout
         noise = torch.randn(clean.shape, generator=rng)
         timesteps = torch.randint(config.num_train_timesteps, (size,), generator=rng)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         target = diffusion_target(self.scheduler, clean, noise, timesteps)
         device = next(module.parameters()).device
-        predicted = module(noisy.to(device), timesteps.to(device), condition.to(device)).sample
+        inputs = (noisy, timesteps, condition, disturbance, keep)
+        predicted = module(*(tensor.to(device) for tensor in inputs))
         return denoising_loss(target.to(device), predicted)
 
     def describe(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
@@ -118,23 +111,14 @@ class UNetStage:
 
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
-        facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in self.tasks}
-        index = ConditionIndex(facts, self.encoder.condition_dim)
-        index.fit(self.conditions)
+        index = ConditionIndex(self.bank.facts, self.bank.encoder.condition_dim)
+        index.fit(self.bank.embeddings())
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,
-            unet=self.module,
+            unet=self.module.unet,
             scheduler=DPMSolverMultistepScheduler.from_config(self.scheduler.config, algorithm_type="dpmsolver++", solver_order=2),
-            condition_encoder=self.encoder,
+            condition_encoder=self.bank.encoder,
             normalizer=self.autoencoder.normalizer,
             template=self.autoencoder.data.template,
             condition_index=index,
         )
-
-
-def _condition_encoder(settings: dict[str, Any]) -> SentenceConditionEncoder | ClipConditionEncoder:
-    arguments = dict(settings)
-    name = arguments.pop("type", None)
-    if name not in CONDITION_ENCODERS:
-        raise TrainingError(f"condition_encoder's type must be one of {sorted(CONDITION_ENCODERS)}, got {name!r}")
-    return build(CONDITION_ENCODERS[name], "unet, condition_encoder", **arguments)

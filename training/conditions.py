@@ -1,0 +1,123 @@
+"""ConditionBank: many ways to ask for each task of a zoo, as the U-Net is trained on them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cond_pdiff.conditioning import StyleImage, TaskPrompt
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
+from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
+from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
+from cond_pdiff.training.config import UNetConfig, build
+from cond_pdiff.training.styles import Style
+from cond_pdiff.training.tasks import Task
+
+CONDITION_ENCODERS = {
+    encoder.__name__: encoder
+    for encoder in (SentenceConditionEncoder, ClipConditionEncoder, StyleCnnConditionEncoder, BackboneStyleConditionEncoder)
+}
+EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
+WORD_DROPOUT = 0.15
+SMALLEST_CROP = 0.4
+"""Of a style picture's sides."""
+
+
+@dataclass(frozen=True)
+class ConditionBank:
+    """Variants of every task's condition, ready for the network.
+
+    Args:
+        encoder: the condition encoder.
+        names: the tasks.
+        facts: of each task, for the generator's index.
+        inputs: embeddings, shape `(num_tasks, variants, condition_dim)`; for an encoder that is trained with the U-Net its
+            inputs, shape `(num_tasks, variants, 3, side, side)`, uint8.
+    """
+
+    encoder: ConditionEncoder
+    names: list[str]
+    facts: dict[str, dict[str, Any]]
+    inputs: torch.Tensor
+
+    @property
+    def trained_encoder(self) -> StyleCnnConditionEncoder | None:
+        """The encoder, if it is to be trained with the U-Net."""
+        return self.encoder if isinstance(self.encoder, StyleCnnConditionEncoder) else None
+
+    @torch.no_grad()
+    def embeddings(self) -> torch.Tensor:
+        """Embeddings of all variants, shape `(num_tasks, variants, condition_dim)`, by the encoder as it is now."""
+        if self.trained_encoder is None:
+            return self.inputs
+        return torch.stack([self.trained_encoder(pixels.float() / 255) for pixels in self.inputs.to(self.encoder.device)]).cpu()
+
+    @classmethod
+    def build(cls, tasks: Sequence[Task] | Sequence[Style], config: UNetConfig) -> ConditionBank:
+        """Make the variants of all tasks; `TrainingError` if the encoder does not fit the kind of task."""
+        encoder = _condition_encoder(config.condition_encoder)
+        styles = [task for task in tasks if isinstance(task, Style)]
+        texts = [task for task in tasks if isinstance(task, Task)]
+        if bool(styles) != (encoder.condition_type is StyleImage):
+            kind = "styles" if styles else "text tasks"
+            raise TrainingError(f"unet, condition_encoder: a {type(encoder).__name__} cannot read the conditions of {kind}")
+        count = config.variants_per_task
+        if styles:
+            facts = {style.name: {"group": style.group} for style in styles}
+            variants: list[Any] = [[style_variant(style, index) for index in range(count)] for style in styles]
+        else:
+            facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
+            variants = [[prompt_variant(task, index) for index in range(count)] for task in texts]
+        names = [task.name for task in tasks]
+        if isinstance(encoder, StyleCnnConditionEncoder):
+            side = encoder.config.image_side
+            pixels = [torch.stack([style_pixels(variant, side) for variant in row]) for row in variants]
+            return cls(encoder, names, facts, (torch.stack(pixels) * 255).round().to(torch.uint8))
+        if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
+            encoder.fit_center([row[0] for row in variants])
+        return cls(encoder, names, facts, torch.stack([encoder.encode(row)[0] for row in variants]))
+
+
+def prompt_variant(task: Task, index: int) -> TaskPrompt:
+    """The index-th way to ask for a task: the full prompt, then with other examples, fewer parts, and words left out.
+
+    People word a task in their own way and give what they have; a generator that has only seen one wording takes everything
+    else for another task.
+    """
+    if index == 0:
+        return task.prompt("variant/0", EXAMPLE_COUNTS[-1])
+    rng = random.Random(f"{task.name}/variant/{index}")
+    prompt = task.prompt(f"variant/{index}", rng.choice(EXAMPLE_COUNTS))
+    words = prompt.description.split()
+    kept = [word for word in words if rng.random() >= WORD_DROPOUT] or words
+    description = " ".join(words if index % 3 == 0 else kept)
+    if not prompt.examples and rng.random() < 0.5:
+        return TaskPrompt(description)
+    return TaskPrompt(description, prompt.examples, prompt.labels)
+
+
+def style_variant(style: Style, index: int) -> StyleImage:
+    """The index-th way to show a style: square crops of the style picture, and every second time of a picture made in it."""
+    rng = random.Random(f"{style.name}/variant/{index}")
+    if index % 2 == 0:
+        image = style.image.image
+    else:
+        pixels, _ = style.pictures("train")
+        image = Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
+    side = round(min(image.size) * (1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0)))
+    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    return StyleImage(image.crop((left, top, left + side, top + side)))
+
+
+def _condition_encoder(settings: dict[str, Any]) -> Any:
+    arguments = dict(settings)
+    name = arguments.pop("type", None)
+    if name not in CONDITION_ENCODERS:
+        raise TrainingError(f"condition_encoder's type must be one of {sorted(CONDITION_ENCODERS)}, got {name!r}")
+    return build(CONDITION_ENCODERS[name], "unet, condition_encoder", **arguments)

@@ -1,0 +1,106 @@
+"""Styles: a folder with a style picture, and captioned pictures in that style for fine-tuning.
+
+`<name>/meta.json`: `name`, `"task_type": "style"`, `group`, `licence`; `<name>/style.png` (or .jpg, .webp): the picture that a
+person would show; `<name>/pictures.safetensors`: uint8 tensors `train` and `test` of shape (count, height, width, 3);
+`<name>/captions.json`: as many captions under the same names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from cond_pdiff.atomic import atomic_folder, dump_json
+from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.training.tasks import read_meta
+
+STYLE_TYPE = "style"
+PICTURE_SPLITS = ("train", "test")
+STYLE_FILES = ("style.png", "style.jpg", "style.webp")
+
+
+@dataclass(frozen=True)
+class Style:
+    """A style, as a task of a zoo.
+
+    Args:
+        name: the folder's name.
+        folder: where the pictures are.
+        group: the kind of style, for reports.
+        licence: of the style picture.
+    """
+
+    name: str
+    folder: Path
+    group: str = ""
+    licence: str = ""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Style:
+        """Read and check a style folder's `meta.json`; `TaskDataError` says what is wrong."""
+        folder = Path(folder)
+        meta = read_meta(folder)
+        if meta.get("task_type") != STYLE_TYPE or meta.get("name") != folder.name:
+            raise TaskDataError(f"{folder / 'meta.json'}: expected task_type {STYLE_TYPE!r} and name {folder.name!r}")
+        return cls(folder.name, folder, str(meta.get("group", "")), str(meta.get("licence", "")))
+
+    @property
+    def image(self) -> StyleImage:
+        """The style picture."""
+        path = next((self.folder / name for name in STYLE_FILES if (self.folder / name).exists()), None)
+        if path is None:
+            raise TaskDataError(f"{self.folder} has no style picture; expected one of {', '.join(STYLE_FILES)}")
+        return StyleImage.open(path)
+
+    def pictures(self, split: str) -> tuple[torch.Tensor, list[str]]:
+        """Pictures in the style, uint8, shape `(count, height, width, 3)`, and their captions."""
+        path = self.folder / "pictures.safetensors"
+        try:
+            pixels = load_file(path)[split]
+            captions = json.loads((self.folder / "captions.json").read_text(encoding="utf-8"))[split]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise TaskDataError(f"the {split} pictures of {self.folder} cannot be read: {type(error).__name__}: {error}") from error
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(captions) or not captions:
+            raise TaskDataError(f"{path}: expected uint8 (count, height, width, 3) with a caption each, got {tuple(pixels.shape)}")
+        return pixels, [str(caption) for caption in captions]
+
+
+def load_styles(folder: str | Path, names: Sequence[str] | None = None) -> list[Style]:
+    """The named styles below `folder`, or all, sorted by name; `TaskDataError` if one is missing or malformed."""
+    folder = Path(folder)
+    if names is None:
+        names = sorted(path.parent.name for path in folder.glob("*/meta.json"))
+    if not names:
+        raise TaskDataError(f"no styles below {folder}")
+    return [Style.load(folder / name) for name in names]
+
+
+def write_style(folder: str | Path, image: Image.Image, pictures: Mapping[str, tuple[torch.Tensor, Sequence[str]]], **meta: Any) -> Style:
+    """Write a style folder, complete or not at all.
+
+    Args:
+        image: the style picture.
+        pictures: "train" and "test" → (uint8 pixels of shape `(count, height, width, 3)`, captions).
+        meta: further entries of `meta.json` (`group`, `licence`, …).
+    """
+    folder = Path(folder)
+    with atomic_folder(folder, ()) as aside:
+        image.save(aside / STYLE_FILES[0])
+        facts = {**meta, "name": folder.name, "task_type": STYLE_TYPE}
+        (aside / "meta.json").write_text(dump_json(facts), encoding="utf-8")
+        (aside / "captions.json").write_text(
+            dump_json({name: list(captions) for name, (_, captions) in pictures.items()}), encoding="utf-8"
+        )
+        (aside / "pictures.safetensors").write_bytes(save({name: pixels.contiguous() for name, (pixels, _) in pictures.items()}))
+        for split in PICTURE_SPLITS:
+            Style(folder.name, aside).pictures(split)
+    return Style.load(folder)
