@@ -30,7 +30,8 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, 
     target = folder / f"{PREFIX}{step:08d}"
     with atomic_folder(target, (STATE_FILE, *(f"{group}.safetensors" for group in tensors)), overwrite=True) as aside:
         for group, values in tensors.items():
-            flat = {name: value.detach().to("cpu").contiguous() for name, value in values.items()}
+            # Copies: a network may hold one tensor under two names (tied embeddings), which safetensors refuses.
+            flat = {name: value.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, value in values.items()}
             (aside / f"{group}.safetensors").write_bytes(save(flat))
         (aside / STATE_FILE).write_text(dump_json({**state, "step": step}), encoding="utf-8")
     for old in _checkpoints(folder):

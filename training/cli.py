@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
     train.set_defaults(run=_train)
 
+    base = commands.add_parser("train-base", help="train a small text-to-image base model from scratch (resumable)")
+    base.add_argument("--recipe", default="pixart-mini", help="recipe name or JSON file")
+    base.add_argument("--out", required=True, type=Path, help="run folder to create or continue")
+    base.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
+    base.set_defaults(run=_train_base)
+
     evaluate = commands.add_parser("evaluate", help="measure a generator beside its baselines (resumable)")
     evaluate.add_argument("generator", help="bundled name, folder, or Hub repository")
     evaluate.add_argument("--zoo", required=True, type=Path)
@@ -251,6 +257,13 @@ def _train(arguments: argparse.Namespace) -> None:
     from cond_pdiff.training.train import train
 
     print(f"generator  {train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)}")
+
+
+def _train_base(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.text_to_image.train import train_base
+
+    print(f"base model {train_base(read_recipe(arguments.recipe), arguments.out, arguments.tensorboard)}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("about", "collect", "autoencoder", "unet")
+SECTIONS = ("about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples")
 
 
 @dataclass(frozen=True)

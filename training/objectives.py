@@ -35,3 +35,19 @@ def diffusion_target(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, t
 def denoising_loss(target: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """Mean squared error of the denoiser (equation 8)."""
     return nn.functional.mse_loss(predicted.float(), target.float())
+
+
+def draw_noise_levels(count: int, shift: float, rng: torch.Generator) -> torch.Tensor:
+    """Noise levels from 0 (clean) to 1 (noise), shape `(count,)`: sigmoids of N(shift, 1), and for a fifth of them uniform numbers.
+
+    Middle levels are the hardest to learn; the uniform part keeps the ends, where sampling begins and stops, in view.
+    """
+    levels = torch.sigmoid(shift + torch.randn(count, generator=rng))
+    uniform = torch.rand(count, generator=rng)
+    return torch.where(torch.rand(count, generator=rng) < 0.2, uniform, levels)
+
+
+def flow_pair(clean: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The point at a noise level on the straight line from `clean` to `noise`, and the velocity along it (rectified flow)."""
+    levels = levels.view(-1, *(1,) * (clean.ndim - 1))
+    return (1 - levels) * clean + levels * noise, noise - clean

@@ -1,0 +1,81 @@
+"""Stage one of the base model: the variational autoencoder between pictures and latents."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
+
+from cond_pdiff.training.config import build
+from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig
+from cond_pdiff.training.text_to_image.pictures import effects, patterns, render_pool, to_input
+
+
+class ReconstructedPictures(nn.Module):
+    """An autoencoder as training sees it: pictures in, their reconstruction and the latents' distribution out."""
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The reconstruction from latents drawn with standard normal `noise`, and the latents' mean and log variance."""
+        posterior = self.autoencoder.encode(pictures).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar
+
+
+class ImageAutoencoderStage:
+    """See `cond_pdiff.training.loop.Stage`."""
+
+    name = "image_autoencoder"
+
+    def __init__(self, config: ImageAutoencoderConfig) -> None:
+        self.config = config
+        torch.manual_seed(config.fit.seed)
+        self.autoencoder = build(AutoencoderKL, "image_autoencoder, model", **config.model)
+        self.module = ReconstructedPictures(self.autoencoder)
+        self.identity: dict[str, Any] = {"config": asdict(config)}
+
+    @cached_property
+    def pictures(self) -> torch.Tensor:
+        """Training scenes, uint8 of shape `(num_scenes, 3, 64, 64)`, rendered when they are first needed."""
+        return render_pool(self.config.scenes, self.config.fit.seed)[1]
+
+    def draw(self, batch_size: int, rng: torch.Generator) -> torch.Tensor:
+        """Pictures, float32 from 0 to 1: scenes as they are, changed scenes, and patterns."""
+        plain = self.pictures[torch.randint(len(self.pictures), (batch_size,), generator=rng)].float() / 255
+        kinds = torch.rand(batch_size, 1, 1, 1, generator=rng)
+        config = self.config
+        other = torch.where(kinds > 1 - config.pattern_share, patterns(batch_size, plain.shape[-1], rng), plain)
+        return torch.where(kinds < config.plain_share, plain, effects(other, rng))
+
+    def loss(self, module: nn.Module, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """Absolute error of pixels and of differences between neighbours, plus the divergence of the latents from N(0, 1)."""
+        pictures = batch * 2 - 1
+        config = self.autoencoder.config
+        side = pictures.shape[-1] // 2 ** (len(config.block_out_channels) - 1)
+        noise = torch.randn(len(batch), config.latent_channels, side, side, generator=rng)
+        device = next(module.parameters()).device
+        pictures = pictures.to(device)
+        reconstructed, mean, logvar = module(pictures, noise.to(device))
+        error = (reconstructed - pictures).float()
+        pixels = error.abs().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return pixels + self.config.edge_weight * edges + self.config.kl_weight * divergence
+
+    def describe(self, batch: torch.Tensor) -> str:
+        """How many pictures there are."""
+        return f"{len(batch)} rendered pictures"
+
+    @torch.no_grad()
+    def fit_scaling_factor(self, count: int = 512) -> None:
+        """Set the autoencoder's `scaling_factor` so that latents of the first `count` scenes have unit variance."""
+        pictures = to_input(render_pool(count, self.config.fit.seed)[1])
+        mean = torch.cat([self.autoencoder.encode(part).latent_dist.mean for part in pictures.split(32)])
+        self.autoencoder.register_to_config(scaling_factor=float(f"{1 / mean.std():.6g}"))
