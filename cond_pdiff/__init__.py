@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cond_pdiff.classifier import PrototypeClassifier
     from cond_pdiff.conditioning import StyleImage, TaskPrompt
     from cond_pdiff.errors import CondPDiffError
+    from cond_pdiff.hub import bundled
     from cond_pdiff.layout import ParamLayout
     from cond_pdiff.models.adapter_template import AdapterTemplate
     from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
@@ -47,6 +48,7 @@ _WHERE = {
     "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
     "StyleImage": "cond_pdiff.conditioning",
     "TaskPrompt": "cond_pdiff.conditioning",
+    "bundled": "cond_pdiff.hub",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "StyleCnnConditionEncoder",
     "StyleImage",
     "TaskPrompt",
+    "bundled",
 ]
 
 

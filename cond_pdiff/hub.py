@@ -65,14 +65,14 @@ MINILM = Backbone(
 def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -> Path:
     """The folder with the backbone's files, its weights checked against `sha256`.
 
-    Looked for as a local folder, in an installed package that carries it, in the Hub cache, then on the Hub.
+    Looked for as a local folder, in this package, in another installed package that carries it, in the Hub cache, then on the Hub.
 
     Raises:
         HubError: not to be had, or the weights are not the expected ones.
     """
     folder = Path(backbone.repo_id)
     if not folder.is_dir():
-        folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
+        folder = _bundled_folder(backbone.repo_id) or _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
     weights = folder / weights_name
     if not weights.is_file():
         raise HubError(f"{folder} has no {weights_name}; expected the files of {backbone.repo_id}")
@@ -121,9 +121,27 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         ) from error
 
 
+def _bundled_folder(name: str) -> Path | None:
+    folder = BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
+    return folder if name.startswith(BUNDLED_NAMESPACE) and (folder / "model_index.json").is_file() else None
+
+
+def bundled(name: str) -> Path:
+    """The folder of a generator or base model that comes with this package, for loaders that take a path.
+
+    Raises:
+        HubError: there is none of this name.
+    """
+    folder = _bundled_folder(name)
+    if folder is None:
+        there = sorted(BUNDLED_NAMESPACE + path.parent.name for path in BUNDLED_FOLDER.glob("*/model_index.json"))
+        raise HubError(f"nothing of the name {name!r} is bundled; there are {there}")
+    return folder
+
+
 def bundled_generators() -> list[str]:
-    """Names of the generators that come with the package."""
-    return sorted(BUNDLED_NAMESPACE + path.parent.name for path in BUNDLED_FOLDER.glob("*/model_index.json"))
+    """Names of the generators (not of the base models) that come with the package."""
+    return sorted(BUNDLED_NAMESPACE + path.parent.parent.name for path in BUNDLED_FOLDER.glob("*/condition_index/config.json"))
 
 
 def find_generator(name: str | Path, **options: Any) -> Path:
@@ -137,7 +155,7 @@ def find_generator(name: str | Path, **options: Any) -> Path:
         return folder
     name = str(name)
     if name in bundled_generators():
-        return BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
+        return bundled(name)
     if name.startswith(BUNDLED_NAMESPACE):
         raise HubError(f"no bundled generator is called {name!r}; there are {bundled_generators()}")
     return fetch(name, **options)

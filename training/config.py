@@ -22,6 +22,7 @@ class CollectConfig:
 
     tasks: tuple[str, ...]                          # tasks that the generator is trained on
     unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
+    kind: str = "text"                              # of tasks: "text" or "style"
     base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
     rank: int = 4                                   # r of ΔW = alpha / r · B · A
     alpha: float = 16.0
@@ -29,18 +30,21 @@ class CollectConfig:
     train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
     runs: int = 3                                   # runs a task, differing in data subset, order and learning rate
     steps: int = 100                                # optimiser steps a run
-    batch_size: int = 16                            # texts a step
-    max_length: int = 48                            # tokens a text
+    batch_size: int = 16                            # texts or pictures a step
+    max_length: int = 48                            # tokens a text or caption
+    max_pictures: int = 256                         # training pictures of a style
     learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
     warmup: float = 0.1                             # share of the steps
     subset: float = 0.8                             # share of the training rows that a run sees
     multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
-    metric_rows: int = 200                          # rows of the reported split for the manifest's accuracy
+    metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.learning_rates:
             raise TrainingError("collect: name at least one task and one learning rate")
+        if self.kind not in ("text", "style"):
+            raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.styles import load_styles
 from cond_pdiff.training.tasks import load_tasks
 from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
 from cond_pdiff.training.train_unet import UNetStage
@@ -36,7 +37,8 @@ def train(
     zoo = Zoo(zoo_folder)
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
-    tasks = load_tasks(tasks_folder, zoo.task_names)
+    load = load_styles if zoo.facts["collect"]["kind"] == "style" else load_tasks
+    tasks = load(tasks_folder, zoo.task_names)
 
     autoencoder = AutoencoderStage(ZooParams.load(zoo), autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)

@@ -1,0 +1,66 @@
+"""The frozen text-to-image base of style adapters: loading it, and making pictures with and without adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from PIL import Image
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.errors import ConditionError, HubError
+from cond_pdiff.hub import Backbone, find_backbone
+
+TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+PIXART_MINI = Backbone("cond-pdiff/pixart-mini")
+
+
+def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
+    """A PixArt pipeline in float32, from safetensors only; the transformer's weights are checked against `base.sha256`.
+
+    Raises:
+        HubError: not to be had, incomplete, or not the expected weights.
+    """
+    folder = find_backbone(base, TRANSFORMER_WEIGHTS)
+    try:
+        pipe = PixArtAlphaPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def make_pictures(
+    pipe: PixArtAlphaPipeline,
+    prompts: Sequence[str],
+    adapters: Sequence[tuple[LoraAdapter, float]] = (),
+    seed: int = 0,
+    num_inference_steps: int = 10,
+    guidance_scale: float = 3.0,
+) -> list[Image.Image]:
+    """One picture a prompt, at the base's own size, each from the same noise, so that only prompt and adapters make a difference.
+
+    Args:
+        adapters: (adapter, strength) pairs; attached for this call only, their updates add up.
+
+    Raises:
+        ConditionError: no prompt, or an empty one.
+        AdapterError: an adapter is not for this base.
+    """
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ConditionError("give at least one prompt, none of them empty")
+    with ExitStack() as stack:
+        for adapter, scale in adapters:
+            stack.enter_context(adapter.attached(pipe, scale))
+        images: list[Image.Image] = pipe(
+            list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            # The bins are for PixArt's own three sizes; every base makes its native size without them.
+            use_resolution_binning=False,
+            clean_caption=False,
+        ).images
+    return images

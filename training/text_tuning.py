@@ -1,0 +1,68 @@
+"""Fine-tuning on text tasks: a sentence encoder learns to put texts near the name of their class."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
+from cond_pdiff.conditioning import label_text
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.sentence_backbone import SentenceBackbone, text_length
+from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.tasks import Row, Task, load_tasks
+
+
+class TextTuning:
+    """See `cond_pdiff.training.collect.Tuning`."""
+
+    task_type = "FEATURE_EXTRACTION"
+
+    def __init__(self, config: CollectConfig) -> None:
+        self.config = config
+        self.backbone = SentenceBackbone.load(Backbone.from_json(config.base))
+        self.model: nn.Module = self.backbone.model
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str]) -> list[Task]:
+        """The named tasks."""
+        return load_tasks(folder, names)
+
+    def facts(self, task: Task) -> dict[str, Any]:
+        """What the zoo records of a task."""
+        return {"description": task.description, "labels": list(task.labels), "group": task.group, "licence": task.licence}
+
+    def metadata(self, task: Task) -> dict[str, Any]:
+        """What an adapter records of its task."""
+        return {"labels": list(task.labels)}
+
+    def batches(self, task: Task, rng: random.Random) -> Iterator[list[Row]]:
+        """Endless batches of a random subset; texts of like length share a batch, which halves the padding."""
+        rows = task.rows("train")
+        rows = rng.sample(rows, max(1, round(self.config.subset * len(rows))))
+        size = self.config.batch_size
+        while True:
+            pool = [rng.choice(rows) for _ in range(8 * size)]
+            pool.sort(key=lambda row: text_length(row[0]))
+            batches = [pool[start : start + size] for start in range(0, len(pool), size)]
+            rng.shuffle(batches)
+            yield from batches
+
+    def loss(self, batch: list[Row], task: Task) -> torch.Tensor:
+        """Cross-entropy over cosine similarities to the label names' embeddings."""
+        prototypes = self.backbone.forward([label_text(label) for label in task.labels], self.config.max_length)
+        embeddings = self.backbone.forward([text for text, _ in batch], self.config.max_length)
+        return nn.functional.cross_entropy(LOGIT_SCALE * embeddings @ prototypes.T, torch.tensor([label for _, label in batch]))
+
+    def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
+        """Accuracy on rows of the reported split."""
+        rows = task.report_rows(self.config.metric_rows)
+        classifier = PrototypeClassifier(self.backbone, task.labels, adapter, self.config.max_length)
+        predicted = classifier.logits([text for text, _ in rows]).argmax(-1)
+        accuracy = float((predicted == torch.tensor([label for _, label in rows])).float().mean())
+        return {"accuracy": round(accuracy, 4), "split": task.report_split}
