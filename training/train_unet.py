@@ -119,7 +119,7 @@ class UNetStage:
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
         facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in self.tasks}
-        index = ConditionIndex(facts, self.encoder.condition_dim)
+        index = ConditionIndex(facts, self.encoder.condition_dim, **self.encoder.index_options)
         index.fit(self.conditions)
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,

@@ -58,6 +58,8 @@ class SentenceConditionEncoder(Component):
 
     __module__ = "cond_pdiff"
 
+    index_options: Mapping[str, Any] = {"num_parts": 3, "last_is_evidence": True}
+    """How a `ConditionIndex` compares its embeddings."""
     center: torch.Tensor
 
     @register_to_config
@@ -132,6 +134,8 @@ class ClipConditionEncoder(Component):
 
     __module__ = "cond_pdiff"
 
+    index_options: Mapping[str, Any] = {}
+    """How a `ConditionIndex` compares its embeddings."""
     anchor: torch.Tensor
 
     @register_to_config
