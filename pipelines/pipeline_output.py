@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,29 @@ class GenerationReport:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
         return asdict(self)
+
+    def __str__(self) -> str:
+        where = "in distribution" if self.in_distribution else "OUT OF DISTRIBUTION, unlike every trained task"
+        similarity = self.nearest[0].similarity if self.nearest else 0.0
+        lines = [
+            f"request    {where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",
+            "nearest    " + ", ".join(f"{neighbour.task} {neighbour.similarity:.2f}" for neighbour in self.nearest),
+        ]
+        if self.scores:
+            best = best_candidate(self.scores)
+            lines.append(f"chosen     {best + 1} of {len(self.scores)}, accuracy {self.scores[best].accuracy:.0%} on the given examples")
+        read = self.condition
+        if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):
+            lines.append(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
+        if isinstance(read, ConditionReport):
+            known = f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else "none known; name them when classifying"
+            lines.append(f"labels     {known}")
+        return "\n".join(lines)
+
+
+def best_candidate(scores: Sequence[CandidateScore]) -> int:
+    """Index of the most accurate candidate, among equals the one with the least loss."""
+    return min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss))
 
 
 @dataclass

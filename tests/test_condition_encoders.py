@@ -15,7 +15,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 KIND = [("the good film", "positive"), ("the bad meal", "negative")]
 PROMPTS = [
     TaskPrompt("Is the film good?", KIND),
-    TaskPrompt("Which animal is it?", [(("the cat", "the kitten"), "cat"), ("the puppy", "dog")]),
+    TaskPrompt("Which animal is it?", [(("the cat", "the kitten"), "cat"), (("the puppy", "the dog"), "dog")]),
     TaskPrompt("Кот или собака? 🐈", labels=["cat", "dog"]),
     TaskPrompt("Is the room dull?"),
 ]
@@ -87,10 +87,10 @@ def test_the_longest_description_fits_and_one_more_token_is_refused(encoder: Sen
 
 
 def test_long_examples_are_counted(encoder: SentenceConditionEncoder) -> None:
-    exact, long, pair = "the " * 30, "the " * 31, ("the " * 40, "the cat")
-    prompt = TaskPrompt("Is it?", [(exact, "cat"), (long, "cat"), (pair, "dog"), ("the dog", "dog")])
-    (report,) = encoder.encode([prompt])[1]
-    assert report == ConditionReport(tokens=45, token_limit=32, texts_cut=2)
+    texts = TaskPrompt("Is it?", [("the " * 30, "cat"), ("the " * 31, "cat"), ("the dog", "dog")])
+    pairs = TaskPrompt("Is it?", [(("the " * 40, "the cat"), "cat"), (("the", "dog"), "dog")])
+    reports = encoder.encode([texts, pairs])[1]
+    assert reports == [ConditionReport(33, 32, texts_cut=1), ConditionReport(45, 32, texts_cut=1)]
 
 
 def test_what_is_cut_is_the_end(encoder: SentenceConditionEncoder) -> None:
@@ -142,7 +142,7 @@ def test_clip_embeds_to_unit_length(clip: ClipConditionEncoder) -> None:
 
 
 def test_clip_reads_description_then_examples(clip: ClipConditionEncoder) -> None:
-    assert prompt_text(PROMPTS[1], 2) == "Which animal is it? the cat / the kitten → cat the puppy → dog"
+    assert prompt_text(PROMPTS[1], 2) == "Which animal is it? the cat / the kitten → cat the puppy / the dog → dog"
     assert prompt_text(PROMPTS[1], 1) == "Which animal is it? the cat / the kitten → cat"
     assert torch.equal(clip.encode([prompt_text(PROMPTS[1], 2)])[0], clip.encode(PROMPTS[1:2])[0])
 

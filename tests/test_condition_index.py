@@ -28,7 +28,7 @@ def unit_parts(*tasks: int, present: tuple[int, ...] = (0, 1, 2)) -> torch.Tenso
 @pytest.fixture
 def index() -> ConditionIndex:
     """Four tasks, each with a complete prompt, one without examples, and a plain description."""
-    index = ConditionIndex({name: {"labels": [name, "other"]} for name in NAMES}, 3 * DIM)
+    index = ConditionIndex({name: {"labels": [name, "other"]} for name in NAMES}, 3 * DIM, num_parts=3)
     index.fit(torch.stack([unit_parts(0, 1, 2, 3), unit_parts(0, 1, 2, 3, present=(0, 1)), unit_parts(0, 1, 2, 3, present=(0,))], dim=1))
     return index
 
@@ -64,32 +64,37 @@ def test_the_embeddings_are_the_means_of_complete_prompts(index: ConditionIndex)
     torch.testing.assert_close(index.embeddings, (unit_parts(0, 1, 2, 3, present=(0,)) + unit_parts(4, 5, 6, 7, present=(0,))) / 2)
 
 
-def test_the_threshold_separates_own_from_other() -> None:
-    """It lies between the two where they are apart, and at the best place where they overlap."""
+def test_the_threshold_is_what_prompts_seldom_reach_with_another_group() -> None:
     rng = torch.Generator().manual_seed(0)
-    axes = torch.eye(3, 20)
-    own = torch.nn.functional.normalize(axes[:, None] + 0.1 * torch.randn(3, 30, 20, generator=rng), dim=2)
-    index = ConditionIndex({name: {} for name in "abc"}, 20)
+    axes = torch.eye(4, 20)
+    axes[1] = torch.nn.functional.normalize(axes[0] + 0.3 * axes[1], dim=0)  # a and b are near relatives, of one group
+    own = torch.nn.functional.normalize(axes[:, None] + 0.1 * torch.randn(4, 50, 20, generator=rng), dim=2)
+    index = ConditionIndex({"a": {"group": "g"}, "b": {"group": "g"}, "c": {"group": "h"}, "d": {}}, 20)
     index.fit(own)
-    for task, prompts in zip("abc", own, strict=True):
-        for prompt in prompts:
-            nearest = index.nearest(prompt)
-            assert nearest[0].task == task
-            assert index.in_distribution(nearest[0].similarity)
-            assert not index.in_distribution(nearest[1].similarity)
+    similarities = torch.stack([index.similarities(prompts) for prompts in own])
+    for task in range(4):
+        assert (similarities[task, :, task] >= index.threshold).all()
+    others = ([2, 3], [2, 3], [0, 1, 3], [0, 1, 2])
+    to_other = torch.cat([similarities[task][:, other].amax(1) for task, other in enumerate(others)])
+    assert float((to_other >= index.threshold).float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert (similarities[0, :, 1] >= index.threshold).all()  # a relative of the same group is no other kind
 
-    blurred = torch.nn.functional.normalize(axes[:, None] + 0.5 * torch.randn(3, 30, 20, generator=rng), dim=2)
-    index.fit(blurred)
-    similarities = torch.stack([index.similarities(prompts) for prompts in blurred])
-    to_own = torch.cat([similarities[task, :, task] for task in range(3)])
-    to_other = torch.cat([similarities[task][:, [other for other in range(3) if other != task]].amax(1) for task in range(3)])
+    index = ConditionIndex({name: {"group": "g"} for name in "abcd"}, 20)  # one group only: every other task counts
+    index.fit(own)
+    assert 0.8 < float(index.threshold) < 1
 
-    def balanced(threshold: float) -> float:
-        return float((to_own >= threshold).float().mean() + (to_other < threshold).float().mean()) / 2
 
-    best = max(balanced(step / 500) for step in range(-500, 501))
-    assert 0.6 < best < 1
-    assert balanced(float(index.threshold)) >= best - 1e-6
+def test_evidence_can_only_add() -> None:
+    index = ConditionIndex({name: {} for name in NAMES}, 3 * DIM, num_parts=3, last_is_evidence=True)
+    index.fit(unit_parts(0, 1, 2, 3)[:, None])
+    strange, complete, plain = unit_parts(0)[0].clone(), unit_parts(0)[0], unit_parts(0, present=(0, 1))[0]
+    strange[2 * DIM :] = torch.eye(DIM)[7]
+    for condition in (strange, complete, plain):
+        assert index.nearest(condition, 1) == [Neighbour(NAMES[0], 1.0)]
+    half = unit_parts(0)[0].clone()
+    half[DIM : 2 * DIM] = 0
+    half[:DIM] = torch.eye(DIM)[7]
+    assert index.nearest(half, 1) == [Neighbour(NAMES[0], 0.5)]
 
 
 def test_plain_strings_are_comparable_with_full_prompts(tiny_backbone: Backbone) -> None:
@@ -99,7 +104,7 @@ def test_plain_strings_are_comparable_with_full_prompts(tiny_backbone: Backbone)
     encoder.fit_center(full)
     plain = [f"the {noun}" for noun in words]
     own = torch.stack([encoder.encode([prompt, string])[0] for prompt, string in zip(full, plain, strict=True)])
-    index = ConditionIndex({noun: {} for noun in words}, encoder.condition_dim)
+    index = ConditionIndex({noun: {} for noun in words}, encoder.condition_dim, **encoder.index_options)
     index.fit(own)
     for noun, conditions in zip(words, own, strict=True):
         for condition in conditions:

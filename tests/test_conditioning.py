@@ -19,9 +19,11 @@ TWO = [("fine film", "good"), ("dull film", "bad")]
 def test_any_script_and_length_is_accepted(text: str) -> None:
     assert check_text(f"\n {text}\t", "x") == text.strip()
     assert check_text([text, f" {text}"], "x") == (text.strip(), text.strip())
-    prompt = TaskPrompt(text, [(text, "good"), ((text, text), "bad")])
+    prompt = TaskPrompt(text, [((text, text), "good"), ((text, text), "bad")])
     assert prompt.description == text.strip()
-    assert prompt.examples == ((text.strip(), "good"), ((text.strip(), text.strip()), "bad"))
+    assert prompt.examples == (((text.strip(), text.strip()), "good"), ((text.strip(), text.strip()), "bad"))
+    with pytest.raises(ConditionError, match="some examples are single texts and some are pairs"):
+        TaskPrompt(text, [(text, "good"), ((text, text), "bad")])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cond_pdiff import __version__
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cond-pdiff", description="Turn a task description into a LoRA adapter.")
+    parser.add_argument("--version", action="version", version=f"cond-pdiff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     generate = commands.add_parser("generate", help="make an adapter from a task description and examples")
@@ -55,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to write the adapter")
     generate.add_argument("--generator", default=DEFAULT_GENERATOR, metavar="NAME", help="bundled name, folder, or Hub repository")
     generate.add_argument("--num-adapters", type=int, default=None, metavar="N", help="candidates (default: 20 with examples, else 1)")
-    generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps")
-    generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="classifier-free guidance; 1 is none")
-    generate.add_argument("--seed", type=int, default=0, help="candidate i uses seed + i")
+    generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
+    generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="guidance; 1 is none (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="candidate i uses seed + i (default: %(default)s)")
     generate.add_argument("--force", action="store_true", help="replace an adapter that is already there")
     generate.set_defaults(run=_generate)
 
@@ -74,15 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     collect = commands.add_parser("collect", help="fine-tune adapters for a folder of tasks into a zoo (resumable)")
-    collect.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file")
+    collect.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file (default: %(default)s)")
     collect.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
     collect.add_argument("--zoo", required=True, type=Path, help="folder to create or continue")
     collect.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th job beginning with I")
     collect.set_defaults(run=_collect)
 
     train = commands.add_parser("train", help="train a generator on a zoo (resumable)")
-    train.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file")
-    train.add_argument("--zoo", required=True, type=Path)
+    train.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file (default: %(default)s)")
+    train.add_argument("--zoo", required=True, type=Path, help="made by collect")
     train.add_argument("--tasks", required=True, type=Path, help="folder of task folders, for prompts")
     train.add_argument("--out", required=True, type=Path, help="run folder to create or continue")
     train.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
@@ -96,24 +98,24 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a generator beside its baselines (resumable)")
     evaluate.add_argument("generator", help="bundled name, folder, or Hub repository")
-    evaluate.add_argument("--zoo", required=True, type=Path)
-    evaluate.add_argument("--tasks", required=True, type=Path)
+    evaluate.add_argument("--zoo", required=True, type=Path, help="the zoo that the generator was trained on")
+    evaluate.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
     evaluate.add_argument("--out", required=True, type=Path, help="folder for evaluation.json and evaluation.md")
-    evaluate.add_argument("--samples", type=int, default=20, help="adapters generated a task")
-    evaluate.add_argument("--max-rows", type=int, default=200, help="rows of the reported split a task")
-    evaluate.add_argument("--guidance-scale", type=float, default=1.5)
-    evaluate.add_argument("--steps", type=int, default=10, help="denoising steps")
+    evaluate.add_argument("--samples", type=int, default=20, help="adapters generated a task (default: %(default)s)")
+    evaluate.add_argument("--max-rows", type=int, default=200, help="rows of the reported split a task (default: %(default)s)")
+    evaluate.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance (default: %(default)s)")
+    evaluate.add_argument("--steps", type=int, default=10, help="denoising steps (default: %(default)s)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="measure every N-th task beginning with I")
     evaluate.add_argument("--card", action="store_true", help="also write the generator's model card (a local generator folder)")
     evaluate.set_defaults(run=_evaluate)
 
     import_task = commands.add_parser("import-task", help="convert a data set (Hub name or local CSV/JSON/Parquet folder) to a task folder")
-    import_task.add_argument("dataset")
-    import_task.add_argument("--description", required=True)
+    import_task.add_argument("dataset", help="Hub name, or a folder with train.csv, test.csv, … (or .json, .parquet)")
+    import_task.add_argument("--description", required=True, help="what to decide, in a sentence or two")
     import_task.add_argument("--text-column", action="append", required=True, help="give it twice for pairs")
-    import_task.add_argument("--label-column", default="label")
-    import_task.add_argument("--out", required=True, type=Path)
+    import_task.add_argument("--label-column", default="label", help="(default: %(default)s)")
+    import_task.add_argument("--out", required=True, type=Path, help="task folder to create")
     import_task.set_defaults(run=_import_task)
     return parser
 
@@ -171,20 +173,6 @@ def _run_generator(
     return pipe(prompt, num_adapters=count, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale)
 
 
-def _print_report(output: CondPDiffPipelineOutput) -> None:
-    report = output.report
-    where = "in distribution" if report.in_distribution else "OUT OF DISTRIBUTION: expect little more than the base model"
-    print(f"request    {where} (similarity {report.nearest[0].similarity:.2f}, threshold {report.threshold:.2f})")
-    print("nearest    " + ", ".join(f"{neighbour.task} {neighbour.similarity:.2f}" for neighbour in report.nearest))
-    if report.scores:
-        best = report.scores[output.chosen]
-        print(f"chosen     {output.chosen + 1} of {len(report.scores)}, accuracy {best.accuracy:.0%} on the examples")
-    if report.condition.examples_dropped or report.condition.texts_cut:
-        read = report.condition
-        print(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
-    print(f"labels     {', '.join(report.labels) or 'none known'} (from {report.labels_from})")
-
-
 def _generate(arguments: argparse.Namespace) -> None:
     from cond_pdiff.adapter import OWN_FILES
     from cond_pdiff.atomic import check_output_folder
@@ -201,7 +189,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         arguments.guidance_scale,
     )
     output.save_adapter(arguments.out, overwrite=arguments.force)
-    _print_report(output)
+    print(output.report)
     print(f"adapter    {arguments.out}")
 
 
@@ -213,7 +201,8 @@ def _classify(arguments: argparse.Namespace) -> None:
     classifier = PrototypeClassifier.load(arguments.adapter, arguments.label or None, arguments.base)
     cut = sum(classifier.backbone.count_tokens(text) > classifier.max_length for text in texts)
     if cut:
-        print(f"note: of {cut} texts only the first {classifier.max_length} tokens are read", file=sys.stderr)
+        limit = classifier.max_length
+        print(f"note: {cut} of {len(texts)} texts longer than {limit} tokens; the rest of them is not read", file=sys.stderr)
     probabilities = classifier.logits(texts).softmax(1)
     for text, row in zip(arguments.text, probabilities, strict=True):
         best = int(row.argmax())
@@ -227,7 +216,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     print(f"task       {DEMO_DESCRIPTION}\nexamples   {'; '.join(DEMO_EXAMPLES)}")
     output = _run_generator(DEMO_DESCRIPTION, DEMO_EXAMPLES, (), DEFAULT_GENERATOR, None, 0, 10, 1.5)
-    _print_report(output)
+    print(output.report)
     with tempfile.TemporaryDirectory() as folder:
         adapted = PrototypeClassifier.load(output.save_adapter(Path(folder) / "adapter"))
     base = adapted.with_adapter(None)
@@ -244,9 +233,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _collect(arguments: argparse.Namespace) -> None:
+    import warnings
+
     from cond_pdiff.training.collect import collect
     from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 
+    # peft reads every attribute of a transformers model while looking for modules, this deprecated one included.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     config = parse(CollectConfig, read_recipe(arguments.recipe).get("collect", {}), "collect")
     zoo = collect(config, arguments.tasks, arguments.zoo, arguments.shard)
     print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}")

@@ -8,6 +8,7 @@ again ends in the same bits as an undisturbed run.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from dataclasses import asdict
@@ -62,6 +63,8 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     """
     if config.precision not in PRECISIONS:
         raise TrainingError(f"precision must be one of {PRECISIONS}, got {config.precision!r}")
+    if tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise TrainingError("tensorboard events need the package tensorboard: pip install 'cond-pdiff[train]'")
     AcceleratorState._reset_state()  # accelerate keeps one precision for the whole process; each stage has its own
     try:
         accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)

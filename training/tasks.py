@@ -225,8 +225,10 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         text_columns: one column, or two for pairs.
         label_column: a ClassLabel, integer or string column. Rows without a label (None or -1) or without a text are left out.
     """
-    from datasets import ClassLabel, load_dataset
-
+    try:
+        from datasets import ClassLabel, load_dataset
+    except ImportError as error:
+        raise TaskDataError("importing data sets needs the package datasets: pip install 'cond-pdiff[train]'") from error
     try:
         loaded = load_dataset(dataset)
     except Exception as error:  # datasets has a few dozen of its own, and passes on those of every reader

@@ -111,7 +111,7 @@ class UNetStage:
 
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
-        index = ConditionIndex(self.bank.facts, self.bank.encoder.condition_dim)
+        index = ConditionIndex(self.bank.facts, self.bank.encoder.condition_dim, **self.bank.encoder.index_options)
         index.fit(self.bank.embeddings())
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,

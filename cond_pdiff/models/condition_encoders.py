@@ -59,6 +59,8 @@ class SentenceConditionEncoder(Component):
     __module__ = "cond_pdiff"
 
     condition_type = TaskPrompt
+    index_options: Mapping[str, Any] = {"num_parts": 3, "last_is_evidence": True}
+    """How a `ConditionIndex` compares its embeddings."""
     center: torch.Tensor
 
     @register_to_config
@@ -134,6 +136,8 @@ class ClipConditionEncoder(Component):
     __module__ = "cond_pdiff"
 
     condition_type = TaskPrompt
+    index_options: Mapping[str, Any] = {}
+    """How a `ConditionIndex` compares its embeddings."""
     anchor: torch.Tensor
 
     @register_to_config

@@ -28,6 +28,9 @@ class ConditionIndex(Component):
         tasks: name → facts (`description`, `labels`, …) of every trained task.
         condition_dim: size of a condition embedding.
         names: the tasks in the order of the embeddings; default: the order of `tasks`. (A saved config sorts its keys.)
+        num_parts: unit vectors that an embedding consists of, side by side.
+        last_is_evidence: the last part can only add to a similarity. Two short examples look like no task's rows; they are
+            no reason to doubt what description and label names say.
     """
 
     __module__ = "cond_pdiff"
@@ -36,7 +39,14 @@ class ConditionIndex(Component):
     threshold: torch.Tensor
 
     @register_to_config
-    def __init__(self, tasks: Mapping[str, Mapping[str, Any]], condition_dim: int, names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Mapping[str, Mapping[str, Any]],
+        condition_dim: int,
+        names: Sequence[str] | None = None,
+        num_parts: int = 1,
+        last_is_evidence: bool = False,
+    ) -> None:
         super().__init__()
         self.register_to_config(names=list(names or tasks))
         self.register_buffer("embeddings", torch.zeros(len(tasks), condition_dim))
@@ -50,11 +60,16 @@ class ConditionIndex(Component):
     def similarities(self, conditions: torch.Tensor) -> torch.Tensor:
         """Similarity of each condition to each trained task, shape `(batch, num_tasks)`.
 
-        The mean cosine over those parts of the embedding that the condition has: parts are unit vectors, so the
-        condition's squared length counts them.
+        The mean cosine over the parts that the condition has; with `last_is_evidence`, without the last part where that is more.
         """
-        parts = conditions.square().sum(1, keepdim=True).clamp_min(1e-8)
-        return conditions @ self.embeddings.to(conditions.dtype).T / parts
+        parts = conditions.unflatten(1, (self.config.num_parts, -1))
+        cosines = torch.einsum("bpd,tpd->btp", parts, self.embeddings.to(parts).unflatten(1, (self.config.num_parts, -1)))
+        present = (parts.norm(dim=2) > 0.5).to(parts)[:, None]
+        similarities = (cosines * present).sum(2) / present.sum(2).clamp_min(1)
+        if self.config.last_is_evidence:
+            cosines, present = cosines[..., :-1], present[..., :-1]
+            similarities = torch.maximum(similarities, (cosines * present).sum(2) / present.sum(2).clamp_min(1))
+        return similarities
 
     def nearest(self, condition: torch.Tensor, count: int = 3) -> list[Neighbour]:
         """The `count` most similar trained tasks of one condition, shape `(condition_dim,)`, most similar first."""
@@ -66,13 +81,13 @@ class ConditionIndex(Component):
 
     def in_distribution(self, similarity: float) -> bool:
         """Is a request whose nearest task has this similarity like what was trained?"""
-        return similarity >= float(self.threshold)
+        return similarity > float(self.threshold)
 
     def fit(self, own: torch.Tensor) -> None:
         """Measure the index on prompts of the trained tasks.
 
-        The threshold separates best (by balanced accuracy) how similar prompts are to their own task from how similar they
-        are to the nearest other one: the latter is what a request for an untrained task looks like.
+        The threshold is what nine of ten prompts do not reach with any task of another `group`: a request that reaches it is
+        more like one of the trained tasks than tasks of different kinds are like each other.
 
         Args:
             own: condition embeddings of several prompts of each task, shape `(num_tasks, num_prompts, condition_dim)`.
@@ -85,11 +100,9 @@ class ConditionIndex(Component):
         self.embeddings.copy_((own * weights).sum(1) / weights.sum(1))
         if len(self.names) < 2:
             return
-        similarities = torch.stack([self.similarities(prompts) for prompts in own])
-        mask = torch.eye(len(self.names), dtype=torch.bool)[:, None].expand_as(similarities)
-        to_own = similarities[mask]
-        to_other = similarities.masked_fill(mask, -torch.inf).amax(2).flatten()
-        candidates = torch.cat([to_own, to_other]).sort().values
-        middles = (candidates[1:] + candidates[:-1]) / 2
-        accuracy = torch.stack([(to_own >= middle).float().mean() + (to_other < middle).float().mean() for middle in middles])
-        self.threshold.fill_(float(middles[accuracy.argmax()]))
+        groups = [self.config.tasks[name].get("group") or name for name in self.names]
+        if len(set(groups)) == 1:
+            groups = self.names
+        same = torch.tensor([[group == other for other in groups] for group in groups])
+        to_other = [self.similarities(prompts).masked_fill(same[row], -torch.inf).amax(1) for row, prompts in enumerate(own)]
+        self.threshold.fill_(float(torch.cat(to_other).float().quantile(0.9)))

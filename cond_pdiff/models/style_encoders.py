@@ -67,6 +67,8 @@ class StyleCnnConditionEncoder(Component):
     __module__ = "cond_pdiff"
 
     condition_type = StyleImage
+    index_options: Mapping[str, Any] = {}
+    """How a `ConditionIndex` compares its embeddings."""
 
     @register_to_config
     def __init__(self, channels: Sequence[int] = (64, 256), condition_dim: int = 256, image_side: int = 128) -> None:
@@ -135,6 +137,11 @@ class BackboneStyleConditionEncoder(Component):
     def condition_dim(self) -> int:
         """The length of a condition embedding."""
         return 2 * sum(self.config.channels)
+
+    @property
+    def index_options(self) -> Mapping[str, Any]:
+        """How a `ConditionIndex` compares its embeddings."""
+        return {"num_parts": len(self.config.stages)}
 
     @property
     def backbone(self) -> Any:

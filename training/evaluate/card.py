@@ -48,7 +48,8 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
         runs=collect["runs"],
         steps=collect["steps"],
         batch_size=collect["batch_size"],
-        learning_rates=", ".join(f"{rate:g}" for rate in collect["learning_rates"]),
+        learning_rates=", ".join(f"{rate:g}" for rate in collect["learning_rates"][: collect["runs"]]),
+        max_length=collect["max_length"],
         tuned="both `lora_A` and `lora_B`"
         if collect["train_lora_a"]
         else "`lora_B` only, from one frozen `lora_A` that all adapters share",
@@ -56,9 +57,8 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
         facts="\n".join(facts(evaluation)),
         samples=evaluation["settings"]["samples"],
         max_rows=evaluation["settings"]["max_rows"],
-        unseen_table="\n".join(_unseen_row(result) for result in unseen),
+        unseen_section=_unseen_section(unseen),
         task_table="\n".join(_task_row(result) for result in evaluation["tasks"] if result["seen"]),
-        unseen_names=", ".join(zoo.unseen_names),
     )
     path = generator / "README.md"
     write_text(path, text)
@@ -67,6 +67,22 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
 
 def _count(module: Any) -> str:
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f} M"
+
+
+def _unseen_section(results: list[dict[str, Any]]) -> str:
+    if not results:
+        return ""
+    lines = [
+        "## Unseen tasks",
+        "",
+        "Kept out of the zoo. The nearest trained task is given with its similarity, and whether the request is called in- or",
+        "out-of-distribution.",
+        "",
+        "| task | nearest trained task | base | retrieval | multi-task | generated, best | trained |",
+        "|---|---|---|---|---|---|---|",
+        *(_unseen_row(result) for result in results),
+    ]
+    return "\n".join(lines) + "\n\n"
 
 
 def _unseen_row(result: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ class _Evaluator:
         columns: dict[str, float | None] = {
             "base": accuracy(predict(None)),
             "trained": round(statistics.fmean(map(accuracy, trained)), 4),
-            "soup": accuracy(souped),
+            "soup": accuracy(souped) if len(trained) > 1 else None,
             "multitask": accuracy(predict(self.multitask)) if self.multitask else None,
             "retrieval": accuracy(souped if retrieved == task.name else predict(soup(self.trained[retrieved]))),
             "generated_mean": round(statistics.fmean(map(accuracy, generated)), 4),
