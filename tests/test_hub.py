@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cond_pdiff
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import CondPDiffError, HubError
-from cond_pdiff.hub import MINILM, Backbone, bundled_generators, fetch, find_backbone, find_generator
+from cond_pdiff.hub import MINILM, Backbone, bundled, bundled_generators, fetch, find_backbone, find_generator
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -102,6 +103,24 @@ def test_bundled_generators_are_found_by_name(tiny_generator: Path, tmp_path: Pa
     for name in ("third", "no-generator", "../first", ""):
         with pytest.raises(HubError, match=rf"'cond-pdiff/{name}'; there are \['cond-pdiff/first', 'cond-pdiff/second'\]"):
             find_generator(f"cond-pdiff/{name}")
+
+
+def test_bundled_base_models_are_found_but_are_no_generators(
+    tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_generator, tmp_path / "generator")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    monkeypatch.setattr("cond_pdiff.hub.BUNDLED_FOLDER", tmp_path)
+    assert bundled("cond-pdiff/base") == tmp_path / "base"
+    assert bundled("cond-pdiff/generator") == tmp_path / "generator"
+    assert cond_pdiff.bundled is bundled
+    assert bundled_generators() == ["cond-pdiff/generator"]
+    with pytest.raises(HubError, match=r"no bundled generator is called 'cond-pdiff/base'"):
+        find_generator("cond-pdiff/base")
+    for name in ("base", "cond-pdiff/", "cond-pdiff/../base", "nobody/base"):
+        with pytest.raises(HubError, match=r"nothing bundled is called .*; there are \['cond-pdiff/base', 'cond-pdiff/generator'\]"):
+            bundled(name)
 
 
 def test_a_local_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

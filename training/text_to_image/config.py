@@ -15,9 +15,11 @@ class ImageAutoencoderConfig:
     model: dict[str, Any] = field(default_factory=dict)     # AutoencoderKL's arguments
     fit: FitConfig = field(default_factory=FitConfig)
     scenes: int = 4000              # rendered scenes that it learns from
-    plain_share: float = 0.35       # share of pictures that are shown as rendered; the others are changed by `effects`
-    pattern_share: float = 0.15     # share of pictures that show no scene, only coloured noise
-    edge_weight: float = 1.0        # of the error in differences of neighbouring pixels, beside the error of pixels
+    plain_share: float = 0.45       # share of pictures that are shown as rendered; the others are changed by `effects`
+    pattern_share: float = 0.1     # share of pictures that show no scene, only coloured noise
+    scales: int = 4                 # the error of pixels is taken at full size, half, a quarter …
+    edge_weight: float = 0.5        # of the error in differences of neighbouring pixels, beside the error of pixels
+    initial_logvar: float = -6.0    # of the latents' distribution; from 0 on, training would begin with nothing but noise
     kl_weight: float = 1e-4         # of the mean divergence of a latent from a standard normal variable
 
 

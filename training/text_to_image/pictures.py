@@ -41,7 +41,7 @@ def effects(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """
     for change, share in (
         (_mix_pictures, 0.2), (_displace, 0.35), (_flatten, 0.35), (_outline, 0.2), (_colour_matrix, 0.5), (_gradient_map, 0.25),
-        (_strokes, 0.35), (_texture, 0.4), (_shade, 0.3), (_grain, 0.3),
+        (_strokes, 0.3), (_texture, 0.35), (_shade, 0.3), (_grain, 0.2),
     ):  # fmt: skip
         chosen = (torch.rand(len(pictures), generator=rng) < share).nonzero()[:, 0]
         if len(chosen):
@@ -51,7 +51,7 @@ def effects(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def patterns(batch_size: int, size: int, rng: torch.Generator) -> torch.Tensor:
     """Coloured noise at several scales, float32 from 0 to 1, shape `(batch_size, 3, size, size)`."""
-    levels = cloud(batch_size, 3, size, rng, _uniform(batch_size, 0.3, 1.2, rng))
+    levels = cloud(batch_size, 3, size, rng, _uniform(batch_size, 0.5, 1.4, rng))
     return (0.5 + 0.3 * levels).clamp(0, 1)
 
 

@@ -52,7 +52,7 @@ class SceneClassifier(nn.Module):
         for before, after in pairwise((3, *channels)):
             for inner, stride in ((before, 2), (after, 1)):
                 layers += [nn.Conv2d(inner, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.1))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
         self.heads = nn.ModuleList(nn.Linear(16 * channels[-1], len(classes)) for classes in CLASSES.values())
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:

@@ -110,4 +110,5 @@ class TransformerStage:
             algorithm_type="dpmsolver++",
             solver_order=2,
         )
-        return PixArtAlphaPipeline(self.tokenizer, self.text_encoder, autoencoder, self.transformer, scheduler)
+        tokenizer = build_tokenizer(caption_words())  # one that was never used: use leaves traces in what is saved
+        return PixArtAlphaPipeline(tokenizer, self.text_encoder, autoencoder, self.transformer, scheduler)
