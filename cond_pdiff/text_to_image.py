@@ -25,7 +25,7 @@ def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     """
     folder = find_backbone(base, TRANSFORMER_WEIGHTS)
     try:
-        pipe = PixArtAlphaPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+        pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True).to(torch.float32)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
     pipe.set_progress_bar_config(disable=True)

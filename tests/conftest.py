@@ -20,8 +20,9 @@ from cond_pdiff.adapter import FACTORS, KEY_PREFIX, LoraAdapter, LoraSpec, base_
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.collect import collect
-from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.tasks import Row, write_task
+from cond_pdiff.training.text_to_image.train import train_base
 from cond_pdiff.training.train import train
 
 RANK = 2
@@ -149,6 +150,28 @@ def tiny_zoo(tiny_backbone: Backbone, tasks_folder: Path, tmp_path_factory: pyte
 def tiny_generator(tiny_backbone: Backbone, tiny_zoo: Path, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generator's folder, trained on the tiny zoo. Only to be read."""
     return train(tiny_recipe(tiny_backbone), tiny_zoo, tasks_folder, tmp_path_factory.mktemp("run"))
+
+
+TINY_BASE_FIT = {"steps": 3, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
+TINY_BASE: dict[str, Any] = {
+    "image_autoencoder": {
+        "model": {**read_recipe("pixart-mini")["image_autoencoder"]["model"], "block_out_channels": [8, 8, 8]},
+        "scenes": 6, "fit": TINY_BASE_FIT,
+    },
+    "transformer": {
+        "model": {**read_recipe("pixart-mini")["transformer"]["model"], "num_attention_heads": 2, "attention_head_dim": 8,
+                  "cross_attention_dim": 16, "num_layers": 1},
+        "text_encoder": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}, "scenes": 6, "fit": TINY_BASE_FIT,
+    },
+    "scene_classifier": {"channels": [8, 8], "scenes": 6, "fit": TINY_BASE_FIT},
+    "samples": {"scenes": 3, "steps": 2, "batch_size": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a tiny base model. Only to be read."""
+    return train_base(copy.deepcopy(TINY_BASE), tmp_path_factory.mktemp("base") / "run").parent
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_BASE, interrupt_at
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
-from test_training import bits, interrupt_at
+from test_training import bits
 from transformers import T5Tokenizer
 
 from cond_pdiff import CondPDiffError
@@ -31,27 +32,6 @@ from cond_pdiff.training.text_to_image.train import STAGES, train_base
 from cond_pdiff.training.text_to_image.train_autoencoder import ImageAutoencoderStage
 from cond_pdiff.training.text_to_image.train_classifier import SceneClassifier, SceneClassifierStage, attribute_labels
 from cond_pdiff.training.text_to_image.train_transformer import TransformerStage
-
-TINY_FIT = {"steps": 3, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
-TINY: dict[str, Any] = {
-    "image_autoencoder": {
-        "model": {**read_recipe("pixart-mini")["image_autoencoder"]["model"], "block_out_channels": [8, 8, 8]},
-        "scenes": 6, "fit": TINY_FIT,
-    },
-    "transformer": {
-        "model": {**read_recipe("pixart-mini")["transformer"]["model"], "num_attention_heads": 2, "attention_head_dim": 8,
-                  "cross_attention_dim": 16, "num_layers": 1},
-        "text_encoder": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}, "scenes": 6, "fit": TINY_FIT,
-    },
-    "scene_classifier": {"channels": [8, 8], "scenes": 6, "fit": TINY_FIT},
-    "samples": {"scenes": 3, "steps": 2, "batch_size": 2},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a tiny base model. Only to be read."""
-    return train_base(copy.deepcopy(TINY), tmp_path_factory.mktemp("base") / "run").parent
 
 
 @pytest.fixture(scope="session")
@@ -294,8 +274,8 @@ def test_an_interrupted_run_ends_in_the_same_bits(tiny_run: Path, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, owners[name], name, calls)
         with pytest.raises(KeyboardInterrupt):
-            train_base(copy.deepcopy(TINY), tmp_path / "run")
-    train_base(copy.deepcopy(TINY), tmp_path / "run")
+            train_base(copy.deepcopy(TINY_BASE), tmp_path / "run")
+    train_base(copy.deepcopy(TINY_BASE), tmp_path / "run")
     ours, theirs = (
         {path: sha256 for path, sha256 in bits(run).items() if path != "evaluation.json"} for run in (tmp_path / "run", tiny_run)
     )
@@ -324,9 +304,9 @@ def test_an_interrupted_run_ends_in_the_same_bits(tiny_run: Path, tmp_path: Path
 def test_bad_recipes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, change: dict[str, Any] | None, message: str
 ) -> None:
-    recipe = {name: section for name, section in TINY.items() if name != stage}
+    recipe = {name: section for name, section in TINY_BASE.items() if name != stage}
     if change is not None:
-        recipe[stage] = {**TINY[stage], **change}
+        recipe[stage] = {**TINY_BASE[stage], **change}
     with pytest.raises(CondPDiffError, match=message):
         train_base(recipe, tmp_path / "run")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -341,7 +321,7 @@ def test_a_recipe_of_a_generator_is_refused(tmp_path: Path) -> None:
 
 def tiny_autoencoder(seed: int) -> AutoencoderKL:
     torch.manual_seed(seed)
-    return AutoencoderKL(**TINY["image_autoencoder"]["model"]).eval()
+    return AutoencoderKL(**TINY_BASE["image_autoencoder"]["model"]).eval()
 
 
 def test_latents_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from peft import PeftModel
+from PIL import Image
+
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
+from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+from cond_pdiff.training.collect import collect
+from cond_pdiff.training.conditions import style_variant
+from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
+from cond_pdiff.training.style_tuning import StyleTuning
+from cond_pdiff.training.styles import Style, load_styles, write_style
+from cond_pdiff.training.text_to_image.drawing import render
+from cond_pdiff.training.text_to_image.scenes import Scene
+from cond_pdiff.training.train import train
+from cond_pdiff.training.zoo import Zoo
+
+TINTS = {"embers": (230, 60, 30), "lagoon": (20, 160, 190), "moss": (60, 120, 40)}
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]
+
+
+def tinted(pixels: np.ndarray, tint: tuple[int, int, int]) -> np.ndarray:
+    return (pixels.mean(2, keepdims=True) / 255 * np.array(tint)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def styles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three styles that are nothing but a colour."""
+    folder = tmp_path_factory.mktemp("styles")
+    scene = Scene("house", "red", "meadow", "day")
+    for name, tint in TINTS.items():
+        made = [torch.from_numpy(tinted(render(scene, random.Random(index)), tint)) for index in range(8)]
+        captions = [scene.caption(random.Random(index)) for index in range(8)]
+        pictures = {"train": (torch.stack(made[:6]), captions[:6]), "test": (torch.stack(made[6:]), captions[6:])}
+        noise = np.random.default_rng(len(name)).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+        write_style(folder / name, Image.fromarray(tinted(noise, tint)), pictures, group="tint", licence="CC0-1.0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run: Path) -> Backbone:
+    return Backbone(str(tiny_run / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def recipe(base: Backbone) -> dict[str, Any]:
+    fit = {"steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 3, "log_every": 1}
+    encoder = {"type": "StyleCnnConditionEncoder", "channels": [4, 8], "condition_dim": 8, "image_side": 32}
+    return {
+        "collect": {
+            "tasks": ["embers", "lagoon"], "unseen": ["moss"], "kind": "style", "base": base.to_json(), "rank": 2, "alpha": 4,
+            "target_modules": TARGETS, "runs": 2, "steps": 4, "batch_size": 2, "max_length": 16, "learning_rates": [0.02],
+            "multitask_steps": 2,
+        },
+        "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
+        "unet": {"model": {"block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit, "variants_per_task": 4,
+                 "condition_encoder": encoder},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def zoo(recipe: dict[str, Any], styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return collect(parse(CollectConfig, recipe["collect"], "collect"), styles_folder, tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="module")
+def generator(recipe: dict[str, Any], zoo: Zoo, styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(copy.deepcopy(recipe), zoo.folder, styles_folder, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def text_to_image(base: Backbone) -> PixArtAlphaPipeline:
+    return load_text_to_image(base)
+
+
+def weights_sha256(pipe: PixArtAlphaPipeline) -> str:
+    tensors = pipe.transformer.state_dict()
+    return hashlib.sha256(b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))).hexdigest()
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_style_folder_is_read_as_written(styles_folder: Path) -> None:
+    style = Style.load(styles_folder / "embers")
+    assert (style.name, style.group, style.licence) == ("embers", "tint", "CC0-1.0")
+    pixels, captions = style.pictures("train")
+    assert (pixels.shape, pixels.dtype, len(captions)) == ((6, 64, 64, 3), torch.uint8, 6)
+    assert style.image.image.size == (120, 90)
+    assert [found.name for found in load_styles(styles_folder)] == sorted(TINTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "style.png").unlink(), "no style picture"),
+        (lambda f: (f / "captions.json").write_text('{"train": ["one"], "test": []}'), "with a caption each"),
+        (lambda f: (f / "captions.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "pictures.safetensors").write_bytes(b"x"), "cannot be read"),
+        (lambda f: (f / "meta.json").write_text('{"name": "other", "task_type": "style"}'), "expected task_type"),
+        (lambda f: (f / "meta.json").unlink(), "meta.json is missing"),
+    ],
+)
+def test_damaged_style_folders_are_named(styles_folder: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(styles_folder / "moss", tmp_path / "moss"))
+    damage(folder)
+
+    def read() -> None:
+        style = Style.load(folder)
+        _ = style.pictures("train"), style.image
+
+    with pytest.raises(TaskDataError, match=message):
+        read()
+
+
+def test_style_variants_are_crops_of_the_picture_and_of_what_was_made_in_it(styles_folder: Path) -> None:
+    style = Style.load(styles_folder / "embers")
+    variants = [style_variant(style, index) for index in range(12)]
+    assert [v.sha256 for v in variants] == [style_variant(style, index).sha256 for index in range(12)]
+    assert len({v.sha256 for v in variants}) == 12
+    assert all(v.image.width == v.image.height for v in variants)
+    assert variants[0].image.width == 90
+
+
+# --- from pictures to adapters -----------------------------------------------------------------------------------------------
+
+
+def test_the_zoo_holds_what_was_asked_for(zoo: Zoo) -> None:
+    assert {name: len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names)} == {"embers": 2, "lagoon": 2, "moss": 1}
+    adapter = zoo.runs("embers")[0].adapter()
+    assert adapter.spec.task_type is None
+    assert len(adapter.modules) == 8  # one block of two attentions
+    assert zoo.multitask() is not None
+    for run in zoo.runs("embers"):
+        assert {"test_loss", "test_loss_base"} <= set(run.facts)
+
+
+def test_longer_training_lowers_the_held_out_loss(recipe: dict[str, Any], styles_folder: Path, tmp_path: Path) -> None:
+    section = {**recipe["collect"], "tasks": ["embers"], "unseen": [], "runs": 1, "steps": 60, "batch_size": 4, "multitask_steps": 0}
+    (run,) = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo").runs("embers")
+    assert run.facts["test_loss"] < run.facts["test_loss_base"]
+
+
+def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
+    generator: Path, text_to_image: PixArtAlphaPipeline, base: Backbone, tmp_path: Path
+) -> None:
+    pipe = CondPDiffPipeline.from_pretrained(generator)
+    picture = Image.new("RGB", (100, 80), TINTS["embers"])
+    out = pipe(picture, num_adapters=3, generator=[torch.Generator().manual_seed(seed) for seed in range(3)])
+    again = pipe(StyleImage(picture), generator=[torch.Generator().manual_seed(1)])
+    torch.testing.assert_close(dict(again.adapter.tensors), dict(out.adapters[1].tensors), rtol=0, atol=1e-5)
+    assert {neighbour.task for neighbour in out.report.nearest} == {"embers", "lagoon"}
+    assert str(out.report).startswith("request    ")
+    assert "labels" not in str(out.report)
+
+    folder = out.save_adapter(tmp_path / "embers")
+    metadata = LoraAdapter.load(folder).metadata
+    assert metadata["condition"] == {"image_size": [100, 80], "image_sha256": StyleImage(picture).sha256}
+    assert "labels" not in metadata
+    plain = make_pictures(text_to_image, PROMPTS, num_inference_steps=2)
+    styled = make_pictures(text_to_image, PROMPTS, [(out.adapter, 4.0)], num_inference_steps=2)
+    assert [image.size for image in styled] == [(64, 64)] * 2
+    assert np.abs(np.asarray(plain[0], int) - np.asarray(styled[0], int)).max() > 0
+
+    stock = load_text_to_image(base)
+    stock.transformer = PeftModel.from_pretrained(stock.transformer, folder)
+    attached = make_pictures(text_to_image, PROMPTS, [(out.adapter, 1.0)], num_inference_steps=2)
+    with_peft = make_pictures(stock, PROMPTS, num_inference_steps=2)
+    for ours, theirs in zip(attached, with_peft, strict=True):
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+def test_the_trained_encoder_is_part_of_the_generator(generator: Path, recipe: dict[str, Any]) -> None:
+    encoder = CondPDiffPipeline.from_pretrained(generator).condition_encoder
+    torch.manual_seed(recipe["unet"]["fit"].get("seed", 0))
+    start = type(encoder)(**{key: recipe["unet"]["condition_encoder"][key] for key in ("channels", "condition_dim", "image_side")})
+    assert not torch.equal(encoder.convolutions[0].weight, start.convolutions[0].weight)
+
+
+def test_a_generator_refuses_the_other_kind_of_condition(generator: Path, tiny_generator: Path) -> None:
+    with pytest.raises(ConditionError, match="there is no image file"):
+        CondPDiffPipeline.from_pretrained(generator)("Decide whether a sentence is good.")
+    with pytest.raises(ConditionError, match="got Image"):
+        CondPDiffPipeline.from_pretrained(tiny_generator)(Image.new("RGB", (64, 64)))
+
+
+def test_an_encoder_of_the_other_kind_is_refused(recipe: dict[str, Any], zoo: Zoo, styles_folder: Path, tmp_path: Path) -> None:
+    other = {**recipe, "unet": {**recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
+    with pytest.raises(TrainingError, match="cannot read the conditions of styles"):
+        train(other, zoo.folder, styles_folder, tmp_path / "run")
+    with pytest.raises(TrainingError, match="kind must be 'text' or 'style'"):
+        parse(CollectConfig, {**recipe["collect"], "kind": "music"}, "collect")
+    assert parse(UNetConfig, recipe["unet"], "unet").variants_per_task == 4
+
+
+# --- adapters on pipelines ---------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_untouched_whatever_happens(zoo: Zoo, text_to_image: PixArtAlphaPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = [zoo.runs(name)[0].adapter() for name in ("embers", "lagoon")]
+    before, plain = weights_sha256(text_to_image), make_pictures(text_to_image, PROMPTS[:1], num_inference_steps=2)[0]
+    rng = random.Random(0)
+    original = PixArtTransformer2DModel.forward
+    for _ in range(20):
+        fails_at, calls = rng.randint(1, 4), 0
+
+        def failing(self: Any, *args: Any, fails_at: int = fails_at, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fails_at:
+                raise RuntimeError("out of memory")
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PixArtTransformer2DModel, "forward", failing)
+            try:
+                make_pictures(text_to_image, PROMPTS, [(adapters[0], 0.8), (adapters[1], 0.3)], num_inference_steps=3)
+            except RuntimeError:
+                assert calls == fails_at
+    assert weights_sha256(text_to_image) == before
+    assert make_pictures(text_to_image, PROMPTS[:1], num_inference_steps=2)[0].tobytes() == plain.tobytes()
+
+
+def test_several_adapters_add_up(zoo: Zoo, text_to_image: PixArtAlphaPipeline) -> None:
+    one, two = (zoo.runs(name)[0].adapter() for name in ("embers", "lagoon"))
+    middle = one.interpolate(two, 0.5)
+    mixed = make_pictures(text_to_image, PROMPTS, [(one, 0.5), (two, 0.5)], num_inference_steps=2)
+    single = make_pictures(text_to_image, PROMPTS, [(middle, 1.0)], num_inference_steps=2)
+    for first, second in zip(mixed, single, strict=True):
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
+
+
+def test_what_cannot_carry_an_adapter_is_refused(zoo: Zoo, text_to_image: PixArtAlphaPipeline, tmp_path: Path) -> None:
+    adapter = zoo.runs("embers")[0].adapter()
+    with pytest.raises(AdapterError, match="expected a model or a diffusers pipeline"):
+        adapter.attach("a string")
+    with pytest.raises(ConditionError, match="at least one prompt"):
+        make_pictures(text_to_image, [" "])
+    with pytest.raises(HubError, match="no transformer/diffusion_pytorch_model"):
+        load_text_to_image(Backbone(str(tmp_path)))
+
+
+def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
+    tiny_run: Path, recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
+) -> None:
+    """PixArt-XL's kind: the same class with eight output channels and a scheduler over betas."""
+    pipe = load_text_to_image(Backbone(str(tiny_run / "pipeline")))
+    config = {**pipe.transformer.config, "out_channels": 8}
+    pipe.transformer = PixArtTransformer2DModel.from_config(config)
+    pipe.scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="epsilon")
+    pipe.save_pretrained(tmp_path / "xl")
+    section = {**recipe["collect"], "base": Backbone(str(tmp_path / "xl")).to_json()}
+    tuning = StyleTuning(parse(CollectConfig, section, "collect"))
+    (style,) = tuning.load_tasks(styles_folder, ["embers"])
+    torch.manual_seed(0)
+    loss = tuning.loss(next(tuning.batches(style, random.Random(0))), style)
+    assert 0.3 < loss.item() < 3
