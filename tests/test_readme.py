@@ -37,7 +37,9 @@ def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[
     for block in PYTHON_BLOCKS:
         # Where the Hub is out of reach, the base model comes from the package that carries it.
         exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[-1].startswith("['negative', 'positive']")
+    predicted, *report = capsys.readouterr().out.splitlines()
+    assert predicted == "['negative', 'positive']"
+    assert [line.split()[0] for line in report] == ["request", "nearest", "chosen", "labels"]
     assert {path.name for path in (inside / "my-adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
