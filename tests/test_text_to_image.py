@@ -203,11 +203,20 @@ def test_the_pipeline_is_small_and_holds_no_code_and_no_pickles(tiny_run: Path) 
         assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
 
 
-def test_latents_of_rendered_scenes_have_unit_variance(tiny_run: Path) -> None:
+def test_latents_of_rendered_scenes_have_mean_zero_and_unit_variance(tiny_run: Path) -> None:
     latents = load_file(tiny_run / "latents" / "part-0000.safetensors")["latents"]
-    assert latents.shape == (6, 4, 16, 16)
-    assert 0.5 < float(latents.float().std()) < 2
+    assert latents.shape == (6, 8, 16, 16)
+    assert float(latents.float().std()) == pytest.approx(1, abs=0.05)
+    torch.testing.assert_close(latents.float().mean(dim=(0, 2, 3)), torch.zeros(8), atol=0.05, rtol=0)
     assert json.loads((tiny_run / "pipeline" / "vae" / "config.json").read_text())["scaling_factor"] != 0.18215
+
+
+def test_moving_the_mean_of_latents_changes_no_reconstruction() -> None:
+    stage = ImageAutoencoderStage(parse(ImageAutoencoderConfig, TINY["image_autoencoder"], "image_autoencoder"))
+    pictures = render_pool(2, 0)[1]
+    before = reconstruct(stage.autoencoder, pictures)
+    stage.fit_latent_statistics()
+    assert (reconstruct(stage.autoencoder, pictures).int() - before.int()).abs().max() <= 1
 
 
 def test_the_evaluation_stands_beside_ceiling_and_floor(tiny_run: Path) -> None:
@@ -296,6 +305,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tiny_run: Path, tmp_path: Path
         ("transformer", None, "it has no section 'transformer'"),
         ("image_autoencoder", {"scene": 5}, "image_autoencoder: unknown entry 'scene'"),
         ("image_autoencoder", {"model": {"latent_chanels": 4}}, "image_autoencoder, model: .*latent_chanels"),
+        ("image_autoencoder", {"model": {"use_quant_conv": False}}, "image_autoencoder, model: use_quant_conv and .* must be true"),
         ("transformer", {"max_length": "32"}, "transformer: max_length must be int"),
         ("scene_classifier", {"fit": {"stepz": 5}}, "scene_classifier, fit: unknown entry 'stepz'"),
         ("samples", {"step": 5}, "samples: unknown entry 'step'"),
@@ -347,7 +357,7 @@ def test_the_recipe_builds_networks_that_train_and_are_small() -> None:
     scenes, pictures = render_pool(2, 0)
     with torch.no_grad():
         latents = autoencoder.autoencoder.encode(pictures / 127.5 - 1).latent_dist.mean
-    assert latents.shape == (2, 4, 16, 16)
+    assert latents.shape == (2, 8, 16, 16)
     transformer = TransformerStage(SceneLatents(scenes, latents, ""), parse(TransformerConfig, recipe["transformer"], "transformer"))
     classifier = SceneClassifierStage(parse(SceneClassifierConfig, {**recipe["scene_classifier"], "scenes": 2}, "scene_classifier"))
     for stage in (autoencoder, transformer, classifier):

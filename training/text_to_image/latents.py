@@ -81,7 +81,7 @@ def _part(path: Path, autoencoder: AutoencoderKL, found: list) -> torch.Tensor:
     for start in range(0, len(found), 32):
         pictures = np.stack([render(scene, rng) for scene, rng in found[start : start + 32]])
         mean = autoencoder.encode(to_input(torch.from_numpy(pictures).permute(0, 3, 1, 2))).latent_dist.mean
-        latents.append((mean * autoencoder.config.scaling_factor).half())
+        latents.append((mean * autoencoder.config["scaling_factor"]).half())
     part = torch.cat(latents).contiguous()  # a convolution may leave them in another memory order
     write_bytes(path, save({"latents": part}))
     return part

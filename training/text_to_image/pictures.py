@@ -132,8 +132,9 @@ def _strokes(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
     noise = torch.randn(count, 3, size, size, generator=rng)
     noise = torch.lerp(noise.mean(1, keepdim=True).expand_as(noise) * 1.7, noise, _uniform(count, 0, 0.6, rng))
-    smeared = sum(grid_sample(noise, grid + offset * step, padding_mode="reflection", align_corners=True) for offset in range(-2, 3))
-    return pictures + _uniform(count, 0.02, 0.11, rng) * smeared  # type: ignore[operator]
+    places = [grid + offset * step for offset in range(-2, 3)]
+    smeared = torch.stack([grid_sample(noise, place, padding_mode="reflection", align_corners=True) for place in places]).sum(0)
+    return pictures + _uniform(count, 0.02, 0.11, rng) * smeared
 
 
 def _texture(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -48,7 +48,7 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
 
     autoencoder = ImageAutoencoderStage(autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / autoencoder.name, tensorboard)
-    autoencoder.fit_scaling_factor()
+    autoencoder.fit_latent_statistics()
     data = SceneLatents.make(autoencoder.autoencoder, transformer_config.scenes, transformer_config.fit.seed, run_folder / "latents")
     transformer = TransformerStage(data, transformer_config)
     fit(transformer, transformer_config.fit, run_folder / transformer.name, tensorboard)
@@ -58,7 +58,7 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
     classifier = SceneClassifierStage(classifier_config)
     fit(classifier, classifier_config.fit, run_folder / classifier.name, tensorboard)
     if PartialState().is_main_process:
-        result = evaluate_base(folder, classifier.module, sample_config, run_folder / "evaluation.json")
+        result = evaluate_base(folder, classifier.classifier, sample_config, run_folder / "evaluation.json")
         print(f"attributes right: {result['generated']['mean']:.1%} (renders {result['rendered']['mean']:.1%}, "
               f"other prompts {result['shuffled']['mean']:.1%})")  # fmt: skip
     return folder

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import build
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig
 from cond_pdiff.training.text_to_image.pictures import effects, patterns, render_pool, to_input
@@ -41,8 +42,14 @@ def _initialise(autoencoder: AutoencoderKL, logvar: float) -> None:
     for module in autoencoder.modules():
         if isinstance(module, ResnetBlock2D):
             nn.init.zeros_(module.conv2.weight)
-    if autoencoder.quant_conv is not None:
-        nn.init.constant_(autoencoder.quant_conv.bias.chunk(2)[1], logvar)
+    _bias(autoencoder.post_quant_conv)  # a missing one is refused now, not after training
+    nn.init.constant_(_bias(autoencoder.quant_conv).chunk(2)[1], logvar)
+
+
+def _bias(convolution: nn.Conv2d | None) -> torch.Tensor:
+    if convolution is None or convolution.bias is None:  # `fit_latent_statistics` needs it
+        raise TrainingError("image_autoencoder, model: use_quant_conv and use_post_quant_conv must be true")
+    return convolution.bias
 
 
 class ImageAutoencoderStage:
@@ -55,7 +62,7 @@ class ImageAutoencoderStage:
         torch.manual_seed(config.fit.seed)
         self.autoencoder = build(AutoencoderKL, "image_autoencoder, model", **config.model)
         _initialise(self.autoencoder, config.initial_logvar)
-        self.module = ReconstructedPictures(self.autoencoder)
+        self.module: nn.Module = ReconstructedPictures(self.autoencoder)
         self.identity: dict[str, Any] = {"config": asdict(config)}
 
     @cached_property
@@ -91,8 +98,17 @@ class ImageAutoencoderStage:
         return f"{len(batch)} rendered pictures"
 
     @torch.no_grad()
-    def fit_scaling_factor(self) -> None:
-        """Set the autoencoder's `scaling_factor` so that latents of the first scenes have unit variance."""
+    def fit_latent_statistics(self) -> None:
+        """Give the latents of rendered scenes the mean 0 in every channel and, through `scaling_factor`, the variance 1 altogether.
+
+        PixArt's pipeline knows no shift, so the means are moved into the two 1x1 convolutions around the latents; what the
+        autoencoder reconstructs stays the same.
+        """
         pictures = to_input(render_pool(min(512, self.config.scenes), self.config.fit.seed)[1])
-        mean = torch.cat([self.autoencoder.encode(part).latent_dist.mean for part in pictures.split(32)])
-        self.autoencoder.register_to_config(scaling_factor=float(f"{1 / mean.std():.6g}"))
+        latents = torch.cat([self.autoencoder.encode(part).latent_dist.mean for part in pictures.split(32)])
+        means = latents.mean(dim=(0, 2, 3))
+        _bias(self.autoencoder.quant_conv)[: len(means)] -= means
+        after = self.autoencoder.post_quant_conv
+        _bias(after).add_(after.weight[:, :, 0, 0] @ means)
+        spread = (latents - means[:, None, None]).std()
+        self.autoencoder.register_to_config(scaling_factor=float(f"{1 / spread:.6g}"))

@@ -75,7 +75,8 @@ class SceneClassifierStage:
     def __init__(self, config: SceneClassifierConfig) -> None:
         self.config = config
         torch.manual_seed(config.fit.seed)
-        self.module = SceneClassifier(config.channels)
+        self.classifier = SceneClassifier(config.channels)
+        self.module: nn.Module = self.classifier
         self.identity: dict[str, Any] = {"config": asdict(config)}
 
     @cached_property

@@ -70,7 +70,7 @@ class TransformerStage:
         sizes["caption_channels"] = self.text_encoder.config.d_model
         self.transformer = build(PixArtTransformer2DModel, "transformer, model", **config.model, **sizes)
         nn.init.zeros_(self.transformer.proj_out.weight)
-        self.module = TextToVelocity(self.transformer, self.text_encoder)
+        self.module: nn.Module = TextToVelocity(self.transformer, self.text_encoder)
         self.identity: dict[str, Any] = {"config": asdict(config), "latents": data.sha256, "words": len(self.tokenizer)}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> CaptionedBatch:
