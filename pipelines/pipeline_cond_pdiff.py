@@ -261,7 +261,8 @@ class CondPDiffPipeline(DiffusionPipeline):
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
             "in_distribution": inside,
         }
-        labels, labels_from = (), "nowhere"
+        labels: tuple[str, ...] = ()
+        labels_from = "nowhere"
         if isinstance(condition, TaskPrompt):
             labels, labels_from = tuple(condition.labels), "prompt"
             if not labels:

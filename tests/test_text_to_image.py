@@ -212,7 +212,7 @@ def test_latents_of_rendered_scenes_have_mean_zero_and_unit_variance(tiny_run: P
 
 
 def test_moving_the_mean_of_latents_changes_no_reconstruction() -> None:
-    stage = ImageAutoencoderStage(parse(ImageAutoencoderConfig, TINY["image_autoencoder"], "image_autoencoder"))
+    stage = ImageAutoencoderStage(parse(ImageAutoencoderConfig, TINY_BASE["image_autoencoder"], "image_autoencoder"))
     pictures = render_pool(2, 0)[1]
     before = reconstruct(stage.autoencoder, pictures)
     stage.fit_latent_statistics()

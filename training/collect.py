@@ -27,7 +27,7 @@ from cond_pdiff.training.text_tuning import TextTuning
 from cond_pdiff.training.zoo import RUN_FILE, Zoo
 
 MULTITASK = "multitask"
-TUNINGS = {"text": TextTuning, "style": StyleTuning}
+TUNINGS: dict[str, type] = {"text": TextTuning, "style": StyleTuning}
 
 
 class Tuning(Protocol):

@@ -69,7 +69,7 @@ class ConditionBank:
             raise TrainingError(f"unet, condition_encoder: a {type(encoder).__name__} cannot read the conditions of {kind}")
         count = config.variants_per_task
         if styles:
-            facts = {style.name: {"group": style.group} for style in styles}
+            facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
             variants: list[Any] = [[style_variant(style, index) for index in range(count)] for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}

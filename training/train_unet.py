@@ -63,7 +63,8 @@ class UNetStage:
         self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(tasks))]
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
-        self.module = Denoiser(build(ParamUNet1D, "unet, model", *sizes, **config.model), self.bank.trained_encoder)
+        self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model)
+        self.module: nn.Module = Denoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_start=config.beta_start,
@@ -115,7 +116,7 @@ class UNetStage:
         index.fit(self.bank.embeddings())
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,
-            unet=self.module.unet,
+            unet=self.unet,
             scheduler=DPMSolverMultistepScheduler.from_config(self.scheduler.config, algorithm_type="dpmsolver++", solver_order=2),
             condition_encoder=self.bank.encoder,
             normalizer=self.autoencoder.normalizer,
