@@ -21,7 +21,7 @@ RANKS = {
     "atomic": 1, "component": 1, "layout": 1,
     "adapter": 2, "conditioning": 2, "hub": 2, "normalization": 2,
     "models": 3,
-    "classifier": 4,
+    "classifier": 4, "text_to_image": 4,
     "pipelines": 5,
     "cond_pdiff": 6,
     "training": 7, "app": 7,

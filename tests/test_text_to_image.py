@@ -272,16 +272,13 @@ def test_psnr_is_in_decibels(pipe: PixArtAlphaPipeline) -> None:
 
 @pytest.mark.parametrize(("name", "calls"), [*(("step", calls) for calls in (1, 4, 9)), ("write_bytes", 1), ("save_base", 1)])
 def test_an_interrupted_run_ends_in_the_same_bits(tiny_run: Path, tmp_path: Path, name: str, calls: int) -> None:
-    import cond_pdiff.training.text_to_image.latents
-    import cond_pdiff.training.text_to_image.train
-
-    owners = {
-        "step": torch.optim.AdamW,
-        "write_bytes": cond_pdiff.training.text_to_image.latents,
-        "save_base": cond_pdiff.training.text_to_image.train,
+    places = {
+        "step": "torch.optim.AdamW.step",
+        "write_bytes": "cond_pdiff.training.text_to_image.latents.write_bytes",
+        "save_base": "cond_pdiff.training.text_to_image.train.save_base",
     }
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, owners[name], name, calls)
+        interrupt_at(patch, places[name], calls)
         with pytest.raises(KeyboardInterrupt):
             train_base(copy.deepcopy(TINY_BASE), tmp_path / "run")
     train_base(copy.deepcopy(TINY_BASE), tmp_path / "run")
