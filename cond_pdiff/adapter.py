@@ -307,9 +307,10 @@ class LoraAdapter:
         """
         if check:
             self.check_base(model)
+        module = adapted_module(model)
         hooks = []
         for name in self.modules:
-            linear = adapted_module(model).get_submodule(name)
+            linear = module.get_submodule(name)
             weight = linear.weight
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
             hooks.append((linear, _lora_hook(lora_a, lora_b * (scale * self.spec.scale))))

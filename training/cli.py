@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     base = commands.add_parser("train-base", help="train a small text-to-image base model from scratch (resumable)")
-    base.add_argument("--recipe", default="pixart-mini", help="recipe name or JSON file")
+    base.add_argument("--recipe", default="pixart-mini", help="recipe name or JSON file (default: %(default)s)")
     base.add_argument("--out", required=True, type=Path, help="run folder to create or continue")
     base.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
     base.set_defaults(run=_train_base)

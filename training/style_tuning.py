@@ -17,6 +17,7 @@ from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target, draw_noise_levels, flow_pair
 from cond_pdiff.training.styles import Style, load_styles
+from cond_pdiff.training.text_to_image.pictures import to_input
 
 ENCODE_BATCH = 32
 
@@ -102,7 +103,7 @@ class StyleTuning:
         pixels, captions = pixels[:limit], captions[:limit]
         latents, embeddings, masks = [], [], []
         for start in range(0, len(captions), ENCODE_BATCH):
-            pictures = pixels[start : start + ENCODE_BATCH].permute(0, 3, 1, 2).float() / 127.5 - 1
+            pictures = to_input(pixels[start : start + ENCODE_BATCH].permute(0, 3, 1, 2))
             latents.append(self.pipe.vae.encode(pictures).latent_dist.mean * self.pipe.vae.config.scaling_factor)
             text, mask, _, _ = self.pipe.encode_prompt(
                 captions[start : start + ENCODE_BATCH], do_classifier_free_guidance=False, max_sequence_length=self.config.max_length
