@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.errors import ConditionError, HubError
@@ -64,3 +64,30 @@ def make_pictures(
             clean_caption=False,
         ).images
     return images
+
+
+def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), side: int = 192) -> Image.Image:
+    """Rows of pictures, each with its title above it, and a caption below every column.
+
+    Args:
+        rows: title → pictures, as many in every row.
+        captions: one for each column.
+        side: of a picture on the sheet, in pixels; smaller ones are enlarged without smoothing.
+    """
+    gap, line = 8, 20
+    font = ImageFont.load_default(13)
+    columns = max(len(pictures) for pictures in rows.values())
+    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + len(rows) * (side + gap + line) + (line if captions else 0)), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = gap
+    for title, pictures in rows.items():
+        draw.text((gap, y), title, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            resample = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            sheet.paste(picture.resize((side, side), resample), (gap + column * (side + gap), y + line))
+        y += side + gap + line
+    for column, caption in enumerate(captions):
+        while draw.textlength(caption, font=font) > side and len(caption) > 2:
+            caption = caption[:-2].rstrip() + "…"
+        draw.text((gap + column * (side + gap), y), caption, fill="black", font=font)
+    return sheet

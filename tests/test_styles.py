@@ -20,17 +20,19 @@ from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataEr
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
-from cond_pdiff.training.conditions import style_variant
+from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.styles import Style, load_styles, write_style
 from cond_pdiff.training.text_to_image.drawing import render
 from cond_pdiff.training.text_to_image.scenes import Scene
 from cond_pdiff.training.train import train
+from cond_pdiff.training.train_autoencoder import ZooParams
 from cond_pdiff.training.zoo import Zoo
 
 TINTS = {"embers": (230, 60, 30), "lagoon": (20, 160, 190), "moss": (60, 120, 40)}
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]
 
 
@@ -65,7 +67,7 @@ def recipe(base: Backbone) -> dict[str, Any]:
         "collect": {
             "tasks": ["embers", "lagoon"], "unseen": ["moss"], "kind": "style", "base": base.to_json(), "rank": 2, "alpha": 4,
             "target_modules": TARGETS, "runs": 2, "steps": 4, "batch_size": 2, "max_length": 16, "learning_rates": [0.02],
-            "multitask_steps": 2,
+            "multitask_steps": 2, "last_checkpoints": 2, "checkpoint_every": 1,
         },
         "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
         "unet": {"model": {"block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit, "variants_per_task": 4,
@@ -132,8 +134,9 @@ def test_damaged_style_folders_are_named(styles_folder: Path, tmp_path: Path, da
 
 def test_style_variants_are_crops_of_the_picture_and_of_what_was_made_in_it(styles_folder: Path) -> None:
     style = Style.load(styles_folder / "embers")
-    variants = [style_variant(style, index) for index in range(12)]
-    assert [v.sha256 for v in variants] == [style_variant(style, index).sha256 for index in range(12)]
+    variants = style_variants(style, 12)
+    assert [v.sha256 for v in variants[:6]] == [v.sha256 for v in style_variants(style, 6)]
+    assert variants[1].sha256 != style_variants(style, 2, "test")[1].sha256
     assert len({v.sha256 for v in variants}) == 12
     assert all(v.image.width == v.image.height for v in variants)
     assert variants[0].image.width == 90
@@ -150,6 +153,17 @@ def test_the_zoo_holds_what_was_asked_for(zoo: Zoo) -> None:
     assert zoo.multitask() is not None
     for run in zoo.runs("embers"):
         assert {"test_loss", "test_loss_base"} <= set(run.facts)
+        last, earlier = run.adapters()
+        assert (run.folder / "step-3").is_dir()
+        assert 0 < float((last.tensors[B_KEY] - earlier.tensors[B_KEY]).norm()) < float(last.tensors[B_KEY].norm())
+    data = ZooParams.load(zoo)
+    assert data.params.shape[0] == 8  # two styles, two runs, two checkpoints
+    assert data.tasks.tolist() == [0] * 4 + [1] * 4
+
+
+def test_checkpoints_that_a_run_cannot_have_are_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match="a run of 4 steps has no 3 checkpoints 2 steps apart"):
+        parse(CollectConfig, {**recipe["collect"], "last_checkpoints": 3, "checkpoint_every": 2}, "collect")
 
 
 def test_longer_training_lowers_the_held_out_loss(recipe: dict[str, Any], styles_folder: Path, tmp_path: Path) -> None:

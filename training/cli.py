@@ -12,10 +12,11 @@ from cond_pdiff import __version__
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
 if TYPE_CHECKING:
-    from cond_pdiff.conditioning import Text
+    from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 
 DEFAULT_GENERATOR = "cond-pdiff/minilm-text-tasks"
+DEFAULT_STYLE_GENERATOR = "cond-pdiff/pixart-mini-styles"
 PAIR_SEPARATOR = "|||"
 DEMO_DESCRIPTION = "Decide whether a sentence from a review of an electronic product is negative or positive."
 DEMO_EXAMPLES = ("battery died after a week=negative", "crisp, bright screen=positive")
@@ -48,14 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cond-pdiff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    generate = commands.add_parser("generate", help="make an adapter from a task description and examples")
-    generate.add_argument("description", help="what to decide, in a sentence or two")
+    generate = commands.add_parser("generate", help="make an adapter from a task description and examples, or from a style image")
+    generate.add_argument("description", nargs="?", help="what to decide, in a sentence or two")
+    generate.add_argument("--image", type=Path, metavar="FILE", help="a style image (PNG, JPEG or WebP) instead of a description")
     generate.add_argument(
         "--example", action="append", default=[], metavar="TEXT=LABEL", help=f"a labelled example; 'A {PAIR_SEPARATOR} B=LABEL' for pairs"
     )
     generate.add_argument("--label", action="append", default=[], metavar="NAME", help="a label name (default: those of the examples)")
     generate.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where to write the adapter")
-    generate.add_argument("--generator", default=DEFAULT_GENERATOR, metavar="NAME", help="bundled name, folder, or Hub repository")
+    generate.add_argument(
+        "--generator",
+        metavar="NAME",
+        help=f"bundled name, folder, or Hub repository (default: {DEFAULT_GENERATOR}; for images {DEFAULT_STYLE_GENERATOR})",
+    )
     generate.add_argument("--num-adapters", type=int, default=None, metavar="N", help="candidates (default: 20 with examples, else 1)")
     generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
     generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="guidance; 1 is none (default: %(default)s)")
@@ -71,6 +77,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
     classify.set_defaults(run=_classify)
+
+    preview = commands.add_parser("preview", help="make pictures with and without a style adapter")
+    preview.add_argument("adapter", type=Path, help="adapter folder")
+    preview.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what to show; give it again for more")
+    preview.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: %(default)s)")
+    preview.add_argument("--mix", nargs=2, default=None, metavar=("ADAPTER", "SCALE"), help="a second adapter and its strength")
+    preview.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: ADAPTER-preview.png)")
+    preview.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
+    preview.add_argument("--guidance-scale", type=float, default=3.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
+    preview.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    preview.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
+    preview.add_argument("--force", action="store_true", help="replace a picture that is already there")
+    preview.set_defaults(run=_preview)
 
     demo = commands.add_parser("demo", help="generate an adapter and compare it with the base model")
     demo.set_defaults(run=_demo)
@@ -89,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, type=Path, help="run folder to create or continue")
     train.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
     train.set_defaults(run=_train)
+
+    styles = commands.add_parser("make-styles", help="make style folders from pictures by a style-transfer network (resumable)")
+    styles.add_argument("--images", required=True, type=Path, help="folder of PNG, JPEG or WebP pictures")
+    styles.add_argument("--out", required=True, type=Path, help="folder to create or continue")
+    styles.add_argument("--train", type=int, default=128, metavar="N", help="training pictures a style (default: %(default)s)")
+    styles.add_argument("--test", type=int, default=64, metavar="N", help="held-out pictures a style (default: %(default)s)")
+    styles.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
+    styles.set_defaults(run=_make_styles)
 
     base = commands.add_parser("train-base", help="train a small text-to-image base model from scratch (resumable)")
     base.add_argument("--recipe", default="pixart-mini", help="recipe name or JSON file (default: %(default)s)")
@@ -145,32 +172,39 @@ def _parse_example(example: str) -> tuple[Text, str]:
     return _parse_text(text), label
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63 - 1001:
+        raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
+
+
 def _run_generator(
-    description: str,
-    examples: Sequence[str],
-    labels: Sequence[str],
-    generator: str,
-    num_adapters: int | None,
-    seed: int,
-    steps: int,
-    guidance_scale: float,
+    condition: TaskPrompt | StyleImage, generator: str, num_adapters: int, seed: int, steps: int, guidance_scale: float
 ) -> CondPDiffPipelineOutput:
     # The command line never needs the Hub for a generator that is bundled; quiet loading bars are not for people.
     import torch
     from diffusers.utils import logging as diffusers_logging
 
-    from cond_pdiff import CondPDiffPipeline, TaskPrompt
+    from cond_pdiff import CondPDiffPipeline
     from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS
 
-    prompt = TaskPrompt(description, [_parse_example(example) for example in examples], labels)
     diffusers_logging.disable_progress_bar()
     pipe = CondPDiffPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
-    count = num_adapters if num_adapters is not None else (20 if prompt.examples else 1)
-    if not 0 <= seed < 2**63 - 1001:
-        raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(min(max(count, 0), MAX_ADAPTERS))]
-    return pipe(prompt, num_adapters=count, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale)
+    _check_seed(seed)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(min(max(num_adapters, 0), MAX_ADAPTERS))]
+    return pipe(condition, num_adapters=num_adapters, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale)
+
+
+def _condition(arguments: argparse.Namespace) -> TaskPrompt | StyleImage:
+    from cond_pdiff import StyleImage, TaskPrompt
+
+    if arguments.image is None:
+        if arguments.description is None:
+            raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
+        return TaskPrompt(arguments.description, [_parse_example(example) for example in arguments.example], arguments.label)
+    if arguments.description is not None or arguments.example or arguments.label:
+        raise ConditionError("give a style image, or a description with examples and labels, not both")
+    return StyleImage.open(arguments.image)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -178,16 +212,10 @@ def _generate(arguments: argparse.Namespace) -> None:
     from cond_pdiff.atomic import check_output_folder
 
     check_output_folder(arguments.out, OWN_FILES, arguments.force)
-    output = _run_generator(
-        arguments.description,
-        arguments.example,
-        arguments.label,
-        arguments.generator,
-        arguments.num_adapters,
-        arguments.seed,
-        arguments.steps,
-        arguments.guidance_scale,
-    )
+    condition = _condition(arguments)
+    generator = arguments.generator or (DEFAULT_GENERATOR if arguments.image is None else DEFAULT_STYLE_GENERATOR)
+    count = arguments.num_adapters if arguments.num_adapters is not None else (20 if arguments.example else 1)
+    output = _run_generator(condition, generator, count, arguments.seed, arguments.steps, arguments.guidance_scale)
     output.save_adapter(arguments.out, overwrite=arguments.force)
     print(output.report)
     print(f"adapter    {arguments.out}")
@@ -209,13 +237,48 @@ def _classify(arguments: argparse.Namespace) -> None:
         print(f"{classifier.labels[best]:<24} {row[best]:>4.0%}  {text[:100]}")
 
 
+def _preview(arguments: argparse.Namespace) -> None:
+    import io
+
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.atomic import write_bytes
+    from cond_pdiff.hub import Backbone
+    from cond_pdiff.text_to_image import load_text_to_image, make_pictures, picture_sheet
+
+    out = arguments.out or Path(f"{str(arguments.adapter).rstrip('/')}-preview.png")
+    if out.exists() and not arguments.force:
+        raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
+    _check_seed(arguments.seed)
+    mixed = [(arguments.adapter, arguments.scale)]
+    if arguments.mix:
+        mixed.append((Path(arguments.mix[0]), _number(arguments.mix[1], "the strength of the second adapter")))
+    adapters = [(LoraAdapter.load(folder), scale) for folder, scale in mixed]
+    reference = adapters[0][0].metadata.get("base") or {"repo_id": adapters[0][0].spec.base_model}
+    pipe = load_text_to_image(Backbone(arguments.base) if arguments.base else Backbone.from_json(reference))
+    settings = (arguments.seed, arguments.steps, arguments.guidance_scale)
+    title = "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
+    rows = {"base": make_pictures(pipe, arguments.prompt, (), *settings), title: make_pictures(pipe, arguments.prompt, adapters, *settings)}
+    encoded = io.BytesIO()
+    picture_sheet(rows, arguments.prompt).save(encoded, "PNG")
+    write_bytes(out, encoded.getvalue())
+    print(f"pictures   {out}")
+
+
+def _number(text: str, what: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise CondPDiffError(f"{what} must be a number, got {text!r}") from error
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     import tempfile
 
-    from cond_pdiff import PrototypeClassifier
+    from cond_pdiff import PrototypeClassifier, TaskPrompt
 
     print(f"task       {DEMO_DESCRIPTION}\nexamples   {'; '.join(DEMO_EXAMPLES)}")
-    output = _run_generator(DEMO_DESCRIPTION, DEMO_EXAMPLES, (), DEFAULT_GENERATOR, None, 0, 10, 1.5)
+    prompt = TaskPrompt(DEMO_DESCRIPTION, [_parse_example(example) for example in DEMO_EXAMPLES])
+    output = _run_generator(prompt, DEFAULT_GENERATOR, 20, 0, 10, 1.5)
     print(output.report)
     with tempfile.TemporaryDirectory() as folder:
         adapted = PrototypeClassifier.load(output.save_adapter(Path(folder) / "adapter"))
@@ -250,6 +313,13 @@ def _train(arguments: argparse.Namespace) -> None:
     from cond_pdiff.training.train import train
 
     print(f"generator  {train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)}")
+
+
+def _make_styles(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.training.make_styles import make_styles
+
+    styles = make_styles(arguments.images, arguments.out, arguments.train, arguments.test, arguments.seed)
+    print(f"{len(styles)} styles in {arguments.out}")
 
 
 def _train_base(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
-from cond_pdiff.training.zoo import RUN_FILE, Zoo
+from cond_pdiff.training.zoo import RUN_FILE, Zoo, file_sha256
 
 MULTITASK = "multitask"
 TUNINGS: dict[str, type] = {"text": TextTuning, "style": StyleTuning}
@@ -143,22 +143,34 @@ class _Tuner:
                 parameter.requires_grad = ".lora_B." in key or (config.train_lora_a and ".lora_A." in key)
                 if parameter.requires_grad:
                     trained.append(parameter)
-            loss = self._train(trained, tasks, steps, rate, seed)
-            tensors = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
+            kept: dict[int, dict[str, torch.Tensor]] = {}
+
+            def keep(step: int) -> None:
+                back, rest = divmod(steps - step, config.checkpoint_every)
+                if rest == 0 and back < config.last_checkpoints:
+                    kept[step] = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
+
+            loss = self._train(trained, tasks, steps, rate, seed, keep)
         finally:
             model.unload()
-        adapter = LoraAdapter(self.spec, tensors, {"base": config.base, "task": name})
-        facts = {"task": name, "run": run, "seed": seed, "steps": steps, "learning_rate": rate, "loss": round(loss, 4)}
+        adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": config.base, "task": name})
+        facts: dict[str, Any] = {"task": name, "run": run, "seed": seed, "steps": steps, "learning_rate": rate, "loss": round(loss, 4)}
         if name != MULTITASK:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(tasks[0])})
             facts.update(self.tuning.metrics(adapter, tasks[0]))
         facts["seconds"] = round(time.monotonic() - started, 1)
         with atomic_folder(folder, (*ADAPTER_FILES, RUN_FILE)) as aside:
             adapter.save(aside)
-            facts["sha256"] = hashlib.sha256((aside / WEIGHTS_FILE).read_bytes()).hexdigest()
+            for step, tensors in kept.items():
+                dataclasses.replace(adapter, tensors=tensors).save(aside / f"step-{step}")
+            facts["sha256"] = file_sha256(aside / WEIGHTS_FILE)
+            facts["checkpoints"] = {f"step-{step}": file_sha256(aside / f"step-{step}" / WEIGHTS_FILE) for step in kept}
             (aside / RUN_FILE).write_text(dump_json(facts), encoding="utf-8")
 
-    def _train(self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int) -> float:
+    def _train(
+        self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int, after_step: Callable[[int], None]
+    ) -> float:
+        """Train for `steps` steps, calling `after_step` with the number of steps that are done; the mean of the last losses."""
         config = self.config
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         warmup = max(1, round(config.warmup * steps))
@@ -179,5 +191,6 @@ class _Tuner:
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
+            after_step(step + 1)
             recent = [*recent[-19:], loss.item()]
         return sum(recent) / len(recent)

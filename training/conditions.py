@@ -70,7 +70,7 @@ class ConditionBank:
         count = config.variants_per_task
         if styles:
             facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
-            variants: list[Any] = [[style_variant(style, index) for index in range(count)] for style in styles]
+            variants: list[Any] = [style_variants(style, count) for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
             variants = [[prompt_variant(task, index) for index in range(count)] for task in texts]
@@ -102,17 +102,22 @@ def prompt_variant(task: Task, index: int) -> TaskPrompt:
     return TaskPrompt(description, prompt.examples, prompt.labels)
 
 
-def style_variant(style: Style, index: int) -> StyleImage:
-    """The index-th way to show a style: square crops of the style picture, and every second time of a picture made in it."""
-    rng = random.Random(f"{style.name}/variant/{index}")
-    if index % 2 == 0:
-        image = style.image.image
-    else:
-        pixels, _ = style.pictures("train")
-        image = Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
-    side = round(min(image.size) * (1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0)))
-    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-    return StyleImage(image.crop((left, top, left + side, top + side)))
+def style_variants(style: Style, count: int, split: str = "train") -> list[StyleImage]:
+    """Ways to show a style: square crops of the style picture, and every second time of a picture made in it.
+
+    Args:
+        split: of the pictures made in the style.
+    """
+    shown = style.image.image
+    pixels, _ = style.pictures(split)
+    variants = []
+    for index in range(count):
+        rng = random.Random(f"{style.name}/variant/{split}/{index}")
+        image = shown if index % 2 == 0 else Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
+        side = round(min(image.size) * (1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0)))
+        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+        variants.append(StyleImage(image.crop((left, top, left + side, top + side))))
+    return variants
 
 
 def _condition_encoder(settings: dict[str, Any]) -> Any:

@@ -36,6 +36,8 @@ class CollectConfig:
     learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
     warmup: float = 0.1                             # share of the steps
     subset: float = 0.8                             # share of the training rows that a run sees
+    last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
+    checkpoint_every: int = 5                       # … so many steps apart
     multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
     metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
     seed: int = 0
@@ -45,6 +47,10 @@ class CollectConfig:
             raise TrainingError("collect: name at least one task and one learning rate")
         if self.kind not in ("text", "style"):
             raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
+        if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
+            raise TrainingError(
+                f"collect: a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"
+            )
 
 
 @dataclass(frozen=True)

