@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
@@ -10,7 +11,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from PIL import Image, ImageDraw, ImageFont
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.errors import ConditionError, HubError
+from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -25,9 +26,12 @@ def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     """
     folder = find_backbone(base, TRANSFORMER_WEIGHTS)
     try:
-        pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True).to(torch.float32)
+        pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
+    for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        if module.dtype != torch.float32:
+            module.to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -44,13 +48,19 @@ def make_pictures(
 
     Args:
         adapters: (adapter, strength) pairs; attached for this call only, their updates add up.
+        num_inference_steps: from 2 (PixArt's pipeline cannot do with one) to 1000.
 
     Raises:
         ConditionError: no prompt, or an empty one.
+        CondPDiffError: another argument is out of its range.
         AdapterError: an adapter is not for this base.
     """
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ConditionError("give at least one prompt, none of them empty")
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps <= 1000:
+        raise CondPDiffError(f"num_inference_steps must be a whole number from 2 to 1000, got {num_inference_steps!r}")
+    if not math.isfinite(guidance_scale) or not all(math.isfinite(scale) for _, scale in adapters):
+        raise CondPDiffError("guidance_scale and the adapters' strengths must be finite numbers")
     with ExitStack() as stack:
         for adapter, scale in adapters:
             stack.enter_context(adapter.attached(pipe, scale))

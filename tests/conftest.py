@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pkgutil
+import random
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from cond_pdiff.adapter import FACTORS, KEY_PREFIX, LoraAdapter, LoraSpec, base_fingerprint, target_linears
@@ -21,9 +24,13 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+from cond_pdiff.training.styles import write_style
 from cond_pdiff.training.tasks import Row, write_task
+from cond_pdiff.training.text_to_image.drawing import render
+from cond_pdiff.training.text_to_image.scenes import Scene
 from cond_pdiff.training.text_to_image.train import train_base
 from cond_pdiff.training.train import train
+from cond_pdiff.training.zoo import Zoo
 
 RANK = 2
 TARGETS = ("query", "key", "value", "attention.output.dense")
@@ -172,6 +179,59 @@ TINY_BASE: dict[str, Any] = {
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny base model. Only to be read."""
     return train_base(copy.deepcopy(TINY_BASE), tmp_path_factory.mktemp("base") / "run").parent
+
+
+TINTS = {"embers": (230, 60, 30), "lagoon": (20, 160, 190), "moss": (60, 120, 40)}
+STYLE_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def tinted(pixels: np.ndarray, tint: tuple[int, int, int]) -> np.ndarray:
+    return (pixels.mean(2, keepdims=True) / 255 * np.array(tint)).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def styles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three styles that are nothing but a colour."""
+    folder = tmp_path_factory.mktemp("styles")
+    scene = Scene("house", "red", "meadow", "day")
+    for name, tint in TINTS.items():
+        made = [torch.from_numpy(tinted(render(scene, random.Random(index)), tint)) for index in range(8)]
+        captions = [scene.caption(random.Random(index)) for index in range(8)]
+        pictures = {"train": (torch.stack(made[:6]), captions[:6]), "test": (torch.stack(made[6:]), captions[6:])}
+        noise = np.random.default_rng(len(name)).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+        write_style(folder / name, Image.fromarray(tinted(noise, tint)), pictures, group="tint", licence="CC0-1.0")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_run: Path) -> Backbone:
+    return Backbone(str(tiny_run / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def style_recipe(tiny_base: Backbone) -> dict[str, Any]:
+    fit = {"steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 3, "log_every": 1}
+    encoder = {"type": "StyleCnnConditionEncoder", "channels": [4, 8], "condition_dim": 8, "image_side": 32}
+    return {
+        "collect": {
+            "tasks": ["embers", "lagoon"], "unseen": ["moss"], "kind": "style", "base": tiny_base.to_json(), "rank": 2, "alpha": 4,
+            "target_modules": STYLE_TARGETS, "runs": 2, "steps": 4, "batch_size": 2, "max_length": 16, "learning_rates": [0.02],
+            "multitask_steps": 2, "last_checkpoints": 2, "checkpoint_every": 1,
+        },
+        "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
+        "unet": {"model": {"block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit, "variants_per_task": 4,
+                 "condition_encoder": encoder},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def style_zoo(style_recipe: dict[str, Any], styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return collect(parse(CollectConfig, style_recipe["collect"], "collect"), styles_folder, tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def style_generator(style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(copy.deepcopy(style_recipe), style_zoo.folder, styles_folder, tmp_path_factory.mktemp("run"))
 
 
 def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:

@@ -15,9 +15,11 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.evaluate.card import write_generator_card
-from cond_pdiff.training.evaluate.evaluate import EvaluateConfig, _Evaluator, evaluate
+from cond_pdiff.training.evaluate.evaluate import evaluate
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
-from cond_pdiff.training.evaluate.table import COLUMNS, percent, summarize, to_markdown
+from cond_pdiff.training.evaluate.text_table import COLUMNS, percent, summarize, to_markdown
+from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.zoo import Zoo, soup
 
@@ -168,8 +170,8 @@ def test_what_is_measured_is_not_measured_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: list[str] = []
-    original = _Evaluator.measure
-    monkeypatch.setattr(_Evaluator, "measure", lambda self, task: measured.append(task.name) or original(self, task))
+    original = TextEvaluator.measure
+    monkeypatch.setattr(TextEvaluator, "measure", lambda self, task: measured.append(task.name) or original(self, task))
     shutil.copytree(out, tmp_path / "out")
     assert evaluate(tiny_generator, tiny_zoo, tasks_folder, tmp_path / "out", CONFIG) == evaluation
     assert measured == []
@@ -186,9 +188,7 @@ def without_times(evaluation: dict[str, Any] | None) -> dict[str, Any]:
     return evaluation
 
 
-def test_shards_combine(
-    evaluation: dict[str, Any], tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path
-) -> None:
+def test_shards_combine(evaluation: dict[str, Any], tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
     assert evaluate(tiny_generator, tiny_zoo, tasks_folder, tmp_path, CONFIG, (1, 2)) is None
     assert [path.name for path in (tmp_path / "tasks").iterdir()] == ["moods.json"]
     assert not (tmp_path / "evaluation.json").exists()
@@ -200,7 +200,7 @@ def test_shards_combine(
 def test_another_generator_or_setting_is_measured_afresh(
     out: Path, tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    monkeypatch.setattr(_Evaluator, "measure", lambda self, task: pytest.fail("measured"))
+    monkeypatch.setattr(TextEvaluator, "measure", lambda self, task: pytest.fail("measured"))
     shutil.copytree(out, tmp_path / "out")
     config, generator = CONFIG, tiny_generator
     if change == "settings":

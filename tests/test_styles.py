@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINTS
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -22,72 +22,24 @@ from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
+from cond_pdiff.training.evaluate.evaluate import evaluate
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
+from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.make_styles import draw_scenes, make_styles
 from cond_pdiff.training.style_tuning import StyleTuning
-from cond_pdiff.training.styles import Style, load_styles, write_style
-from cond_pdiff.training.text_to_image.drawing import render
-from cond_pdiff.training.text_to_image.scenes import Scene
+from cond_pdiff.training.styles import Style, load_styles
 from cond_pdiff.training.train import train
 from cond_pdiff.training.train_autoencoder import ZooParams
 from cond_pdiff.training.zoo import Zoo
 
-TINTS = {"embers": (230, 60, 30), "lagoon": (20, 160, 190), "moss": (60, 120, 40)}
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]
 
 
-def tinted(pixels: np.ndarray, tint: tuple[int, int, int]) -> np.ndarray:
-    return (pixels.mean(2, keepdims=True) / 255 * np.array(tint)).astype(np.uint8)
-
-
 @pytest.fixture(scope="module")
-def styles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three styles that are nothing but a colour."""
-    folder = tmp_path_factory.mktemp("styles")
-    scene = Scene("house", "red", "meadow", "day")
-    for name, tint in TINTS.items():
-        made = [torch.from_numpy(tinted(render(scene, random.Random(index)), tint)) for index in range(8)]
-        captions = [scene.caption(random.Random(index)) for index in range(8)]
-        pictures = {"train": (torch.stack(made[:6]), captions[:6]), "test": (torch.stack(made[6:]), captions[6:])}
-        noise = np.random.default_rng(len(name)).integers(0, 255, (90, 120, 3), dtype=np.uint8)
-        write_style(folder / name, Image.fromarray(tinted(noise, tint)), pictures, group="tint", licence="CC0-1.0")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tiny_run: Path) -> Backbone:
-    return Backbone(str(tiny_run / "pipeline"))
-
-
-@pytest.fixture(scope="module")
-def recipe(base: Backbone) -> dict[str, Any]:
-    fit = {"steps": 6, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 3, "log_every": 1}
-    encoder = {"type": "StyleCnnConditionEncoder", "channels": [4, 8], "condition_dim": 8, "image_side": 32}
-    return {
-        "collect": {
-            "tasks": ["embers", "lagoon"], "unseen": ["moss"], "kind": "style", "base": base.to_json(), "rank": 2, "alpha": 4,
-            "target_modules": TARGETS, "runs": 2, "steps": 4, "batch_size": 2, "max_length": 16, "learning_rates": [0.02],
-            "multitask_steps": 2, "last_checkpoints": 2, "checkpoint_every": 1,
-        },
-        "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
-        "unet": {"model": {"block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit, "variants_per_task": 4,
-                 "condition_encoder": encoder},
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def zoo(recipe: dict[str, Any], styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return collect(parse(CollectConfig, recipe["collect"], "collect"), styles_folder, tmp_path_factory.mktemp("zoo"))
-
-
-@pytest.fixture(scope="module")
-def generator(recipe: dict[str, Any], zoo: Zoo, styles_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(copy.deepcopy(recipe), zoo.folder, styles_folder, tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def text_to_image(base: Backbone) -> PixArtAlphaPipeline:
-    return load_text_to_image(base)
+def text_to_image(tiny_base: Backbone) -> PixArtAlphaPipeline:
+    return load_text_to_image(tiny_base)
 
 
 def weights_sha256(pipe: PixArtAlphaPipeline) -> str:
@@ -145,42 +97,48 @@ def test_style_variants_are_crops_of_the_picture_and_of_what_was_made_in_it(styl
 # --- from pictures to adapters -----------------------------------------------------------------------------------------------
 
 
-def test_the_zoo_holds_what_was_asked_for(zoo: Zoo) -> None:
-    assert {name: len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names)} == {"embers": 2, "lagoon": 2, "moss": 1}
-    adapter = zoo.runs("embers")[0].adapter()
+def test_the_zoo_holds_what_was_asked_for(style_zoo: Zoo) -> None:
+    assert {name: len(style_zoo.runs(name)) for name in (*style_zoo.task_names, *style_zoo.unseen_names)} == {
+        "embers": 2,
+        "lagoon": 2,
+        "moss": 1,
+    }
+    adapter = style_zoo.runs("embers")[0].adapter()
     assert adapter.spec.task_type is None
     assert len(adapter.modules) == 8  # one block of two attentions
-    assert zoo.multitask() is not None
-    for run in zoo.runs("embers"):
+    assert style_zoo.multitask() is not None
+    for run in style_zoo.runs("embers"):
         assert {"test_loss", "test_loss_base"} <= set(run.facts)
         last, earlier = run.adapters()
         assert (run.folder / "step-3").is_dir()
         assert 0 < float((last.tensors[B_KEY] - earlier.tensors[B_KEY]).norm()) < float(last.tensors[B_KEY].norm())
-    data = ZooParams.load(zoo)
+    data = ZooParams.load(style_zoo)
     assert data.params.shape[0] == 8  # two styles, two runs, two checkpoints
     assert data.tasks.tolist() == [0] * 4 + [1] * 4
 
 
-def test_checkpoints_that_a_run_cannot_have_are_refused(recipe: dict[str, Any]) -> None:
+def test_checkpoints_that_a_run_cannot_have_are_refused(style_recipe: dict[str, Any]) -> None:
     with pytest.raises(TrainingError, match="a run of 4 steps has no 3 checkpoints 2 steps apart"):
-        parse(CollectConfig, {**recipe["collect"], "last_checkpoints": 3, "checkpoint_every": 2}, "collect")
+        parse(CollectConfig, {**style_recipe["collect"], "last_checkpoints": 3, "checkpoint_every": 2}, "collect")
 
 
-def test_longer_training_lowers_the_held_out_loss(recipe: dict[str, Any], styles_folder: Path, tmp_path: Path) -> None:
-    section = {**recipe["collect"], "tasks": ["embers"], "unseen": [], "runs": 1, "steps": 60, "batch_size": 4, "multitask_steps": 0}
+def test_longer_training_lowers_the_held_out_loss(style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path) -> None:
+    section = {**style_recipe["collect"], "tasks": ["embers"], "unseen": [], "runs": 1, "steps": 60, "batch_size": 4, "multitask_steps": 0}
     (run,) = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo").runs("embers")
     assert run.facts["test_loss"] < run.facts["test_loss_base"]
 
 
 def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
-    generator: Path, text_to_image: PixArtAlphaPipeline, base: Backbone, tmp_path: Path
+    style_generator: Path, text_to_image: PixArtAlphaPipeline, tiny_base: Backbone, styles_folder: Path, tmp_path: Path
 ) -> None:
-    pipe = CondPDiffPipeline.from_pretrained(generator)
+    pipe = CondPDiffPipeline.from_pretrained(style_generator)
     picture = Image.new("RGB", (100, 80), TINTS["embers"])
     out = pipe(picture, num_adapters=3, generator=[torch.Generator().manual_seed(seed) for seed in range(3)])
     again = pipe(StyleImage(picture), generator=[torch.Generator().manual_seed(1)])
     torch.testing.assert_close(dict(again.adapter.tensors), dict(out.adapters[1].tensors), rtol=0, atol=1e-5)
     assert {neighbour.task for neighbour in out.report.nearest} == {"embers", "lagoon"}
+    shown = np.asarray(pipe.condition_index.preview("lagoon"))
+    assert np.array_equal(shown, Style.load(styles_folder / "lagoon").pictures("train")[0][0].numpy())
     assert str(out.report).startswith("request    ")
     assert "labels" not in str(out.report)
 
@@ -193,7 +151,7 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
     assert [image.size for image in styled] == [(64, 64)] * 2
     assert np.abs(np.asarray(plain[0], int) - np.asarray(styled[0], int)).max() > 0
 
-    stock = load_text_to_image(base)
+    stock = load_text_to_image(tiny_base)
     stock.transformer = PeftModel.from_pretrained(stock.transformer, folder)
     attached = make_pictures(text_to_image, PROMPTS, [(out.adapter, 1.0)], num_inference_steps=2)
     with_peft = make_pictures(stock, PROMPTS, num_inference_steps=2)
@@ -201,34 +159,38 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_the_trained_encoder_is_part_of_the_generator(generator: Path, recipe: dict[str, Any]) -> None:
-    encoder = CondPDiffPipeline.from_pretrained(generator).condition_encoder
-    torch.manual_seed(recipe["unet"]["fit"].get("seed", 0))
-    start = type(encoder)(**{key: recipe["unet"]["condition_encoder"][key] for key in ("channels", "condition_dim", "image_side")})
+def test_the_trained_encoder_is_part_of_the_generator(style_generator: Path, style_recipe: dict[str, Any]) -> None:
+    encoder = CondPDiffPipeline.from_pretrained(style_generator).condition_encoder
+    torch.manual_seed(style_recipe["unet"]["fit"].get("seed", 0))
+    start = type(encoder)(**{key: style_recipe["unet"]["condition_encoder"][key] for key in ("channels", "condition_dim", "image_side")})
     assert not torch.equal(encoder.convolutions[0].weight, start.convolutions[0].weight)
 
 
-def test_a_generator_refuses_the_other_kind_of_condition(generator: Path, tiny_generator: Path) -> None:
+def test_a_generator_refuses_the_other_kind_of_condition(style_generator: Path, tiny_generator: Path) -> None:
     with pytest.raises(ConditionError, match="there is no image file"):
-        CondPDiffPipeline.from_pretrained(generator)("Decide whether a sentence is good.")
+        CondPDiffPipeline.from_pretrained(style_generator)("Decide whether a sentence is good.")
     with pytest.raises(ConditionError, match="got Image"):
         CondPDiffPipeline.from_pretrained(tiny_generator)(Image.new("RGB", (64, 64)))
 
 
-def test_an_encoder_of_the_other_kind_is_refused(recipe: dict[str, Any], zoo: Zoo, styles_folder: Path, tmp_path: Path) -> None:
-    other = {**recipe, "unet": {**recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
+def test_an_encoder_of_the_other_kind_is_refused(
+    style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path: Path
+) -> None:
+    other = {**style_recipe, "unet": {**style_recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
     with pytest.raises(TrainingError, match="cannot read the conditions of styles"):
-        train(other, zoo.folder, styles_folder, tmp_path / "run")
+        train(other, style_zoo.folder, styles_folder, tmp_path / "run")
     with pytest.raises(TrainingError, match="kind must be 'text' or 'style'"):
-        parse(CollectConfig, {**recipe["collect"], "kind": "music"}, "collect")
-    assert parse(UNetConfig, recipe["unet"], "unet").variants_per_task == 4
+        parse(CollectConfig, {**style_recipe["collect"], "kind": "music"}, "collect")
+    assert parse(UNetConfig, style_recipe["unet"], "unet").variants_per_task == 4
 
 
 # --- adapters on pipelines ---------------------------------------------------------------------------------------------------
 
 
-def test_the_base_is_untouched_whatever_happens(zoo: Zoo, text_to_image: PixArtAlphaPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters = [zoo.runs(name)[0].adapter() for name in ("embers", "lagoon")]
+def test_the_base_is_untouched_whatever_happens(
+    style_zoo: Zoo, text_to_image: PixArtAlphaPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = [style_zoo.runs(name)[0].adapter() for name in ("embers", "lagoon")]
     before, plain = weights_sha256(text_to_image), make_pictures(text_to_image, PROMPTS[:1], num_inference_steps=2)[0]
     rng = random.Random(0)
     original = PixArtTransformer2DModel.forward
@@ -252,8 +214,8 @@ def test_the_base_is_untouched_whatever_happens(zoo: Zoo, text_to_image: PixArtA
     assert make_pictures(text_to_image, PROMPTS[:1], num_inference_steps=2)[0].tobytes() == plain.tobytes()
 
 
-def test_several_adapters_add_up(zoo: Zoo, text_to_image: PixArtAlphaPipeline) -> None:
-    one, two = (zoo.runs(name)[0].adapter() for name in ("embers", "lagoon"))
+def test_several_adapters_add_up(style_zoo: Zoo, text_to_image: PixArtAlphaPipeline) -> None:
+    one, two = (style_zoo.runs(name)[0].adapter() for name in ("embers", "lagoon"))
     middle = one.interpolate(two, 0.5)
     mixed = make_pictures(text_to_image, PROMPTS, [(one, 0.5), (two, 0.5)], num_inference_steps=2)
     single = make_pictures(text_to_image, PROMPTS, [(middle, 1.0)], num_inference_steps=2)
@@ -261,8 +223,8 @@ def test_several_adapters_add_up(zoo: Zoo, text_to_image: PixArtAlphaPipeline) -
         assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
 
 
-def test_what_cannot_carry_an_adapter_is_refused(zoo: Zoo, text_to_image: PixArtAlphaPipeline, tmp_path: Path) -> None:
-    adapter = zoo.runs("embers")[0].adapter()
+def test_what_cannot_carry_an_adapter_is_refused(style_zoo: Zoo, text_to_image: PixArtAlphaPipeline, tmp_path: Path) -> None:
+    adapter = style_zoo.runs("embers")[0].adapter()
     with pytest.raises(AdapterError, match="expected a model or a diffusers pipeline"):
         adapter.attach("a string")
     with pytest.raises(ConditionError, match="at least one prompt"):
@@ -272,7 +234,7 @@ def test_what_cannot_carry_an_adapter_is_refused(zoo: Zoo, text_to_image: PixArt
 
 
 def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
-    tiny_run: Path, recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
+    tiny_run: Path, style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
 ) -> None:
     """PixArt-XL's kind: the same class with eight output channels and a scheduler over betas."""
     pipe = load_text_to_image(Backbone(str(tiny_run / "pipeline")))
@@ -280,9 +242,109 @@ def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
     pipe.transformer = PixArtTransformer2DModel.from_config(config)
     pipe.scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="epsilon")
     pipe.save_pretrained(tmp_path / "xl")
-    section = {**recipe["collect"], "base": Backbone(str(tmp_path / "xl")).to_json()}
+    section = {**style_recipe["collect"], "base": Backbone(str(tmp_path / "xl")).to_json()}
     tuning = StyleTuning(parse(CollectConfig, section, "collect"))
     (style,) = tuning.load_tasks(styles_folder, ["embers"])
     torch.manual_seed(0)
     loss = tuning.loss(next(tuning.batches(style, random.Random(0))), style)
     assert 0.3 < loss.item() < 3
+
+
+# --- making styles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paintings(tmp_path: Path) -> Path:
+    """Two pictures: one in blues with stripes, one in reds with dots; and what is known of the first."""
+    folder = tmp_path / "paintings"
+    folder.mkdir()
+    y, x = np.mgrid[:80, :100]
+    stripes = np.stack([20 + 0 * x, 60 + 40 * (y // 8 % 2), 150 + 90 * (y // 8 % 2)], -1)
+    dots = np.stack([150 + 100 * ((x // 10 + y // 10) % 2), 40 + 0 * x, 30 + 0 * x], -1)
+    Image.fromarray(stripes.astype(np.uint8)).save(folder / "stripes.png")
+    Image.fromarray(dots.astype(np.uint8)).save(folder / "dots.jpg")
+    (folder / "index.json").write_text('{"images": [{"file": "x/stripes.png", "group": "lines", "artist": "nobody", "source": "here"}]}')
+    return folder
+
+
+def test_pictures_become_styles(paintings: Path, tmp_path: Path) -> None:
+    dots, stripes = make_styles(paintings, tmp_path / "styles", train=5, test=3)
+    assert (stripes.name, stripes.group, stripes.licence) == ("stripes", "lines", "nobody; here")
+    assert (dots.group, dots.licence) == ("", "")
+    pixels, captions = stripes.pictures("train")
+    assert pixels.shape == (5, 64, 64, 3)
+    assert dots.pictures("train")[1] == captions
+    assert len(dots.pictures("test")[1]) == 3
+    reds = dots.pictures("train")[0].float().mean((0, 1, 2))
+    blues = pixels.float().mean((0, 1, 2))
+    assert reds[0] > reds[2] + 30
+    assert blues[2] > blues[0] + 30
+    scenes, _ = draw_scenes(5, 0, held_out=False)
+    for made, scene in zip(pixels, scenes, strict=True):  # what was there is still there
+        grey = np.asarray(scene.resize((64, 64)).convert("L"), float)
+        assert np.corrcoef(grey.ravel(), made.float().mean(2).numpy().ravel())[0, 1] > 0.3
+
+
+def test_made_styles_are_kept_and_other_settings_refused(paintings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (paintings / "dots.jpg").unlink()
+    out = tmp_path / "styles"
+    first = make_styles(paintings, out, train=2, test=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("cond_pdiff.training.make_styles.stylise", lambda *_: pytest.fail("made again"))
+        assert make_styles(paintings, out, train=2, test=1) == first
+    with pytest.raises(TaskDataError, match=r"was made with the settings .* choose another folder"):
+        make_styles(paintings, out, train=3, test=1)
+
+
+def test_make_styles_refuses_bad_pictures(paintings: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TaskDataError, match="no PNG, JPEG or WebP pictures"):
+        make_styles(tmp_path / "empty", tmp_path / "styles")
+    (paintings / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(TaskDataError, match=r"broken\.png"):
+        make_styles(paintings, tmp_path / "styles", train=1, test=1)
+    assert not (tmp_path / "styles" / "broken").exists()
+    (paintings / "index.json").write_text("[]")
+    with pytest.raises(TaskDataError, match=r'index\.json: expected \{"images"'):
+        make_styles(paintings, tmp_path / "styles", train=1, test=1)
+
+
+# --- evaluation ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_style_generator_is_measured_beside_its_baselines(
+    style_generator: Path, style_zoo: Zoo, styles_folder: Path, text_to_image: PixArtAlphaPipeline, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(samples=3, max_rows=2)
+    evaluation = evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config)
+    assert evaluation is not None
+    assert [result["task"] for result in evaluation["tasks"]] == ["embers", "lagoon", "moss"]
+    assert (evaluation["zoo"]["styles"], evaluation["unseen"]["styles"]) == (2, 1)
+    assert evaluation["zoo"]["routing_samples"] == 10
+    assert evaluation["unseen"]["routing"] is None
+    embers = evaluation["tasks"][0]
+    pixels, captions = Style.load(styles_folder / "embers").pictures("test")
+    images = make_pictures(text_to_image, captions, [(style_zoo.runs("embers")[0].adapter(), 1.0)])
+    made = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    assert embers["frechet"]["trained"] == pytest.approx(frechet_distance(features(made), features(pixels)), rel=1e-2)
+    assert embers["look"]["trained"] == pytest.approx(colour_texture_distance(colour_texture(made), colour_texture(pixels)), abs=1e-3)
+    assert embers["frechet"]["base"] != embers["frechet"]["trained"]
+    own = [run.adapter() for run in style_zoo.runs("embers")]
+    assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
+    assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
+    report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "not Inception's" in report
+    assert "| 1 unseen styles, Fréchet distance |" in report
+    assert evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config) == evaluation
+
+
+def test_distances_between_sets_of_pictures() -> None:
+    rng = torch.Generator().manual_seed(0)
+    first, shift = torch.randn(4000, 3, generator=rng, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0])
+    stretched = torch.randn(4000, 3, generator=rng, dtype=torch.float64) * torch.tensor([2.0, 1.0, 1.0])
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, first + shift) == pytest.approx(5, abs=1e-6)
+    assert frechet_distance(first, stretched) == pytest.approx(1, abs=0.15)  # (2 − 1)² of the deviations
+    grey, white = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8), torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
+    assert colour_texture(grey).shape == (15,)
+    assert colour_texture_distance(colour_texture(grey), colour_texture(white)) == pytest.approx(127 / 255 * 3**0.5, abs=1e-5)

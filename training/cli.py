@@ -330,7 +330,8 @@ def _train_base(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from cond_pdiff.training.evaluate.evaluate import EvaluateConfig, evaluate
+    from cond_pdiff.training.evaluate.evaluate import evaluate
+    from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
     config = EvaluateConfig(arguments.samples, arguments.max_rows, arguments.steps, arguments.guidance_scale, arguments.seed)
     evaluation = evaluate(arguments.generator, arguments.zoo, arguments.tasks, arguments.out, config, arguments.shard)

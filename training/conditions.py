@@ -39,12 +39,14 @@ class ConditionBank:
         facts: of each task, for the generator's index.
         inputs: embeddings, shape `(num_tasks, variants, condition_dim)`; for an encoder that is trained with the U-Net its
             inputs, shape `(num_tasks, variants, 3, side, side)`, uint8.
+        previews: of styles, one scene in each, uint8 of shape `(num_tasks, side, side, 3)`.
     """
 
     encoder: ConditionEncoder
     names: list[str]
     facts: dict[str, dict[str, Any]]
     inputs: torch.Tensor
+    previews: torch.Tensor | None
 
     @property
     def trained_encoder(self) -> StyleCnnConditionEncoder | None:
@@ -70,18 +72,20 @@ class ConditionBank:
         count = config.variants_per_task
         if styles:
             facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
+            previews: torch.Tensor | None = torch.stack([style.pictures("train")[0][0] for style in styles])
             variants: list[Any] = [style_variants(style, count) for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
+            previews = None
             variants = [[prompt_variant(task, index) for index in range(count)] for task in texts]
         names = [task.name for task in tasks]
         if isinstance(encoder, StyleCnnConditionEncoder):
             side = encoder.config.image_side
             pixels = [torch.stack([style_pixels(variant, side) for variant in row]) for row in variants]
-            return cls(encoder, names, facts, (torch.stack(pixels) * 255).round().to(torch.uint8))
+            return cls(encoder, names, facts, (torch.stack(pixels) * 255).round().to(torch.uint8), previews)
         if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
             encoder.fit_center([row[0] for row in variants])
-        return cls(encoder, names, facts, torch.stack([encoder.encode(row)[0] for row in variants]))
+        return cls(encoder, names, facts, torch.stack([encoder.encode(row)[0] for row in variants]), previews)
 
 
 def prompt_variant(task: Task, index: int) -> TaskPrompt:

@@ -37,8 +37,7 @@ def train(
     zoo = Zoo(zoo_folder)
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
-    # Zoos of text tasks that were collected before there were styles do not name their kind.
-    load = load_styles if zoo.facts["collect"].get("kind", "text") == "style" else load_tasks
+    load = load_styles if zoo.kind == "style" else load_tasks
     tasks = load(tasks_folder, zoo.task_names)
 
     autoencoder = AutoencoderStage(ZooParams.load(zoo), autoencoder_config)

@@ -112,13 +112,17 @@ class UNetStage:
 
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
-        index = ConditionIndex(self.bank.facts, self.bank.encoder.condition_dim, **self.bank.encoder.index_options)
-        index.fit(self.bank.embeddings())
+        bank = self.bank
+        side = 0 if bank.previews is None else bank.previews.shape[1]
+        index = ConditionIndex(bank.facts, bank.encoder.condition_dim, bank.names, **bank.encoder.index_options, preview_side=side)
+        index.fit(bank.embeddings())
+        if bank.previews is not None:
+            index.previews.copy_(bank.previews)
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,
             unet=self.unet,
             scheduler=DPMSolverMultistepScheduler.from_config(self.scheduler.config, algorithm_type="dpmsolver++", solver_order=2),
-            condition_encoder=self.bank.encoder,
+            condition_encoder=bank.encoder,
             normalizer=self.autoencoder.normalizer,
             template=self.autoencoder.data.template,
             condition_index=index,

@@ -78,6 +78,11 @@ class Zoo:
             raise TaskDataError(f"{self.folder / 'zoo.json'} is not valid JSON: {error}") from error
 
     @property
+    def kind(self) -> str:
+        """Of its tasks: "text" or "style". Zoos of text tasks that were collected before there were styles do not name it."""
+        return str(self.facts["collect"].get("kind", "text"))
+
+    @property
     def task_names(self) -> list[str]:
         """The tasks that the generator is to be trained on."""
         return list(self.facts["tasks"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from PIL import Image
 
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError
@@ -31,12 +32,14 @@ class ConditionIndex(Component):
         num_parts: unit vectors that an embedding consists of, side by side.
         last_is_evidence: the last part can only add to a similarity. Two short examples look like no task's rows; they are
             no reason to doubt what description and label names say.
+        preview_side: of a small picture that stands for each task; 0: there are none.
     """
 
     __module__ = "cond_pdiff"
 
     embeddings: torch.Tensor
     threshold: torch.Tensor
+    previews: torch.Tensor
 
     @register_to_config
     def __init__(
@@ -46,11 +49,14 @@ class ConditionIndex(Component):
         names: Sequence[str] | None = None,
         num_parts: int = 1,
         last_is_evidence: bool = False,
+        preview_side: int = 0,
     ) -> None:
         super().__init__()
         self.register_to_config(names=list(names or tasks))
         self.register_buffer("embeddings", torch.zeros(len(tasks), condition_dim))
         self.register_buffer("threshold", torch.zeros(1))
+        if preview_side:
+            self.register_buffer("previews", torch.zeros(len(tasks), preview_side, preview_side, 3, dtype=torch.uint8))
 
     @property
     def names(self) -> list[str]:
@@ -82,6 +88,12 @@ class ConditionIndex(Component):
     def in_distribution(self, similarity: float) -> bool:
         """Is a request whose nearest task has this similarity like what was trained?"""
         return similarity > float(self.threshold)
+
+    def preview(self, task: str) -> Image.Image | None:
+        """A picture that stands for a trained task, if the generator has such."""
+        if not self.config.preview_side:
+            return None
+        return Image.fromarray(self.previews[self.names.index(task)].cpu().numpy())
 
     def fit(self, own: torch.Tensor) -> None:
         """Measure the index on prompts of the trained tasks.

@@ -10,7 +10,7 @@ from typing import Any
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.evaluate.table import accuracy_table, facts, percent
+from cond_pdiff.training.evaluate.text_table import accuracy_table, facts, percent
 from cond_pdiff.training.zoo import Zoo
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from cond_pdiff.training.evaluate.measure import mean
+
 COLUMNS = {
     "base": "base",
     "trained": "trained",
@@ -43,12 +45,6 @@ def _means(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "seconds_per_adapter": round(statistics.median(result["seconds_per_adapter"] for result in results), 3),
         **{f"novelty_{name}": mean([result["novelty"][name] for result in results]) for name in results[0]["novelty"]},
     }
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are there."""
-    known = [value for value in values if value is not None]
-    return round(statistics.fmean(known), 4) if known else None
 
 
 def to_markdown(evaluation: dict[str, Any]) -> str:

@@ -1,0 +1,202 @@
+"""The demo: a style picture becomes an adapter for PixArt, a task description one for a sentence encoder.
+
+`python app.py`, then open the address that it prints; runs the same as a Hugging Face Space. Only the interface is here.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from cond_pdiff import CondPDiffError, CondPDiffPipeline, LoraAdapter, PrototypeClassifier, StyleImage, TaskPrompt
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+
+CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"
+"""In gradio's own cache: nothing outside it is served."""
+STYLES, TASKS = "cond-pdiff/pixart-mini-styles", "cond-pdiff/minilm-text-tasks"
+PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
+MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD = 4, 64, "10mb"
+DESCRIPTION = "Decide whether a sentence from a review of an electronic product is negative or positive."
+EXAMPLES = "battery died after a week = negative\ncrisp, bright screen = positive"
+SENTENCES = "it keeps disconnecting\nworth every penny\nsets up in a minute and just works"
+HEADLINES = "shares fall on weak sales = business\nstriker scores twice = sports\nnew telescope finds a planet = science"
+TASK_EXAMPLES = [
+    [DESCRIPTION, EXAMPLES, SENTENCES],
+    ["Decide what a headline is about.", HEADLINES, "the bank raised its forecast\ncoach praises young team\na vaccine for malaria"],
+]
+KEEP_SECONDS = 3600
+PICTURE: dict[str, Any] = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "height": 220}
+GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
+PROGRESS = gr.Progress()
+CSS = """
+.gallery img {image-rendering: pixelated}
+.badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}
+.near {background: #1a7f37} .far {background: #9a6700}
+"""
+
+model = threading.Lock()
+"""Pipelines and base models are used by one request at a time: attached adapters and schedulers are state."""
+
+
+@functools.cache
+def _generator(name: str) -> CondPDiffPipeline:
+    pipe = CondPDiffPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def _text_to_image() -> Any:
+    return load_text_to_image(_generator(STYLES).template.base)
+
+
+def _friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """What a user can mend becomes a message on the page."""
+
+    @functools.wraps(handler)
+    def handle(*arguments: Any, **options: Any) -> Any:
+        try:
+            return handler(*arguments, **options)
+        except CondPDiffError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return handle
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _badge(report: Any) -> str:
+    near = ", ".join(f"<b>{html.escape(n.task.replace('_', ' '))}</b> {n.similarity:.2f}" for n in report.nearest)
+    sign = ("near", "in distribution") if report.in_distribution else ("far", "out of distribution: expect less")
+    return f'<span class="badge {sign[0]}">{sign[1]}</span> nearest: {near} (threshold {report.threshold:.2f})'
+
+
+def _pack(adapter: LoraAdapter, guide: str) -> str:
+    """A zip with the adapter and a page on how to load it, in the app's own cache folder."""
+    for old in CACHE.glob("adapter-*"):
+        if time.time() - old.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=CACHE))
+    adapter.save(folder / "zip" / "adapter")
+    text = Template(files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8"))
+    (folder / "zip" / "how_to_load.md").write_text(text.substitute(base_model=adapter.spec.base_model), encoding="utf-8")
+    made = shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
+    shutil.rmtree(folder / "zip")
+    return made
+
+
+def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
+    def step(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        progress((index + 1) / 10, "writing weights")
+        return {}
+
+    seeds = [torch.Generator().manual_seed(int(seed) + index) for index in range(count)]
+    with model:
+        return _generator(name)(condition, num_adapters=count, generator=seeds, callback_on_step_end=step)
+
+
+@_friendly
+def make_style(image: str | None, other: str | None, mix: float, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
+    """Style image, perhaps a second one to mix with → adapter."""
+    if not image:
+        raise gr.Error("Drop a style picture first (PNG, JPEG or WebP).", print_exception=False)
+    out = _generate(STYLES, StyleImage.open(image), 1, seed, progress)
+    adapter = out.adapter
+    if other:
+        adapter = adapter.interpolate(_generate(STYLES, StyleImage.open(other), 1, seed, progress).adapter, mix)
+    index = _generator(STYLES).condition_index
+    near = [(index.preview(n.task), f"{n.task.replace('_', ' ')} {n.similarity:.2f}") for n in out.report.nearest]
+    return adapter, _badge(out.report), near, _pack(adapter, "load_style_adapter.md")
+
+
+@_friendly
+def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: int) -> list[tuple[Image.Image, str]]:
+    """A picture a prompt, from the same noise whatever the adapter; without one, the base model's."""
+    asked = _lines(prompts)[:MAX_PROMPTS]
+    with model:
+        pictures = make_pictures(_text_to_image(), asked, [(adapter, strength)] if adapter else [], int(seed))
+    return list(zip(pictures, asked, strict=True))
+
+
+@_friendly
+def make_task(description: str, examples: str, sentences: str, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
+    """Description and examples → adapter, and what it says of the sentences beside what the base model says."""
+    pairs = [tuple(part.strip() for part in line.rpartition("=")[::2]) for line in _lines(examples)]
+    out = _generate(TASKS, TaskPrompt(description, pairs), 8 if pairs else 1, seed, progress)
+    rows: list[Any] = []
+    texts = _lines(sentences)
+    if out.report.labels and texts:
+        with model:
+            adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter)
+            rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
+    return _badge(out.report), rows, _pack(out.adapter, "load_text_adapter.md")
+
+
+def build() -> gr.Blocks:
+    """The page."""
+    with gr.Blocks(title="cond-pdiff", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown("# cond-pdiff\nShow a style, or describe a task: a diffusion model over network weights writes the LoRA adapter.")
+        with gr.Tab("Style → PixArt adapter"):
+            adapter = gr.State(None, time_to_live=KEEP_SECONDS)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=280):
+                    image = gr.Image(label="Style picture", **PICTURE)
+                    prompts = gr.Textbox(PROMPTS, lines=4, max_lines=4, label=f"Prompts, one a line (at most {MAX_PROMPTS})")
+                    strength = gr.Slider(0, 2, 1, step=0.05, label="Strength")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+                    with gr.Accordion("Mix with a second style", open=False):
+                        other = gr.Image(label="Second picture", **PICTURE)
+                        mix = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second style")
+                    with gr.Row():
+                        make, stop = gr.Button("Make the adapter", variant="primary"), gr.Button("Cancel")
+                with gr.Column(scale=3, min_width=280):
+                    with gr.Row():
+                        plain, styled = (gr.Gallery(label=title, **GALLERY) for title in ("Base model", "With the adapter"))
+                    report = gr.HTML("Drop a painting, or click an example below.")
+                    near = gr.Gallery(label="Nearest trained styles (one scene in each)", **GALLERY | {"columns": 3, "fit_columns": False})
+                    download = gr.DownloadButton("Download the adapter (zip)")
+            index = _generator(STYLES).condition_index
+            gr.Examples([[index.preview(name)] for name in index.names[:: max(1, len(index.names) // 6)]], [image], label="Examples")
+            outputs = [adapter, report, near, download]
+            nothing = gr.State(None)
+            made = make.click(make_style, [image, other, mix, seed], outputs, api_name="make_style", concurrency_id="model")
+            before = made.success(preview, [nothing, prompts, strength, seed], plain, api_name=False, concurrency_id="model")
+            after = before.success(preview, [adapter, prompts, strength, seed], styled, api_name="preview", concurrency_id="model")
+            slid = strength.release(preview, [adapter, prompts, strength, seed], styled, api_name=False, concurrency_id="model")
+            stop.click(None, cancels=[made, before, after, slid], api_name=False)
+        with gr.Tab("Task → text adapter"):
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    description = gr.Textbox(DESCRIPTION, lines=2, label="What to decide")
+                    examples = gr.Textbox(EXAMPLES, lines=4, label="Examples, one a line: text = label")
+                    sentences = gr.Textbox(SENTENCES, lines=4, label="Sentences to try")
+                    task_seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+                    go = gr.Button("Make the adapter", variant="primary")
+                with gr.Column(min_width=280):
+                    task_report = gr.HTML()
+                    table = gr.Dataframe(headers=["sentence", "base model", "with the adapter"], interactive=False, wrap=True)
+                    task_download = gr.DownloadButton("Download the adapter (zip)")
+            gr.Examples(TASK_EXAMPLES, [description, examples, sentences], label="Examples")
+            given, outputs = [description, examples, sentences, task_seed], [task_report, table, task_download]
+            go.click(make_task, given, outputs, api_name="make_task", concurrency_id="model")
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+
+if __name__ == "__main__":
+    build().launch(css=CSS, max_file_size=MAX_UPLOAD, allowed_paths=[], footer_links=["api"])

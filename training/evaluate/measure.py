@@ -1,0 +1,130 @@
+"""What all evaluations share: a generator beside its zoo, task after task, resumable and in shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.errors import CondPDiffError, TaskDataError
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
+from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.zoo import Zoo
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How much is measured."""
+
+    samples: int = 20  # adapters generated a task
+    max_rows: int = 200  # rows of the reported split a task, a fixed random choice; for styles, held-out pictures
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise CondPDiffError(f"max_rows must be at least 1, got {self.max_rows}")
+
+
+class ZooEvaluator(ABC):
+    """A generator beside the zoo that it was trained on.
+
+    Args:
+        generator: bundled name, folder, or Hub repository.
+        zoo: finished.
+
+    Raises:
+        TaskDataError: the generator was trained on other tasks.
+    """
+
+    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig) -> None:
+        self.zoo, self.config = zoo, config
+        self.pipe = CondPDiffPipeline.from_pretrained(generator)
+        self.pipe.set_progress_bar_config(disable=True)
+        if set(self.pipe.condition_index.names) != set(zoo.task_names):
+            raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
+        self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
+        multitask = zoo.multitask()
+        self.multitask = multitask.adapter() if multitask else None
+        self.space = ZooSpace(
+            [adapter for name in zoo.task_names for adapter in self.trained[name]],
+            [name for name in zoo.task_names for _ in self.trained[name]],
+        )
+        self.settings: dict[str, Any] = {**config.__dict__, "zoo_runs": len(self.space.tasks), "generator": weights_sha256(self.pipe)}
+
+    @abstractmethod
+    def load_tasks(self, folder: str | Path) -> Sequence[Any]:
+        """The zoo's tasks and the unseen ones."""
+
+    @abstractmethod
+    def measure(self, task: Any) -> dict[str, Any]:
+        """All numbers of one task, `settings` among them."""
+
+    def generate(self, condition: Any, count: int, offset: int) -> CondPDiffPipelineOutput:
+        """Adapters from one condition; the seed of the i-th depends on the settings' seed and `offset` + i."""
+        generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + offset + index) for index in range(count)]
+        output: CondPDiffPipelineOutput = self.pipe(
+            condition,
+            num_adapters=count,
+            generator=generators,
+            num_inference_steps=self.config.num_inference_steps,
+            guidance_scale=self.config.guidance_scale,
+        )
+        return output
+
+    def seconds(self, condition: Any) -> float:
+        """Seconds from condition to adapter, warm, one adapter."""
+        started = time.perf_counter()
+        self.generate(condition, 1, 2000)
+        return round(time.perf_counter() - started, 3)
+
+
+def measure_all(evaluator: ZooEvaluator, tasks: Sequence[Any], out: Path, shard: tuple[int, int]) -> list[dict[str, Any]] | None:
+    """Measure every n-th task beginning with the i-th into `<out>/tasks/*.json`; what was measured with these settings is kept.
+
+    Returns:
+        The results of all tasks, or None while tasks of other shards are missing.
+    """
+    for task in tqdm(tasks[shard[0] :: shard[1]], desc="evaluate", unit="task"):
+        path = out / "tasks" / f"{task.name}.json"
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["settings"] != evaluator.settings:
+            write_text(path, dump_json(evaluator.measure(task)))
+    results = []
+    for task in tasks:
+        path = out / "tasks" / f"{task.name}.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if result is None or result["settings"] != evaluator.settings:
+            return None
+        results.append(result)
+    return results
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are there."""
+    known = [value for value in values if value is not None]
+    return round(statistics.fmean(known), 4) if known else None
+
+
+def weights_sha256(pipe: CondPDiffPipeline) -> str:
+    """Of all weights and settings of a generator."""
+    digest = hashlib.sha256()
+    for name, module in sorted(pipe.components.items()):
+        settings = {key: value for key, value in module.config.items() if not key.startswith("_")}
+        digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=str)}".encode())
+        if isinstance(module, torch.nn.Module):
+            for key, value in sorted(module.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,127 @@
+"""Generators of style adapters: how far the pictures that adapters make are from true pictures in the style (paper, table 2).
+
+True pictures are the style's held-out ones. Every column makes one picture for each of their captions, from the same noise.
+Nothing is selected on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+from cond_pdiff.training.conditions import style_variants
+from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
+from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
+from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.styles import Style, load_styles
+from cond_pdiff.training.zoo import Zoo, soup
+
+ROUTING_PICTURES = 5
+PICTURE_BATCH = 32
+
+
+class PictureSet:
+    """Pictures and what distances between sets need.
+
+    Args:
+        pictures: uint8 of shape `(count, height, width, 3)`.
+    """
+
+    def __init__(self, pictures: torch.Tensor) -> None:
+        self.pictures = pictures
+        self.features, self.look = features(pictures), colour_texture(pictures)
+
+    def distances(self, other: PictureSet) -> dict[str, float]:
+        """Fréchet distance of features, and the distance of colours and textures."""
+        return {
+            "frechet": round(frechet_distance(self.features, other.features), 4),
+            "look": round(colour_texture_distance(self.look, other.look), 4),
+        }
+
+
+class StyleEvaluator(ZooEvaluator):
+    """See `ZooEvaluator`."""
+
+    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig) -> None:
+        super().__init__(generator, zoo, config)
+        self.base = load_text_to_image(self.pipe.template.base)
+        self._made: dict[tuple[str, tuple[str, ...]], PictureSet] = {}
+
+    def load_tasks(self, folder: str | Path) -> list[Style]:
+        """The zoo's styles and the unseen ones."""
+        return load_styles(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
+
+    def measure(self, task: Style) -> dict[str, Any]:
+        """All numbers of one style."""
+        if not self.trained[task.name]:
+            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+        pixels, captions = task.pictures("test")
+        asked = tuple(captions[: self.config.max_rows])
+        true = PictureSet(pixels[: len(asked)])
+        output = self.generate(task.image, self.config.samples, 0)
+        retrieved = output.report.nearest[0].task
+        columns = {
+            "base": self.made("base", None, asked),
+            "trained": self.made(f"{task.name}, run 0", self.trained[task.name][0], asked),
+            "soup": self.made(task.name, soup(self.trained[task.name]), asked),
+            "multitask": self.made("multi-task", self.multitask, asked) if self.multitask else None,
+            "retrieval": self.made(retrieved, soup(self.trained[retrieved]), asked),
+            "generated": PictureSet(self.draw(output.adapter, asked)),
+        }
+        distances = {name: made.distances(true) if made else None for name, made in columns.items()}
+        nearest = self.space.nearest(output.adapters)
+        seen = task.name in self.zoo.task_names
+        return {
+            "task": task.name,
+            "group": task.group,
+            "licence": task.licence,
+            "seen": seen,
+            "pictures": len(asked),
+            "frechet": {name: found["frechet"] if found else None for name, found in distances.items()},
+            "look": {name: found["look"] if found else None for name, found in distances.items()},
+            "retrieved": retrieved,
+            "similarity": output.report.nearest[0].similarity,
+            "in_distribution": output.report.in_distribution,
+            "routed": self._routed(task) if seen else None,
+            "novelty": mean([distance for _, distance in nearest]),
+            "diversity": _spread(output.adapters),
+            "between_runs": _spread(self.trained[task.name]),
+            "seconds_per_adapter": self.seconds(task.image),
+            "settings": self.settings,
+        }
+
+    def made(self, name: str, adapter: LoraAdapter | None, captions: tuple[str, ...]) -> PictureSet:
+        """The pictures of an adapter that stands in several styles' rows, made once."""
+        key = (name, captions)
+        if key not in self._made:
+            self._made[key] = PictureSet(self.draw(adapter, captions))
+        return self._made[key]
+
+    def draw(self, adapter: LoraAdapter | None, captions: Sequence[str]) -> torch.Tensor:
+        """One picture a caption, uint8 of shape `(len(captions), height, width, 3)`."""
+        adapters = [(adapter, 1.0)] if adapter else []
+        images = []
+        for start in range(0, len(captions), PICTURE_BATCH):
+            images += make_pictures(self.base, captions[start : start + PICTURE_BATCH], adapters, self.config.seed + start)
+        return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+    def _routed(self, style: Style) -> list[bool]:
+        """For each of five held-out pictures in the style: is the adapter nearest, in ΔW, to an adapter of this style?"""
+        others = style_variants(style, 2 * ROUTING_PICTURES, "test")[1::2]
+        adapters = [self.generate(image, 1, 1000 + index).adapter for index, image in enumerate(others)]
+        return [self.space.tasks[index] == style.name for index, _ in self.space.nearest(adapters)]
+
+
+def _spread(adapters: Sequence[LoraAdapter]) -> float | None:
+    """Mean distance between two adapters, in units of their size."""
+    space = ZooSpace(adapters, [""] * len(adapters))
+    distances = space.distances(adapters)
+    pairs = ~torch.eye(len(adapters), dtype=torch.bool)
+    return round(float(distances[pairs].mean()), 4) if len(adapters) > 1 else None

@@ -1,0 +1,114 @@
+"""Generators of text adapters: accuracy in all columns, the generated adapters beside all baselines.
+
+Rows are of the test split where a task has one, else of the validation split; nothing is selected on them. The best of the
+generated adapters is chosen on at most 32 training rows, which are also the examples of the prompt.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
+from cond_pdiff.training.evaluate.similarity import common_errors
+from cond_pdiff.training.tasks import Task, load_tasks
+from cond_pdiff.training.zoo import soup
+
+SELECTION_ROWS = 32
+ROUTING_PROMPTS = 5
+ROUTING_EXAMPLES = 4
+
+
+class TextEvaluator(ZooEvaluator):
+    """See `ZooEvaluator`."""
+
+    def load_tasks(self, folder: str | Path) -> list[Task]:
+        """The zoo's tasks and the unseen ones."""
+        return load_tasks(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
+
+    def measure(self, task: Task) -> dict[str, Any]:
+        """All numbers of one task."""
+        if not self.trained[task.name]:
+            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+        rows = task.report_rows(self.config.max_rows)
+        texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
+        max_length = self.pipe.template.config.max_length
+        classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, self.trained[task.name][0], max_length)
+
+        def predict(adapter: LoraAdapter | None) -> torch.Tensor:
+            return classifier.with_adapter(adapter).logits(texts).argmax(1)
+
+        def accuracy(predicted: torch.Tensor) -> float:
+            return round(float((predicted == targets).float().mean()), 4)
+
+        prompt = task.prompt(f"evaluate/{self.config.seed}", SELECTION_ROWS)
+        output = self.generate(prompt, self.config.samples, 0)
+        generated = [predict(adapter) for adapter in output.adapters]
+        trained = [predict(adapter) for adapter in self.trained[task.name]]
+        retrieved = output.report.nearest[0].task
+        souped = predict(soup(self.trained[task.name]))
+        columns: dict[str, float | None] = {
+            "base": accuracy(predict(None)),
+            "trained": round(statistics.fmean(map(accuracy, trained)), 4),
+            "soup": accuracy(souped) if len(trained) > 1 else None,
+            "multitask": accuracy(predict(self.multitask)) if self.multitask else None,
+            "retrieval": accuracy(souped if retrieved == task.name else predict(soup(self.trained[retrieved]))),
+            "generated_mean": round(statistics.fmean(map(accuracy, generated)), 4),
+            "generated_best": accuracy(generated[output.chosen]),
+        }
+        seen = task.name in self.zoo.task_names
+        return {
+            "task": task.name,
+            "group": task.group,
+            "licence": task.licence,
+            "seen": seen,
+            "split": task.report_split,
+            "rows": len(rows),
+            "accuracy": columns,
+            "retrieved": retrieved,
+            "similarity": output.report.nearest[0].similarity,
+            "in_distribution": output.report.in_distribution,
+            "routed": self._routed(task) if seen else None,
+            "novelty": self._novelty(task, output.adapters, generated, trained, targets, texts, classifier),
+            "distinct": len({tuple(predicted.tolist()) for predicted in generated}),
+            "seconds_per_adapter": self.seconds(prompt),
+            "settings": self.settings,
+        }
+
+    def _routed(self, task: Task) -> list[bool]:
+        """For each of five prompts with other examples: is the adapter nearest, in ΔW, to an adapter of this task?"""
+        adapters = [
+            self.generate(task.prompt(f"routing/{index}", ROUTING_EXAMPLES), 1, 1000 + index).adapter for index in range(ROUTING_PROMPTS)
+        ]
+        return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
+
+    def _novelty(
+        self,
+        task: Task,
+        adapters: Sequence[LoraAdapter],
+        generated: Sequence[torch.Tensor],
+        trained: Sequence[torch.Tensor],
+        targets: torch.Tensor,
+        texts: Sequence[Any],
+        classifier: PrototypeClassifier,
+    ) -> dict[str, float | None]:
+        """Distance to the nearest zoo adapter, and shared errors with it; beside them, the same between two trained runs."""
+        nearest = self.space.nearest(adapters)
+        own = [index for index, name in enumerate(self.space.tasks) if name == task.name]
+        predictions = dict(zip(own, trained, strict=False))
+        for index in {index for index, _ in nearest} - set(own):
+            predictions[index] = classifier.with_adapter(self.space.adapters[index]).logits(texts).argmax(1)
+        shared = [common_errors(mine, predictions[index], targets) for mine, (index, _) in zip(generated, nearest, strict=True)]
+        between = [common_errors(first, second, targets) for position, first in enumerate(trained) for second in trained[:position]]
+        return {
+            "distance": mean([distance for _, distance in nearest]),
+            "common_errors": mean(shared),
+            "common_errors_between_runs": mean(between),
+        }
