@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from conftest import tiny_recipe
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cond_pdiff import LoraAdapter, PrototypeClassifier
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.hub import Backbone
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.cli import main
 from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.zoo import Zoo
 
 DESCRIPTION = "Is the remark kind?"
 EXAMPLES = ["--example", "the good film=positive", "--example", "the awful meal=negative"]
@@ -183,6 +187,81 @@ def test_a_file_in_the_way_is_named(run: Any, tiny_generator: Path, tmp_path: Pa
 # --- classify ----------------------------------------------------------------------------------------------------------------
 
 TEXTS = ["the good film", "the awful meal", "кот 🐈‍⬛", "the film ||| the meal", "两个猫", "the " * 25_000]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (90, 60), (230, 60, 30)).save(path)
+    return path
+
+
+def test_a_picture_gives_an_adapter_and_previews(run: Any, style_generator: Path, picture: Path, tmp_path: Path) -> None:
+    done = run("generate", "--image", picture, "--generator", style_generator, "--out", tmp_path / "embers", "--seed", 3)
+    assert done.status == 0, done.err
+    assert done.out[-1] == f"adapter    {tmp_path / 'embers'}"
+    pipe = CondPDiffPipeline.from_pretrained(style_generator)
+    expected = pipe(picture, generator=[torch.Generator().manual_seed(3)]).adapter
+    adapter = LoraAdapter.load(tmp_path / "embers")
+    assert all(torch.equal(adapter.tensors[key], value) for key, value in expected.tensors.items())
+
+    prompts = ["--prompt", "a red house", "--prompt", "a blue boat on the sea at night"]
+    done = run("preview", tmp_path / "embers", *prompts, "--steps", 2)
+    assert (done.status, done.out) == (0, [f"pictures   {tmp_path / 'embers-preview.png'}"]), done.err
+    base = load_text_to_image(pipe.template.base)
+    with Image.open(tmp_path / "embers-preview.png") as opened:
+        sheet = opened.convert("RGB")
+    for row, adapters in enumerate(([], [(adapter, 1.0)])):
+        made = make_pictures(base, ["a red house", "a blue boat on the sea at night"], adapters, num_inference_steps=2)
+        for column, image in enumerate(made):
+            left, top = 8 + 200 * column, 28 + 220 * row
+            cell = sheet.crop((left, top, left + 192, top + 192)).resize((64, 64), Image.Resampling.BOX)
+            assert cell.tobytes() == image.tobytes()
+
+    refused(run("preview", tmp_path / "embers", *prompts), "is already there")
+    mixed = run("preview", tmp_path / "embers", *prompts, "--mix", tmp_path / "embers", "0.5", "--steps", 2, "--force")
+    assert mixed.status == 0, mixed.err
+    with Image.open(tmp_path / "embers-preview.png") as opened:
+        assert opened.size == sheet.size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "say what to decide, or show a style"),
+        (["generate", DESCRIPTION, "--image", "picture.png"], "not both"),
+        (["generate", "--image", "picture.png", *EXAMPLES], "not both"),
+        (["generate", "--image", "gone.png"], "there is no image file"),
+    ],
+)
+def test_a_picture_and_a_description_exclude_each_other(run: Any, tmp_path: Path, arguments: list[Any], message: str) -> None:
+    refused(run(*arguments, "--out", tmp_path / "a"), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", " "], "none of them empty"),
+        (["--prompt", "a house", "--steps", 1], "num_inference_steps must be a whole number from 2 to 1000"),
+        (["--prompt", "a house", "--scale", "nan"], "must be finite"),
+        (["--prompt", "a house", "--seed", -1], "seed must be a non-negative"),
+        (["--prompt", "a house", "--mix", "other", "much"], "must be a number, got 'much'"),
+        (["--prompt", "a house", "--mix", "other", "1"], "other"),
+    ],
+)
+def test_preview_refuses_and_writes_nothing(
+    run: Any, style_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.png"), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_styles_says_how_many(run: Any, picture: Path, tmp_path: Path) -> None:
+    done = run("make-styles", "--images", picture.parent, "--out", tmp_path / "styles", "--train", 1, "--test", 1)
+    assert (done.status, done.out) == (0, [f"1 styles in {tmp_path / 'styles'}"]), done.err
+    refused(run("make-styles", "--images", tmp_path / "gone", "--out", tmp_path / "styles"), "no PNG, JPEG or WebP pictures")
 
 
 def test_classify_gives_a_line_a_text(run: Any, adapter: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINTS
+from conftest import TINTS, interrupt_at
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
 from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
@@ -22,6 +24,7 @@ from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
+from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
@@ -31,7 +34,7 @@ from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.styles import Style, load_styles
 from cond_pdiff.training.train import train
 from cond_pdiff.training.train_autoencoder import ZooParams
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo import Zoo, soup
 
 B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]
@@ -115,6 +118,17 @@ def test_the_zoo_holds_what_was_asked_for(style_zoo: Zoo) -> None:
     data = ZooParams.load(style_zoo)
     assert data.params.shape[0] == 8  # two styles, two runs, two checkpoints
     assert data.tasks.tolist() == [0] * 4 + [1] * 4
+
+
+def test_a_recipe_that_names_no_styles_takes_all_but_the_unseen(
+    style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
+) -> None:
+    section = {**style_recipe["collect"], "tasks": [], "runs": 1, "multitask_steps": 0}
+    zoo = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo", shard=(2, 3))
+    assert (zoo.task_names, zoo.unseen_names) == (["embers", "lagoon"], ["moss"])
+    assert [name for name in TINTS if zoo.runs(name)] == ["moss"]
+    with pytest.raises(TrainingError, match="has no 'fog', which the recipe keeps out of the zoo"):
+        collect(parse(CollectConfig, {**section, "unseen": ["fog"]}, "collect"), styles_folder, tmp_path / "other")
 
 
 def test_checkpoints_that_a_run_cannot_have_are_refused(style_recipe: dict[str, Any]) -> None:
@@ -348,3 +362,39 @@ def test_distances_between_sets_of_pictures() -> None:
     grey, white = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8), torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
     assert colour_texture(grey).shape == (15,)
     assert colour_texture_distance(colour_texture(grey), colour_texture(white)) == pytest.approx(127 / 255 * 3**0.5, abs=1e-5)
+
+
+def test_a_continuum_is_made_learnt_and_recovered(
+    style_recipe: dict[str, Any], style_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "continuum"
+    with pytest.raises(TaskDataError, match="name two trained styles"):
+        make_continuum(style_zoo, "embers", "moss", folder)
+    with pytest.raises(TaskDataError, match="at least 20 mixtures"):
+        make_continuum(style_zoo, "embers", "lagoon", folder, count=3)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "cond_pdiff.training.continuum.make_pictures", 3)
+        with pytest.raises(KeyboardInterrupt):
+            make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
+    make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
+    made = Zoo(folder / "zoo")
+    assert [name.removeprefix("mixture-000") for name in made.task_names] == ["00", "01", "04", "05", "08", "09", "12", "13", "16", "17"]
+    ends = [soup([run.adapter() for run in style_zoo.runs(name)]) for name in ("embers", "lagoon")]
+    (run,) = made.runs("mixture-00005")
+    torch.testing.assert_close(run.adapter().tensors[B_KEY], torch.lerp(ends[0].tensors[B_KEY], ends[1].tensors[B_KEY], 5 / 19))
+    with pytest.raises(TaskDataError, match="holds another continuum"):
+        make_continuum(style_zoo, "lagoon", "embers", folder, count=20)
+
+    generator = train(copy.deepcopy(style_recipe), folder / "zoo", folder / "styles", tmp_path / "run")
+    result = evaluate_continuum(generator, folder, tmp_path / "result")
+    assert result["tests"] == 10
+    assert result["mean_error"] == pytest.approx(np.mean([abs(true - found) for true, found in result["ratios"]]), abs=1e-3)
+    with Image.open(tmp_path / "result" / "continuum.png") as picture:
+        assert picture.size[0] > 800
+    # A generator that returned what it was asked for would be right.
+    test = load_file(folder / "test.safetensors")
+    monkeypatch.setattr("cond_pdiff.training.continuum._params", lambda pipe, pixels, index: test["params"][index : index + 1])
+    perfect = evaluate_continuum(generator, folder, tmp_path / "result")
+    assert (perfect["mean_error"], perfect["mean_off_line"]) == (0, 0)
+    with pytest.raises(TaskDataError, match="has no test half"):
+        evaluate_continuum(generator, tmp_path, tmp_path / "result")

@@ -17,16 +17,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import HIDDEN, TINY_RECIPE, interrupt_at, tiny_recipe
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cond_pdiff import AdapterTemplate, CondPDiffPipeline, LoraAdapter, LoraSpec, ParamUNet1D
-from cond_pdiff.adapter import FACTORS, KEY_PREFIX
+from cond_pdiff.adapter import FACTORS, KEY_PREFIX, target_linears
 from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.training.conditions import prompt_variant
 from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import _Run, fit, learning_rate, step_generator
+from cond_pdiff.training.styles import load_styles
 from cond_pdiff.training.tasks import Task, load_tasks
 from cond_pdiff.training.train import train
 from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
@@ -409,8 +412,7 @@ def test_prompt_variants_differ_in_examples_parts_and_words(tasks_folder: Path) 
         (AutoencoderConfig, {"fit": 5}, "here, fit must be a JSON object"),
         (AutoencoderConfig, {"model": [1]}, "here: model must be"),
         (UNetConfig, {"condition_encoder": "ClipConditionEncoder"}, "here: condition_encoder must be"),
-        (CollectConfig, {}, "here: .*tasks"),
-        (CollectConfig, {"tasks": []}, "at least one task"),
+        (CollectConfig, {"learning_rates": []}, "at least one learning rate"),
         (CollectConfig, {"tasks": "moods"}, "here: tasks must be"),
         (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be bool, got 1"),
         (CollectConfig, {"tasks": ["moods"], "learning_rates": 1e-3}, "here: learning_rates must be"),
@@ -476,7 +478,8 @@ PIXART = [
 SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
     "minilm-text-tasks": (BERT[:24], 384, 4, 36_864, (1, 96), 1152),
     "paper-language-half": (BERT, 768, 1, 73_728, (4, 117), 512),
-    "paper-style-half": (PIXART, 1152, 1, 516_096, (1, 256), 1152),
+    "paper-style-half": (PIXART, 1152, 1, 516_096, (1, 256), 256),
+    "pixart-mini-styles": (PIXART[:64], 160, 4, 40_960, (1, 96), 256),
 }
 
 
@@ -523,13 +526,14 @@ def test_recipes_parse_and_name_no_task_twice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_recipes_build_their_networks_and_train(name: str, tiny_backbone: Backbone, tasks_folder: Path, tmp_path: Path) -> None:
+def test_recipes_build_their_networks_and_train(
+    name: str, tiny_backbone: Backbone, tasks_folder: Path, styles_folder: Path, tmp_path: Path
+) -> None:
     modules, width, rank, num_params, latent_shape, _ = SHAPES[name]
     recipe = read_recipe(name)
     data = random_zoo(modules, width, rank, shared_a=not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False))
     assert data.params.shape == (4, num_params)
-    if num_params == 36_864:
-        assert data.template.layout.num_adapter_params == 73_728
+    assert data.template.layout.num_adapter_params == {36_864: 73_728, 40_960: 81_920}.get(num_params, num_params)
 
     if name == "paper-style-half":  # a step of the whole takes 20 s and 3 GB; its full size is checked below, on the meta device
         model = recipe["autoencoder"]["model"]
@@ -539,11 +543,17 @@ def test_recipes_build_their_networks_and_train(name: str, tiny_backbone: Backbo
     one_step(autoencoder, tmp_path)
     autoencoder.module.eval()
 
-    encoder = {"type": "ClipConditionEncoder", "backbone": None}
-    if recipe["unet"].get("condition_encoder", {"type": ""})["type"] != encoder["type"]:
-        encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    encoder = recipe["unet"].get("condition_encoder", {"type": "SentenceConditionEncoder"})
+    condition: Any = "Is the remark kind?"
+    tasks: Any = load_tasks(tasks_folder, ["moods", "animals"])
+    if encoder["type"] == "ClipConditionEncoder":
+        encoder = {**encoder, "backbone": None}
+    elif encoder["type"] == "SentenceConditionEncoder":
+        encoder = {**encoder, "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    else:
+        condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
     section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
-    unet = UNetStage(autoencoder, load_tasks(tasks_folder, ["moods", "animals"]), parse(UNetConfig, section, "unet"))
+    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, section, "unet"))
     channels, length = latent_shape
     statistics = {"minilm-text-tasks": 2, "paper-language-half": 1}.get(name, 0)
     assert unet.latents.shape == (4, channels, length + statistics)
@@ -551,8 +561,18 @@ def test_recipes_build_their_networks_and_train(name: str, tiny_backbone: Backbo
 
     pipe = unet.pipeline()
     pipe.set_progress_bar_config(disable=True)
-    adapter = pipe("Is the remark kind?", num_inference_steps=1).adapter
+    adapter = pipe(condition, num_inference_steps=1).adapter
     assert adapter.modules == tuple(sorted(modules))
+
+
+def test_the_papers_style_adapters_fit_pixart_xl() -> None:
+    """The whole of PixArt-XL-2-256, without weights: its modules are the 224 that the recipe names, 516,096 numbers."""
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel(num_layers=28, sample_size=32, out_channels=8)
+    collect = parse(CollectConfig, read_recipe("paper-style-half")["collect"], "collect")
+    linears = target_linears(transformer, LoraSpec("base", collect.rank, collect.alpha, collect.target_modules))
+    assert list(linears) == sorted(PIXART)
+    assert sum(collect.rank * (linear.in_features + linear.out_features) for linear in linears.values()) == 516_096
 
 
 @pytest.mark.parametrize("name", ["paper-language-half", "paper-style-half"])

@@ -137,6 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--card", action="store_true", help="also write the generator's model card (a local generator folder)")
     evaluate.set_defaults(run=_evaluate)
 
+    continuum = commands.add_parser("make-continuum", help="mix two styles of a zoo in many ratios (paper, appendix C; resumable)")
+    continuum.add_argument("first", help="a trained style of the zoo")
+    continuum.add_argument("second", help="another one")
+    continuum.add_argument("--zoo", required=True, type=Path, help="a zoo of styles")
+    continuum.add_argument("--out", required=True, type=Path, help="folder to create or continue; train on its zoo/ and styles/")
+    continuum.add_argument("--count", type=int, default=1000, metavar="N", help="mixtures (default: %(default)s)")
+    continuum.add_argument("--seed", type=int, default=0, help="of the pictures (default: %(default)s)")
+    continuum.set_defaults(run=_make_continuum)
+
+    recover = commands.add_parser("evaluate-continuum", help="recover the ratios of unseen mixtures from their pictures")
+    recover.add_argument("generator", help="trained on the continuum")
+    recover.add_argument("--continuum", required=True, type=Path, help="made by make-continuum")
+    recover.add_argument("--out", required=True, type=Path, help="folder for continuum.json and continuum.png")
+    recover.set_defaults(run=_evaluate_continuum)
+
     import_task = commands.add_parser("import-task", help="convert a data set (Hub name or local CSV/JSON/Parquet folder) to a task folder")
     import_task.add_argument("dataset", help="Hub name, or a folder with train.csv, test.csv, … (or .json, .parquet)")
     import_task.add_argument("--description", required=True, help="what to decide, in a sentence or two")
@@ -343,6 +358,21 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from cond_pdiff.training.evaluate.card import write_generator_card
 
         print(f"card       {write_generator_card(Path(arguments.generator), arguments.zoo, evaluation)}")
+
+
+def _make_continuum(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.training.continuum import make_continuum
+    from cond_pdiff.training.zoo import Zoo
+
+    zoo, out = Zoo(arguments.zoo), arguments.out
+    print(f"continuum  {make_continuum(zoo, arguments.first, arguments.second, out, arguments.count, arguments.seed)}")
+
+
+def _evaluate_continuum(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.training.continuum import evaluate_continuum
+
+    result = evaluate_continuum(arguments.generator, arguments.continuum, arguments.out)
+    print(f"mean error of the ratio {result['mean_error']}, worst {result['worst_error']}, of {result['tests']} unseen mixtures")
 
 
 def _import_task(arguments: argparse.Namespace) -> None:

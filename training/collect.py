@@ -38,8 +38,8 @@ class Tuning(Protocol):
     task_type: str | None
     """peft's."""
 
-    def load_tasks(self, folder: str | Path, names: Sequence[str]) -> Sequence[Any]:
-        """The named tasks of a collection."""
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> Sequence[Any]:
+        """The named tasks of a collection, or all."""
 
     def facts(self, task: Any) -> dict[str, Any]:
         """What the zoo records of a task."""
@@ -70,7 +70,11 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
         shard: (i, n) does every n-th job beginning with i, so n processes can share the work.
     """
     tuning: Tuning = TUNINGS[config.kind](config)
-    tasks = {task.name: task for task in tuning.load_tasks(tasks_folder, [*config.tasks, *config.unseen])}
+    tasks = {task.name: task for task in tuning.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)}
+    if not config.tasks:
+        config = dataclasses.replace(config, tasks=tuple(sorted(set(tasks) - set(config.unseen))))
+    if missing := sorted(set(config.unseen) - set(tasks)):
+        raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
     zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)
     jobs = [(name, run) for run in range(config.runs) for name in (*config.tasks, *(config.unseen if run == 0 else ()))]
     if config.multitask_steps:

@@ -20,7 +20,7 @@ SECTIONS = ("about", "collect", "autoencoder", "unet", "image_autoencoder", "tra
 class CollectConfig:
     """How adapters are fine-tuned into a zoo."""
 
-    tasks: tuple[str, ...]                          # tasks that the generator is trained on
+    tasks: tuple[str, ...] = ()                     # tasks that the generator is trained on; none named: all but the unseen
     unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
     kind: str = "text"                              # of tasks: "text" or "style"
     base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
@@ -43,8 +43,8 @@ class CollectConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tasks or not self.learning_rates:
-            raise TrainingError("collect: name at least one task and one learning rate")
+        if not self.learning_rates:
+            raise TrainingError("collect: name at least one learning rate")
         if self.kind not in ("text", "style"):
             raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
         if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:

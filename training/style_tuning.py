@@ -42,8 +42,8 @@ class StyleTuning:
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)
 
-    def load_tasks(self, folder: str | Path, names: Sequence[str]) -> list[Style]:
-        """The named styles."""
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
+        """The named styles, or all."""
         return load_styles(folder, names)
 
     def facts(self, task: Style) -> dict[str, Any]:

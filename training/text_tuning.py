@@ -29,8 +29,8 @@ class TextTuning:
         self.backbone = SentenceBackbone.load(Backbone.from_json(config.base))
         self.model: nn.Module = self.backbone.model
 
-    def load_tasks(self, folder: str | Path, names: Sequence[str]) -> list[Task]:
-        """The named tasks."""
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
+        """The named tasks, or all."""
         return load_tasks(folder, names)
 
     def facts(self, task: Task) -> dict[str, Any]:
