@@ -28,7 +28,7 @@ CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"
 """In gradio's own cache: nothing outside it is served."""
 STYLES, TASKS = "cond-pdiff/pixart-mini-styles", "cond-pdiff/minilm-text-tasks"
 PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
-MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD = 4, 64, "10mb"
+MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD, KEEP_SECONDS = 4, 64, "10mb", 3600
 DESCRIPTION = "Decide whether a sentence from a review of an electronic product is negative or positive."
 EXAMPLES = "battery died after a week = negative\ncrisp, bright screen = positive"
 SENTENCES = "it keeps disconnecting\nworth every penny\nsets up in a minute and just works"
@@ -37,7 +37,6 @@ TASK_EXAMPLES = [
     [DESCRIPTION, EXAMPLES, SENTENCES],
     ["Decide what a headline is about.", HEADLINES, "the bank raised its forecast\ncoach praises young team\na vaccine for malaria"],
 ]
-KEEP_SECONDS = 3600
 PICTURE: dict[str, Any] = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "height": 220}
 GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
 PROGRESS = gr.Progress()
@@ -150,10 +149,10 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
 
 def build() -> gr.Blocks:
     """The page."""
-    with gr.Blocks(title="cond-pdiff", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+    with gr.Blocks(title="cond-pdiff", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown("# cond-pdiff\nShow a style, or describe a task: a diffusion model over network weights writes the LoRA adapter.")
         with gr.Tab("Style → PixArt adapter"):
-            adapter = gr.State(None, time_to_live=KEEP_SECONDS)
+            adapter, nothing = gr.State(None, time_to_live=KEEP_SECONDS), gr.State(None)
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
                     image = gr.Image(label="Style picture", **PICTURE)
@@ -174,7 +173,6 @@ def build() -> gr.Blocks:
             index = _generator(STYLES).condition_index
             gr.Examples([[index.preview(name)] for name in index.names[:: max(1, len(index.names) // 6)]], [image], label="Examples")
             outputs = [adapter, report, near, download]
-            nothing = gr.State(None)
             made = make.click(make_style, [image, other, mix, seed], outputs, api_name="make_style", concurrency_id="model")
             before = made.success(preview, [nothing, prompts, strength, seed], plain, api_name=False, concurrency_id="model")
             after = before.success(preview, [adapter, prompts, strength, seed], styled, api_name="preview", concurrency_id="model")

@@ -52,7 +52,7 @@ def hostile_files() -> dict[str, bytes]:
     good = {kind: _encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP")}
     sizes = ((3200, 3100), (8000, 5000), (10000, 10000), (16000, 12500), (20000, 20000))
     files = {f"bomb of {w}x{h}.png": _bomb(w, h) for w, h in sizes}
-    files |= {f"bomb of 1 bit {side}.png": _bomb(side, side, bits=1, color=0) for side in (6000, 20000)}
+    files |= {f"one bit bomb of {side}.png": _bomb(side, side, bits=1, color=0) for side in (6000, 20000)}
     files |= {f"grey jpeg of {side}.jpg": _encoded(Image.new("L", (side, side)), "JPEG") for side in (5500, 8000, 12000)}
     files["flat jpeg of 31 megapixels.jpg"] = _encoded(Image.new("RGB", (6200, 5000), "red"), "JPEG")
     files["progressive jpeg of 16 megapixels.jpg"] = _encoded(Image.new("RGB", (4000, 4000), "red"), "JPEG", progressive=True)
@@ -76,7 +76,8 @@ def hostile_files() -> dict[str, bytes]:
     files["polyglot of png and zip.png"] = good["PNG"] + _zip()
     files["polyglot of jpeg and html.jpg"] = good["JPEG"] + b"<html><script>alert(1)</script></html>"
     files["wrong checksum.png"] = good["PNG"][:40] + b"\x00\x01\x02\x03" + good["PNG"][44:]
-    files["endless text chunk.png"] = good["PNG"][:33] + _chunk(b"zTXt", b"k\x00\x00" + zlib.compress(bytes(200_000_000))) + good["PNG"][33:]
+    text = _chunk(b"zTXt", b"k\x00\x00" + zlib.compress(bytes(200_000_000)))
+    files["endless text chunk.png"] = good["PNG"][:33] + text + good["PNG"][33:]
     files["too small.png"] = _encoded(Image.new("RGB", (3, 3)), "PNG")
     files["11 megabytes.png"] = _encoded(Image.fromarray(rng.integers(0, 255, (2000, 2000, 3), dtype=np.uint8)), "PNG")
     files["name with ../ and \u202e.png".replace("/", "_")] = good["PNG"]
