@@ -2,8 +2,9 @@
 
     python benchmarks/demo.py uploads                                  # 40 files; time and memory of the server for each
     python benchmarks/demo.py clients [--clients 100] [--requests 500]  # every client's adapter is compared by sha256
+    python benchmarks/demo.py previews [--previews 1000]              # many fail half-way; the base model's weights stay as they are
 
-Starts `app.py` in a process of its own, on the bundled generators or on those in --styles and --tasks.
+The first two start `app.py` in a process of its own, on the bundled generators or on those in --styles and --tasks.
 """
 
 from __future__ import annotations
@@ -185,15 +186,58 @@ def clients(address: str, folder: Path, num_clients: int, num_requests: int) -> 
     print(f"{len(expected)} seeds gave {different} different adapters; seeds with more than one: {len(mixed)}")
 
 
+def previews(styles: str, count: int) -> None:
+    """Previews with one or two random adapters, of which about half fail inside the transformer."""
+    import torch
+    from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+
+    from cond_pdiff import CondPDiffPipeline
+    from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+
+    generator = CondPDiffPipeline.from_pretrained(styles)
+    generator.set_progress_bar_config(disable=True)
+    adapters = generator(Image.new("RGB", (64, 64), "orange"), num_adapters=8, generator=torch.Generator().manual_seed(0)).adapters
+    base = load_text_to_image(generator.template.base)
+
+    def weights_sha256() -> str:
+        return hashlib.sha256(b"".join(value.numpy().tobytes() for value in base.transformer.state_dict().values())).hexdigest()
+
+    rng, original, before, failed = random.Random(0), PixArtTransformer2DModel.forward, weights_sha256(), 0
+    plain = make_pictures(base, ["a house"], num_inference_steps=2)[0].tobytes()
+    for _ in range(count):
+        left = rng.choice((1, 2, 99))
+
+        def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise RuntimeError("out of memory")
+            return original(self, *arguments, **options)
+
+        PixArtTransformer2DModel.forward = failing
+        chosen = [(adapter, rng.uniform(-1, 2)) for adapter in rng.sample(adapters, rng.choice((1, 2)))]
+        try:
+            make_pictures(base, ["a house"], chosen, num_inference_steps=2)
+        except RuntimeError:
+            failed += 1
+    PixArtTransformer2DModel.forward = original
+    same = make_pictures(base, ["a house"], num_inference_steps=2)[0].tobytes() == plain
+    print(f"{count} previews, {failed} failed; weights unchanged: {weights_sha256() == before}; same picture as before: {same}")
+
+
 def main() -> None:
-    """Start the app and measure."""
+    """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("uploads", "clients"))
+    parser.add_argument("what", choices=("uploads", "clients", "previews"))
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--previews", type=int, default=1000)
     parser.add_argument("--styles", help="style generator (default: the bundled one)")
     parser.add_argument("--tasks", help="text generator (default: the bundled one)")
     arguments = parser.parse_args()
+    if arguments.what == "previews":
+        previews(arguments.styles or "cond-pdiff/pixart-mini-styles", arguments.previews)
+        return
     ours, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(arguments.styles, arguments.tasks, theirs), daemon=True)
     server.start()

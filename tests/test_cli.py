@@ -196,7 +196,9 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_picture_gives_an_adapter_and_previews(run: Any, style_generator: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_picture_gives_an_adapter_and_previews(
+    run: Any, style_generator: Path, style_zoo: Zoo, picture: Path, tmp_path: Path
+) -> None:
     done = run("generate", "--image", picture, "--generator", style_generator, "--out", tmp_path / "embers", "--seed", 3)
     assert done.status == 0, done.err
     assert done.out[-1] == f"adapter    {tmp_path / 'embers'}"
@@ -223,6 +225,11 @@ def test_a_picture_gives_an_adapter_and_previews(run: Any, style_generator: Path
     assert mixed.status == 0, mixed.err
     with Image.open(tmp_path / "embers-preview.png") as opened:
         assert opened.size == sheet.size
+    way = ["--towards", style_zoo.runs("lagoon")[0].folder, "--steps", 2, "--out", tmp_path / "way.png"]
+    done = run("preview", style_zoo.runs("embers")[0].folder, *prompts, *way)
+    assert done.status == 0, done.err
+    with Image.open(tmp_path / "way.png") as opened:
+        assert opened.size == (8 + 6 * 200, 8 + 2 * 220 + 20)
 
 
 @pytest.mark.parametrize(

@@ -346,6 +346,8 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     own = [run.adapter() for run in style_zoo.runs("embers")]
     assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
     assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
+    with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
+        assert sheet.size == (8 + 2 * 136, 8 + 7 * 156 + 20)  # two captions, seven rows
     report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "not Inception's" in report
     assert "| 1 unseen styles, Fréchet distance |" in report

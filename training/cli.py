@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what to show; give it again for more")
     preview.add_argument("--scale", type=float, default=1.0, help="strength of the adapter (default: %(default)s)")
     preview.add_argument("--mix", nargs=2, default=None, metavar=("ADAPTER", "SCALE"), help="a second adapter and its strength")
+    preview.add_argument("--towards", type=Path, metavar="ADAPTER", help="show the way to this adapter in six steps instead")
     preview.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: ADAPTER-preview.png)")
     preview.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
     preview.add_argument("--guidance-scale", type=float, default=3.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
@@ -271,10 +272,15 @@ def _preview(arguments: argparse.Namespace) -> None:
     reference = adapters[0][0].metadata.get("base") or {"repo_id": adapters[0][0].spec.base_model}
     pipe = load_text_to_image(Backbone(arguments.base) if arguments.base else Backbone.from_json(reference))
     settings = (arguments.seed, arguments.steps, arguments.guidance_scale)
-    title = "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
-    rows = {"base": make_pictures(pipe, arguments.prompt, (), *settings), title: make_pictures(pipe, arguments.prompt, adapters, *settings)}
+    if arguments.towards:
+        start, end, captions = adapters[0][0], LoraAdapter.load(arguments.towards), [f"{step / 5:.0%}" for step in range(6)]
+        steps = [[(start.interpolate(end, step / 5), arguments.scale)] for step in range(6)]
+        rows = {prompt: [make_pictures(pipe, [prompt], mixture, *settings)[0] for mixture in steps] for prompt in arguments.prompt}
+    else:
+        captions, title = arguments.prompt, "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
+        rows = {"base": make_pictures(pipe, captions, (), *settings), title: make_pictures(pipe, captions, adapters, *settings)}
     encoded = io.BytesIO()
-    picture_sheet(rows, arguments.prompt).save(encoded, "PNG")
+    picture_sheet(rows, captions).save(encoded, "PNG")
     write_bytes(out, encoded.getvalue())
     print(f"pictures   {out}")
 

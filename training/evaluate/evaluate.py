@@ -26,7 +26,7 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Measure every task of the zoo and every unseen one; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
 
-    A task that has been measured with the same settings is not measured again. With `shard` (i, n), only every n-th task is,
+    For styles also `<out>/pictures/*.png`, the first pictures of every column. A task that has been measured with the same settings is not measured again. With `shard` (i, n), only every n-th task is,
     and the tables are written by the process that finds all tasks done.
 
     Returns:
@@ -34,8 +34,8 @@ def evaluate(
     """
     out, zoo = Path(out), Zoo(zoo_folder)
     evaluator_class, table = KINDS[zoo.kind]
-    evaluator = evaluator_class(generator, zoo, config)
-    results = measure_all(evaluator, evaluator.load_tasks(tasks_folder), out, shard)
+    evaluator = evaluator_class(generator, zoo, config, out)
+    results = measure_all(evaluator, evaluator.load_tasks(tasks_folder), shard)
     if results is None:
         return None
     evaluation: dict[str, Any] = table.summarize(results, evaluator.settings)

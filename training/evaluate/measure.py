@@ -44,13 +44,14 @@ class ZooEvaluator(ABC):
     Args:
         generator: bundled name, folder, or Hub repository.
         zoo: finished.
+        out: the evaluation's folder.
 
     Raises:
         TaskDataError: the generator was trained on other tasks.
     """
 
-    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig) -> None:
-        self.zoo, self.config = zoo, config
+    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
+        self.zoo, self.config, self.out = zoo, config, out
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
         if set(self.pipe.condition_index.names) != set(zoo.task_names):
@@ -91,19 +92,19 @@ class ZooEvaluator(ABC):
         return round(time.perf_counter() - started, 3)
 
 
-def measure_all(evaluator: ZooEvaluator, tasks: Sequence[Any], out: Path, shard: tuple[int, int]) -> list[dict[str, Any]] | None:
-    """Measure every n-th task beginning with the i-th into `<out>/tasks/*.json`; what was measured with these settings is kept.
+def measure_all(evaluator: ZooEvaluator, tasks: Sequence[Any], shard: tuple[int, int]) -> list[dict[str, Any]] | None:
+    """Measure every n-th task beginning with the i-th into `tasks/*.json`; what was measured with these settings is kept.
 
     Returns:
         The results of all tasks, or None while tasks of other shards are missing.
     """
     for task in tqdm(tasks[shard[0] :: shard[1]], desc="evaluate", unit="task"):
-        path = out / "tasks" / f"{task.name}.json"
+        path = evaluator.out / "tasks" / f"{task.name}.json"
         if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["settings"] != evaluator.settings:
             write_text(path, dump_json(evaluator.measure(task)))
     results = []
     for task in tasks:
-        path = out / "tasks" / f"{task.name}.json"
+        path = evaluator.out / "tasks" / f"{task.name}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         if result is None or result["settings"] != evaluator.settings:
             return None

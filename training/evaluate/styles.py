@@ -6,16 +6,19 @@ Nothing is selected on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.atomic import write_bytes
 from cond_pdiff.errors import TaskDataError
-from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures, picture_sheet
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
@@ -25,6 +28,7 @@ from cond_pdiff.training.zoo import Zoo, soup
 
 ROUTING_PICTURES = 5
 PICTURE_BATCH = 32
+SHOWN = 6
 
 
 class PictureSet:
@@ -49,8 +53,8 @@ class PictureSet:
 class StyleEvaluator(ZooEvaluator):
     """See `ZooEvaluator`."""
 
-    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig) -> None:
-        super().__init__(generator, zoo, config)
+    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
+        super().__init__(generator, zoo, config, out)
         self.base = load_text_to_image(self.pipe.template.base)
         self._made: dict[tuple[str, tuple[str, ...]], PictureSet] = {}
 
@@ -75,6 +79,7 @@ class StyleEvaluator(ZooEvaluator):
             "retrieval": self.made(retrieved, soup(self.trained[retrieved]), asked),
             "generated": PictureSet(self.draw(output.adapter, asked)),
         }
+        self._write_sheet(task.name, {"true": true, **columns}, asked)
         distances = {name: made.distances(true) if made else None for name, made in columns.items()}
         nearest = self.space.nearest(output.adapters)
         seen = task.name in self.zoo.task_names
@@ -96,6 +101,13 @@ class StyleEvaluator(ZooEvaluator):
             "seconds_per_adapter": self.seconds(task.image),
             "settings": self.settings,
         }
+
+    def _write_sheet(self, name: str, sets: Mapping[str, PictureSet | None], captions: Sequence[str]) -> None:
+        """The first pictures of every column, to be looked at."""
+        rows = {title: [Image.fromarray(pixels.numpy()) for pixels in made.pictures[:SHOWN]] for title, made in sets.items() if made}
+        encoded = io.BytesIO()
+        picture_sheet(rows, captions[:SHOWN], 128).save(encoded, "PNG")
+        write_bytes(self.out / "pictures" / f"{name}.png", encoded.getvalue())
 
     def made(self, name: str, adapter: LoraAdapter | None, captions: tuple[str, ...]) -> PictureSet:
         """The pictures of an adapter that stands in several styles' rows, made once."""
