@@ -26,8 +26,9 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Measure every task of the zoo and every unseen one; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
 
-    For styles also `<out>/pictures/*.png`, the first pictures of every column. A task that has been measured with the same settings is not measured again. With `shard` (i, n), only every n-th task is,
-    and the tables are written by the process that finds all tasks done.
+    For styles also `<out>/pictures/*.png`, the first pictures of every column. A task that has been measured with the same
+    settings is not measured again. With `shard` (i, n), only every n-th task is, and the tables are written by the process that
+    finds all tasks done.
 
     Returns:
         The evaluation, or None while tasks of other shards are missing.
