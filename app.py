@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import gradio as gr
@@ -37,17 +36,12 @@ TASK_EXAMPLES = [
     [DESCRIPTION, EXAMPLES, SENTENCES],
     ["Decide what a headline is about.", HEADLINES, "the bank raised its forecast\ncoach praises young team\na vaccine for malaria"],
 ]
-PICTURE: dict[str, Any] = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "height": 220}
 GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
-PROGRESS = gr.Progress()
-CSS = """
-.gallery img {image-rendering: pixelated}
-.badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}
-.near {background: #1a7f37} .far {background: #9a6700}
-"""
+CSS = """.gallery img {image-rendering: pixelated} .near {background: #1a7f37} .far {background: #9a6700}
+.badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
 
-model = threading.Lock()
-"""Pipelines and base models are used by one request at a time: attached adapters and schedulers are state."""
+PROGRESS, model = gr.Progress(), threading.Lock()
+"""The lock: pipelines and base models serve one request at a time, because attached adapters and schedulers are state."""
 
 
 @functools.cache
@@ -75,6 +69,13 @@ def _friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
+def _picture(label: str) -> gr.Image:
+    """An upload that only the library opens, which looks at the header first: gradio's own way would open it before."""
+    picture = gr.Image(type="filepath", sources=["upload", "clipboard"], height=220, label=label)
+    picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
+    return picture
+
+
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -93,21 +94,18 @@ def _pack(adapter: LoraAdapter, guide: str) -> str:
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=CACHE))
     adapter.save(folder / "zip" / "adapter")
-    text = Template(files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8"))
-    (folder / "zip" / "how_to_load.md").write_text(text.substitute(base_model=adapter.spec.base_model), encoding="utf-8")
+    text = files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8").replace("$base_model", adapter.spec.base_model)
+    (folder / "zip" / "how_to_load.md").write_text(text, encoding="utf-8")
     made = shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
     shutil.rmtree(folder / "zip")
     return made
 
 
 def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
-    def step(pipe: Any, index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
-        progress((index + 1) / 10, "writing weights")
-        return {}
-
     seeds = [torch.Generator().manual_seed(int(seed) + index) for index in range(count)]
     with model:
-        return _generator(name)(condition, num_adapters=count, generator=seeds, callback_on_step_end=step)
+        pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1) / 10, "writing weights") or {}
+        return pipe(condition, num_adapters=count, generator=seeds, callback_on_step_end=tell)
 
 
 @_friendly
@@ -136,7 +134,7 @@ def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: in
 @_friendly
 def make_task(description: str, examples: str, sentences: str, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
     """Description and examples → adapter, and what it says of the sentences beside what the base model says."""
-    pairs = [tuple(part.strip() for part in line.rpartition("=")[::2]) for line in _lines(examples)]
+    pairs = [(text.strip(), label.strip()) for text, _, label in (line.rpartition("=") for line in _lines(examples))]
     out = _generate(TASKS, TaskPrompt(description, pairs), 8 if pairs else 1, seed, progress)
     rows: list[Any] = []
     texts = _lines(sentences)
@@ -155,12 +153,12 @@ def build() -> gr.Blocks:
             adapter, nothing = gr.State(None, time_to_live=KEEP_SECONDS), gr.State(None)
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
-                    image = gr.Image(label="Style picture", **PICTURE)
+                    image = _picture("Style picture")
                     prompts = gr.Textbox(PROMPTS, lines=4, max_lines=4, label=f"Prompts, one a line (at most {MAX_PROMPTS})")
                     strength = gr.Slider(0, 2, 1, step=0.05, label="Strength")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
                     with gr.Accordion("Mix with a second style", open=False):
-                        other = gr.Image(label="Second picture", **PICTURE)
+                        other = _picture("Second picture")
                         mix = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second style")
                     with gr.Row():
                         make, stop = gr.Button("Make the adapter", variant="primary"), gr.Button("Cancel")
@@ -174,10 +172,12 @@ def build() -> gr.Blocks:
             gr.Examples([[index.preview(name)] for name in index.names[:: max(1, len(index.names) // 6)]], [image], label="Examples")
             outputs = [adapter, report, near, download]
             made = make.click(make_style, [image, other, mix, seed], outputs, api_name="make_style", concurrency_id="model")
-            before = made.success(preview, [nothing, prompts, strength, seed], plain, api_name=False, concurrency_id="model")
-            after = before.success(preview, [adapter, prompts, strength, seed], styled, api_name="preview", concurrency_id="model")
-            slid = strength.release(preview, [adapter, prompts, strength, seed], styled, api_name=False, concurrency_id="model")
-            stop.click(None, cancels=[made, before, after, slid], api_name=False)
+            run: dict[str, Any] = {"fn": preview, "concurrency_id": "model"}
+            bare, given = [nothing, prompts, strength, seed], [adapter, prompts, strength, seed]
+            before = made.success(**run, inputs=bare, outputs=plain, api_name="base", api_visibility="private")
+            after = before.success(**run, inputs=given, outputs=styled, api_name="preview")
+            slid = strength.release(**run, inputs=given, outputs=styled, api_name="again", api_visibility="private")
+            stop.click(None, cancels=[made, before, after, slid], api_visibility="private")
         with gr.Tab("Task → text adapter"):
             with gr.Row():
                 with gr.Column(min_width=280):

@@ -30,15 +30,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::p
 
 
 @pytest.fixture(scope="module")
-def address(style_generator: Path, tiny_generator: Path) -> Iterator[str]:
+def page(style_generator: Path, tiny_generator: Path) -> Iterator[gradio.Blocks]:
     """The running app."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "STYLES", str(style_generator))
         patch.setattr(app, "TASKS", str(tiny_generator))
         page = app.build()
         page.launch(css=app.CSS, max_file_size=app.MAX_UPLOAD, prevent_thread_lock=True, quiet=True)
-        yield page.local_url
+        yield page
         page.close()
+
+
+@pytest.fixture
+def address(page: gradio.Blocks) -> str:
+    return str(page.local_url)
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_a_description_becomes_an_adapter_that_is_tried(client: Client, tmp_path
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "empty"), (b"GIF89a" + bytes(100), "PNG, JPEG or WebP"), (b"<svg/>", "PNG, JPEG or WebP"), (b"\x89PNG\r\n\x1a\n", "")],
+    [(b"", "not an image"), (b"GIF89a" + bytes(100), "not an image"), (b"<svg/>", "not an image"), (b"\x89PNG\r\n\x1a\n", "not an image")],
 )
 def test_what_is_no_picture_gets_a_friendly_answer(client: Client, tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "upload.png"
@@ -146,10 +151,10 @@ def test_every_client_gets_its_own_adapter(address: str, picture: Path, style_ge
         assert weights_sha256(alone) == sha256
 
 
-def test_the_queue_is_bounded_and_names_are_stable(address: str) -> None:
+def test_queue_and_uploads_are_bounded_and_names_are_stable(page: gradio.Blocks, address: str) -> None:
+    assert page._queue.max_size == app.MAX_WAITING
     with urllib.request.urlopen(f"{address}gradio_api/info") as answer:
         assert set(json.load(answer)["named_endpoints"]) == {"/make_style", "/preview", "/make_task"}
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
-    assert config["max_file_size"] == 10_000_000
-    assert gradio.__version__
+    assert config["max_file_size"] == 10 * 2**20  # in gradio's megabytes; the library itself takes no more than 10,000,000 bytes
