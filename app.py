@@ -94,7 +94,7 @@ def _pack(adapter: LoraAdapter, guide: str) -> str:
     CACHE.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=CACHE))
     adapter.save(folder / "zip" / "adapter")
-    text = files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8").replace("$base_model", adapter.spec.base_model)
+    text = files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8").replace("$base_model", str(adapter.spec.base_model))
     (folder / "zip" / "how_to_load.md").write_text(text, encoding="utf-8")
     made = shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
     shutil.rmtree(folder / "zip")

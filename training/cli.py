@@ -256,6 +256,9 @@ def _classify(arguments: argparse.Namespace) -> None:
 def _preview(arguments: argparse.Namespace) -> None:
     import io
 
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.atomic import write_bytes
     from cond_pdiff.hub import Backbone
@@ -265,6 +268,8 @@ def _preview(arguments: argparse.Namespace) -> None:
     if out.exists() and not arguments.force:
         raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
     _check_seed(arguments.seed)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     mixed = [(arguments.adapter, arguments.scale)]
     if arguments.mix:
         mixed.append((Path(arguments.mix[0]), _number(arguments.mix[1], "the strength of the second adapter")))

@@ -110,7 +110,7 @@ def _write_mixture(out: Path, name: str, adapter: LoraAdapter, base: PixArtAlpha
     if not (out / "styles" / name).exists():
         pictures, captions = _pictures(base, adapter, seed)
         pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        write_style(out / "styles" / name, _sheet(pictures), {"train": (pixels, captions), "test": (pixels, captions)}, group=name)
+        write_style(out / "styles" / name, _sheet(pictures), {"train": (pixels, captions), "test": (pixels.clone(), captions)}, group=name)
     if not run.exists():
         with atomic_folder(run, ()) as aside:
             adapter.save(aside)
