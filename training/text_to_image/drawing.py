@@ -12,6 +12,10 @@ from cond_pdiff.training.text_to_image.scenes import COLOURS, Scene
 
 SIZE = 64
 """Height and width of a picture in pixels, the unit of all lengths here."""
+RASTER = 4
+"""Objects stand on multiples of this, and have one size: a small network has the fewer cases to learn. A latent is as wide."""
+SINGLE, FIRST, SECOND = 14.0, 12.5, 9.0
+"""Half widths: of an object alone, of the main one of two, of the other."""
 AIRBORNE = ("balloon", "bird", "rocket")
 SKIES: dict[str, tuple[Colour, Colour]] = {  # at the top, at the horizon
     "morning": ((150, 165, 225), (255, 225, 205)),
@@ -24,10 +28,10 @@ OBJECT_LIGHT = {"morning": (1.0, 0.97, 0.97), "day": (1.0, 1.0, 1.0), "sunset": 
 
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """A picture of the scene, uint8 of shape `(64, 64, 3)`; positions, sizes and details come from `rng`."""
+    """A picture of the scene, uint8 of shape `(64, 64, 3)`; positions and details come from `rng`."""
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE))
     draw = ImageDraw.Draw(image)
-    horizon = rng.uniform(34, 40)
+    horizon = rng.choice((36.0, 40.0))
     _sky(draw, scene.time, horizon, rng)
     canvas = Brush(draw, 0, 0, 1, GROUND_LIGHT[scene.time])
     _PLACES[scene.place](canvas, horizon, rng)
@@ -42,24 +46,26 @@ def _arrange(scene: Scene, horizon: float, rng: random.Random) -> list[tuple[str
     """(object, colour, x of the middle, y of the foot, half width) of what is to be drawn, back to front."""
 
     def foot(name: str, size: float, low: float, high: float) -> float:
-        return rng.uniform(0.62, 0.82) * horizon + 0.25 * size if name in AIRBORNE else rng.uniform(low, high)
+        return _snap(rng.uniform(0.62, 0.82) * horizon + 0.25 * size if name in AIRBORNE else rng.uniform(low, high))
 
     if scene.second is None or scene.second_colour is None:
-        size = rng.uniform(11, 15)
-        return [(scene.object, scene.colour, rng.uniform(20, 44), foot(scene.object, size, 49, 58), size)]
-    size, second_size = rng.uniform(10, 12.5), rng.uniform(7, 8.5)
+        return [(scene.object, scene.colour, _snap(rng.uniform(20, 44)), foot(scene.object, SINGLE, 50, 58), SINGLE)]
     side = {"left of": -1, "right of": 1}.get(scene.relation or "", rng.choice((-1, 1)))
     if scene.relation == "in front of":  # the second stands behind, higher and half hidden
-        x = rng.uniform(25, 39)
-        base = foot(scene.object, size, 54, 59)
-        behind = base - rng.uniform(8, 11) if scene.object not in AIRBORNE else rng.uniform(46, 52)
-        second = (scene.second, scene.second_colour, x - side * rng.uniform(9, 12), max(behind, 22), second_size * 1.05)
+        x = _snap(rng.uniform(25, 39))
+        base = foot(scene.object, FIRST, 54, 59)
+        behind = base - 8 if scene.object not in AIRBORNE else _snap(rng.uniform(46, 52))
+        second = (scene.second, scene.second_colour, x - 12 * side, max(behind, 24), SECOND)
     else:
-        x = 32 + side * rng.uniform(12, 16)
-        base = foot(scene.object, size, 50, 58)
-        second_x = 32 - side * rng.uniform(14, 19)
-        second = (scene.second, scene.second_colour, second_x, foot(scene.second, second_size, 48, 57), second_size)
-    return [second, (scene.object, scene.colour, x, base, size)]
+        x = _snap(32 + side * rng.uniform(12, 16))
+        base = foot(scene.object, FIRST, 50, 58)
+        second_x = _snap(32 - side * rng.uniform(14, 19))
+        second = (scene.second, scene.second_colour, second_x, foot(scene.second, SECOND, 48, 57), SECOND)
+    return [second, (scene.object, scene.colour, x, base, FIRST)]
+
+
+def _snap(length: float) -> float:
+    return RASTER * float(round(length / RASTER))
 
 
 def _stand(canvas: Brush, place: str, name: str, x: float, base: float, size: float) -> None:
