@@ -1,12 +1,11 @@
-"""The demo: a style picture becomes an adapter for PixArt, a task description one for a sentence encoder.
-
-`python app.py`, then open the address that it prints; runs the same as a Hugging Face Space. Only the interface is here.
-"""
+"""The demo, interface only: `python app.py`, then open the address that it prints; the same runs as a Hugging Face Space."""
 
 from __future__ import annotations
 
+import base64
 import functools
 import html
+import io
 import shutil
 import tempfile
 import threading
@@ -18,13 +17,11 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from cond_pdiff import CondPDiffError, CondPDiffPipeline, LoraAdapter, PrototypeClassifier, StyleImage, TaskPrompt
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 
-CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"
-"""In gradio's own cache: nothing outside it is served."""
+CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"  # in the only folder that gradio serves from
 STYLES, TASKS = "cond-pdiff/pixart-mini-styles", "cond-pdiff/minilm-text-tasks"
 PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
 MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD, KEEP_SECONDS = 4, 64, "10mb", 3600
@@ -32,14 +29,13 @@ DESCRIPTION = "Decide whether a sentence from a review of an electronic product 
 EXAMPLES = "battery died after a week = negative\ncrisp, bright screen = positive"
 SENTENCES = "it keeps disconnecting\nworth every penny\nsets up in a minute and just works"
 HEADLINES = "shares fall on weak sales = business\nstriker scores twice = sports\nnew telescope finds a planet = science"
-TASK_EXAMPLES = [
-    [DESCRIPTION, EXAMPLES, SENTENCES],
-    ["Decide what a headline is about.", HEADLINES, "the bank raised its forecast\ncoach praises young team\na vaccine for malaria"],
-]
+NEW_HEADLINES = "the bank raised its forecast\ncoach praises young team\na vaccine for malaria"
+TASK_EXAMPLES = [[DESCRIPTION, EXAMPLES, SENTENCES], ["Decide what a headline is about.", HEADLINES, NEW_HEADLINES]]
 GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
-CSS = """.gallery img {image-rendering: pixelated} .near {background: #1a7f37} .far {background: #9a6700}
-.badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
+CSS = """.gallery img, .near-style {image-rendering: pixelated} .near {background: #1a7f37} .far {background: #9a6700}
+.near-style {display: inline; width: 72px} .badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
 
+_text_to_image = functools.cache(load_text_to_image)
 PROGRESS, model = gr.Progress(), threading.Lock()
 """The lock: pipelines and base models serve one request at a time, because attached adapters and schedulers are state."""
 
@@ -49,11 +45,6 @@ def _generator(name: str) -> CondPDiffPipeline:
     pipe = CondPDiffPipeline.from_pretrained(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@functools.cache
-def _text_to_image() -> Any:
-    return load_text_to_image(_generator(STYLES).template.base)
 
 
 def _friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,25 +71,35 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _badge(report: Any) -> str:
-    near = ", ".join(f"<b>{html.escape(n.task.replace('_', ' '))}</b> {n.similarity:.2f}" for n in report.nearest)
+def _badge(report: Any, index: Any) -> str:
+    """How near the request is to what was trained, with a small picture of each neighbour where the generator has one."""
     sign = ("near", "in distribution") if report.in_distribution else ("far", "out of distribution: expect less")
-    return f'<span class="badge {sign[0]}">{sign[1]}</span> nearest: {near} (threshold {report.threshold:.2f})'
+    lines = [f'<span class="badge {sign[0]}">{sign[1]}</span> nearest (threshold {report.threshold:.2f}):<br>']
+    for neighbour in report.nearest:
+        encoded, picture = io.BytesIO(), index.preview(neighbour.task)
+        if picture:
+            picture.save(encoded, "PNG")
+            lines.append(f'<img class="near-style" src="data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}">')
+        lines.append(f"<b>{html.escape(neighbour.task.replace('_', ' '))}</b> {neighbour.similarity:.2f} &emsp;")
+    return "".join(lines)
+
+
+def _folder() -> Path:
+    """A new folder in the cache. Files there are written once: gradio would write pictures anew while others download them."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for old in CACHE.iterdir():
+        if time.time() - old.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=CACHE))
 
 
 def _pack(adapter: LoraAdapter, guide: str) -> str:
-    """A zip with the adapter and a page on how to load it, in the app's own cache folder."""
-    for old in CACHE.glob("adapter-*"):
-        if time.time() - old.stat().st_mtime > KEEP_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="adapter-", dir=CACHE))
+    """A zip with the adapter and a page on how to load it."""
+    folder = _folder()
     adapter.save(folder / "zip" / "adapter")
     text = files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8").replace("$base_model", str(adapter.spec.base_model))
     (folder / "zip" / "how_to_load.md").write_text(text, encoding="utf-8")
-    made = shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
-    shutil.rmtree(folder / "zip")
-    return made
+    return shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
 
 
 def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
@@ -117,18 +118,20 @@ def make_style(image: str | None, other: str | None, mix: float, seed: int, prog
     adapter = out.adapter
     if other:
         adapter = adapter.interpolate(_generate(STYLES, StyleImage.open(other), 1, seed, progress).adapter, mix)
-    index = _generator(STYLES).condition_index
-    near = [(index.preview(n.task), f"{n.task.replace('_', ' ')} {n.similarity:.2f}") for n in out.report.nearest]
-    return adapter, _badge(out.report), near, _pack(adapter, "load_style_adapter.md")
+    return adapter, _badge(out.report, _generator(STYLES).condition_index), _pack(adapter, "load_style_adapter.md")
 
 
 @_friendly
-def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: int) -> list[tuple[Image.Image, str]]:
+def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: int) -> list[tuple[str, str]]:
     """A picture a prompt, from the same noise whatever the adapter; without one, the base model's."""
     asked = _lines(prompts)[:MAX_PROMPTS]
     with model:
-        pictures = make_pictures(_text_to_image(), asked, [(adapter, strength)] if adapter else [], int(seed))
-    return list(zip(pictures, asked, strict=True))
+        base, adapters = _generator(STYLES).template.base, [(adapter, strength)] if adapter else []
+        pictures = make_pictures(_text_to_image(base), asked, adapters, int(seed))
+    paths = [str(_folder() / "picture.png") for _ in pictures]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    return list(zip(paths, asked, strict=True))
 
 
 @_friendly
@@ -142,7 +145,7 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
         with model:
             adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter)
             rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
-    return _badge(out.report), rows, _pack(out.adapter, "load_text_adapter.md")
+    return _badge(out.report, _generator(TASKS).condition_index), rows, _pack(out.adapter, "load_text_adapter.md")
 
 
 def build() -> gr.Blocks:
@@ -160,20 +163,17 @@ def build() -> gr.Blocks:
                     with gr.Accordion("Mix with a second style", open=False):
                         other = _picture("Second picture")
                         mix = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second style")
-                    with gr.Row():
-                        make, stop = gr.Button("Make the adapter", variant="primary"), gr.Button("Cancel")
+                    make, stop = gr.Button("Make the adapter", variant="primary"), gr.Button("Cancel")
                 with gr.Column(scale=3, min_width=280):
                     with gr.Row():
                         plain, styled = (gr.Gallery(label=title, **GALLERY) for title in ("Base model", "With the adapter"))
                     report = gr.HTML("Drop a painting, or click an example below.")
-                    near = gr.Gallery(label="Nearest trained styles (one scene in each)", **GALLERY | {"columns": 3, "fit_columns": False})
                     download = gr.DownloadButton("Download the adapter (zip)")
             index = _generator(STYLES).condition_index
             gr.Examples([[index.preview(name)] for name in index.names[:: max(1, len(index.names) // 6)]], [image], label="Examples")
-            outputs = [adapter, report, near, download]
-            made = make.click(make_style, [image, other, mix, seed], outputs, api_name="make_style", concurrency_id="model")
+            asked, bare, given = [image, other, mix, seed], [nothing, prompts, strength, seed], [adapter, prompts, strength, seed]
+            made = make.click(make_style, asked, [adapter, report, download], api_name="make_style", concurrency_id="model")
             run: dict[str, Any] = {"fn": preview, "concurrency_id": "model"}
-            bare, given = [nothing, prompts, strength, seed], [adapter, prompts, strength, seed]
             before = made.success(**run, inputs=bare, outputs=plain, api_name="base", api_visibility="private")
             after = before.success(**run, inputs=given, outputs=styled, api_name="preview")
             slid = strength.release(**run, inputs=given, outputs=styled, api_name="again", api_visibility="private")
