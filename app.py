@@ -33,7 +33,7 @@ NEW_HEADLINES = "the bank raised its forecast\ncoach praises young team\na vacci
 TASK_EXAMPLES = [[DESCRIPTION, EXAMPLES, SENTENCES], ["Decide what a headline is about.", HEADLINES, NEW_HEADLINES]]
 GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
 CSS = """.gallery img, .near-style {image-rendering: pixelated} .near {background: #1a7f37} .far {background: #9a6700}
-.near-style {display: inline; width: 72px} .badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
+.near-style {display: inline; width: 72px; margin: 6px} .badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
 
 _text_to_image = functools.cache(load_text_to_image)
 PROGRESS, model = gr.Progress(), threading.Lock()
