@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import html
-import io
 import shutil
 import tempfile
 import threading
@@ -19,7 +18,7 @@ import gradio as gr
 import torch
 
 from cond_pdiff import CondPDiffError, CondPDiffPipeline, LoraAdapter, PrototypeClassifier, StyleImage, TaskPrompt
-from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures
 
 CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"  # in the only folder that gradio serves from
 STYLES, TASKS = "cond-pdiff/pixart-mini-styles", "cond-pdiff/minilm-text-tasks"
@@ -76,10 +75,9 @@ def _badge(report: Any, index: Any) -> str:
     sign = ("near", "in distribution") if report.in_distribution else ("far", "out of distribution: expect less")
     lines = [f'<span class="badge {sign[0]}">{sign[1]}</span> nearest (threshold {report.threshold:.2f}):<br>']
     for neighbour in report.nearest:
-        encoded, picture = io.BytesIO(), index.preview(neighbour.task)
+        picture = index.preview(neighbour.task)
         if picture:
-            picture.save(encoded, "PNG")
-            lines.append(f'<img class="near-style" src="data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}">')
+            lines.append(f'<img class="near-style" src="data:image/png;base64,{base64.b64encode(encode_png(picture)).decode()}">')
         lines.append(f"<b>{html.escape(neighbour.task.replace('_', ' '))}</b> {neighbour.similarity:.2f} &emsp;")
     return "".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,16 @@ class TaskPrompt:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready facts, kept with the adapters that are made from this prompt."""
-        return {"description": self.description, "examples": [list(example) for example in self.examples]}
+        return {"description": self.description, "examples": [list(example) for example in self.examples], "labels": list(self.labels)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskPrompt:
+        """Read what `to_json` wrote."""
+        try:
+            examples = [(tuple(text) if isinstance(text, list) else text, label) for text, label in data["examples"]]
+            return cls(data["description"], examples, data["labels"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConditionError(f"not a recorded task prompt: {type(error).__name__}: {error}") from error
 
     @classmethod
     def of(cls, condition: str | TaskPrompt) -> TaskPrompt:

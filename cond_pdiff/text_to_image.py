@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+import numpy as np
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +17,7 @@ from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-PIXART_MINI = Backbone("cond-pdiff/pixart-mini")
+PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="8788baf63e93870dc04ad110d7d9383b5036c09189e4db1be70a2925fd3d0f3d")
 
 
 def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
@@ -101,3 +103,15 @@ def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
             caption = caption[:-2].rstrip() + "…"
         draw.text((gap + column * (side + gap), y), caption, fill="black", font=font)
     return sheet
+
+
+def stack_pictures(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures of one size as uint8 of shape `(count, height, width, 3)`."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    return encoded.getvalue()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,7 +20,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.hub import find_generator
+from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -31,7 +32,6 @@ from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statis
 from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport, best_candidate
 
 MAX_ADAPTERS = 1000
-COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
@@ -81,6 +81,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             condition_index=condition_index,
         )
         self._base: SentenceBackbone | None = None
+        self._source: dict[str, str | None] | None = None
         self._guidance_scale = 1.0
         self._interrupt = False
 
@@ -109,9 +110,9 @@ class CondPDiffPipeline(DiffusionPipeline):
         if refused:
             raise HubError(f"{refused[0]} is not accepted: generators are JSON and safetensors only, and no code is run from them")
         folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-        _check_model_index(folder)
+        check_generator(folder)
         try:
-            return super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+            pipe: CondPDiffPipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         except CondPDiffError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
@@ -119,6 +120,9 @@ class CondPDiffPipeline(DiffusionPipeline):
                 f"the generator {str(pretrained_model_name_or_path)!r} cannot be loaded, perhaps it is incomplete: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if not set(pipe.components) & set(kwargs):  # with another component, adapters could not be made again from the name
+            pipe._source = generator_source(pretrained_model_name_or_path, folder)
+        return pipe
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -202,6 +206,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
 
+        seeds = _seeds(None if latents is not None else generator, num_adapters)
         condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
         latents = self.prepare_latents(num_adapters, generator, latents)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
@@ -230,8 +235,13 @@ class CondPDiffPipeline(DiffusionPipeline):
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "scheduler": type(self.scheduler).__name__,
+            "dtype": str(self.unet.dtype).removeprefix("torch."),
+            "num_adapters": num_adapters,
+            "generators": "each" if isinstance(generator, Sequence) else "one",
+            "generator": self._source,
+            "versions": {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
-        made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(_seeds(generator, num_adapters))]
+        made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
         output = self._to_output(checked, params, made, latents, condition_embeddings[0], condition_report)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
@@ -328,27 +338,13 @@ class CondPDiffPipeline(DiffusionPipeline):
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
-    """The seed behind each candidate; with one RNG for all, a candidate depends on its place too."""
+    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
     if generator is None:
         return [None] * count
-    return [rng.initial_seed() for rng in generator] if isinstance(generator, Sequence) else [generator.initial_seed()] * count
+    seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]
+    return seeds if isinstance(generator, Sequence) else seeds * count
 
 
-def _check_model_index(folder: Path) -> None:
-    """Refuse what is not a generator, before any of its components' modules is imported."""
-    path = folder / "model_index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = "a peft adapter" if (folder / "adapter_config.json").exists() else "something else"
-        raise HubError(f"{folder} is not a generator (no model_index.json); it looks like {what}") from error
-    except (OSError, ValueError) as error:
-        raise HubError(f"{path} is not valid JSON: {error}") from error
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    if name != CondPDiffPipeline.__name__:
-        raise HubError(f"{folder} holds a {name!r}, expected a {CondPDiffPipeline.__name__!r}")
-    for component, value in index.items():
-        if isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in COMPONENT_LIBRARIES):
-            raise HubError(
-                f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
-            )
+def _seed(rng: torch.Generator) -> int | None:
+    fresh = torch.Generator(rng.device).manual_seed(rng.initial_seed())
+    return rng.initial_seed() if torch.equal(rng.get_state(), fresh.get_state()) else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import pkgutil
 import random
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -22,6 +23,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from cond_pdiff.adapter import FACTORS, KEY_PREFIX, LoraAdapter, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.training.cli import main
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.styles import write_style
@@ -248,3 +250,49 @@ def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:
         return original(*args, **kwargs)
 
     patch.setattr(where, counting)
+
+
+@pytest.fixture
+def recipe(tiny_backbone: Backbone) -> dict[str, Any]:
+    return tiny_recipe(tiny_backbone)
+
+
+@pytest.fixture
+def saved(tiny_adapter: LoraAdapter, tmp_path: Path) -> Path:
+    return tiny_adapter.save(tmp_path / "adapter")
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Weights, module names and hooks."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module)} {len(module._forward_hooks)} {len(module._forward_pre_hooks)}".encode())
+    return digest.hexdigest()
+
+
+class Done(NamedTuple):
+    status: int
+    out: list[str]
+    err: list[str]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; anything that it prints, libraries included, is caught."""
+
+    def run(*arguments: object) -> Done:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Done(status, out.splitlines(), err.splitlines())
+
+    return run
+
+
+def refused(done: Done, message: str) -> None:
+    assert (done.status, done.out) == (1, [])
+    (line,) = done.err
+    assert line.startswith("cond-pdiff: error: ")
+    assert message in line

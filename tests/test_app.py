@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,9 @@ def page(style_generator: Path, tiny_generator: Path) -> Iterator[gradio.Blocks]
         page.launch(css=app.CSS, max_file_size=app.MAX_UPLOAD, prevent_thread_lock=True, quiet=True)
         yield page
         page.close()
+    with warnings.catch_warnings():  # gradio leaves the sockets of its event loops to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
@@ -47,8 +52,10 @@ def address(page: gradio.Blocks) -> str:
 
 
 @pytest.fixture
-def client(address: str, tmp_path: Path) -> Client:
-    return Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / "downloads")
+def client(address: str, tmp_path: Path) -> Iterator[Client]:
+    client = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / "downloads")
+    yield client
+    client.close()
 
 
 @pytest.fixture

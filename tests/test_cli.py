@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_recipe
+from conftest import refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,42 +18,15 @@ from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.cli import main
-from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.zoo import Zoo
 
 DESCRIPTION = "Is the remark kind?"
 EXAMPLES = ["--example", "the good film=positive", "--example", "the awful meal=negative"]
 
 
-class Done(NamedTuple):
-    status: int
-    out: list[str]
-    err: list[str]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Any:
-    """Run a command; anything that it prints, libraries included, is caught."""
-
-    def run(*arguments: object) -> Done:
-        capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return Done(status, out.splitlines(), err.splitlines())
-
-    return run
-
-
 @pytest.fixture
 def adapter(tiny_adapter: LoraAdapter, tmp_path: Path) -> Path:
     return tiny_adapter.save(tmp_path / "adapter")
-
-
-def refused(done: Done, message: str) -> None:
-    assert (done.status, done.out) == (1, [])
-    (line,) = done.err
-    assert line.startswith("cond-pdiff: error: ")
-    assert message in line
 
 
 # --- generate ----------------------------------------------------------------------------------------------------------------
@@ -329,106 +301,32 @@ def test_demo_compares_with_the_base_model(run: Any, tiny_generator: Path, monke
     assert all(row[0] in "✓✗" and row[19] in "✓✗" for row in rows)
 
 
-# --- collect, train, evaluate, import-task -----------------------------------------------------------------------------------
+# --- list, info --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def recipe(tiny_backbone: Backbone, tmp_path: Path) -> Path:
-    """The tiny recipe, smaller still, as a file."""
-    recipe = tiny_recipe(tiny_backbone)
-    recipe["collect"].update(steps=2, runs=1)
-    for stage in ("autoencoder", "unet"):
-        recipe[stage]["fit"]["steps"] = 2
-    path = tmp_path / "recipe.json"
-    path.write_text(json.dumps(recipe))
-    return path
+def test_list_names_what_works_offline(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    done = run("list")
+    assert (done.status, done.err) == (0, [])
+    header, *rows = done.out
+    assert header.split() == ["generator", "makes", "of", "size", "base", "model"]
+    (row,) = (row for row in rows if row.startswith("cond-pdiff/minilm-text-tasks "))
+    assert row.split("  ")[1:] != []
+    assert " ".join(row.split()).endswith("text adapters 58 tasks 11.6 MB sentence-transformers/all-MiniLM-L6-v2")
 
 
-def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_folder: Path, tmp_path: Path) -> None:
-    zoo, runs, results = tmp_path / "zoo", tmp_path / "run", tmp_path / "results"
-    data = ["--tasks", tasks_folder, "--zoo", zoo]
-    for shard, count in (("1/2", 1), ("0/2", 3)):  # 3 jobs: two tasks, one unseen; and the multi-task baseline
-        done = run("collect", "--recipe", recipe, *data, "--shard", shard)
-        assert done.status == 0
-        assert done.out[-1].endswith(f" adapters in {zoo}")
-        assert len(list(zoo.glob("tasks/*/run-0/run.json"))) >= count
-    assert done.out[-1].startswith("3 adapters")
-    assert (zoo / "multitask" / "run.json").is_file()
-
-    done = run("train", "--recipe", recipe, *data, "--out", runs)
-    assert (done.status, done.out[-1]) == (0, f"generator  {runs / 'generator'}")
-    done = run("evaluate", runs / "generator", *data, "--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card")
-    assert done.status == 0
-    assert done.out[0] == "# Evaluation"
-    assert done.out[-1] == f"card       {runs / 'generator' / 'README.md'}"
-    assert json.loads((results / "evaluation.json").read_text())["settings"]["samples"] == 2
-    done = run("generate", DESCRIPTION, "--generator", runs / "generator", "--out", tmp_path / "a")
-    assert done.status == 0
-
-
-def test_a_part_of_the_evaluation_says_so(run: Any, tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
-    options = ["--zoo", tiny_zoo, "--tasks", tasks_folder, "--out", tmp_path, "--samples", 1, "--max-rows", 2, "--steps", 1]
-    done = run("evaluate", tiny_generator, *options, "--shard", "2/3")
-    assert (done.status, len(done.out)) == (0, 1)
-    assert done.out[0].startswith("this shard is done; tasks of other shards are missing")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["collect", "--recipe", "nonsense", "--tasks", "TASKS", "--zoo", "NEW"], "no recipe 'nonsense'"),
-        (["collect", "--tasks", "GONE", "--zoo", "NEW"], "is not a folder of tasks"),
-        (["collect", "--tasks", "TASKS", "--zoo", "NEW"], "is not a task folder: meta.json is missing"),
-        (["collect", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "TASKS"], "is not ours to replace"),
-        (["train", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "GONE", "--out", "NEW"], "is not a zoo: zoo.json is missing"),
-        (["train", "--recipe", "RECIPE", "--tasks", "GONE", "--zoo", "ZOO", "--out", "NEW"], "is not a folder of tasks"),
-        (["evaluate", "nobody/gone", "--tasks", "TASKS", "--zoo", "ZOO", "--out", "NEW"], "nobody/gone is not in the cache"),
-        (["evaluate", "GENERATOR", "--tasks", "TASKS", "--zoo", "GONE", "--out", "NEW"], "is not a zoo"),
-        (["evaluate", "GENERATOR", "--tasks", "GONE", "--zoo", "ZOO", "--out", "NEW"], "is not a folder of tasks"),
-        (["evaluate", "GENERATOR", "--tasks", "TASKS", "--zoo", "ZOO", "--out", "NEW", "--max-rows", "0"], "max_rows must be"),
-        (["import-task", "GONE", "--description", "Is it?", "--text-column", "text", "--out", "NEW"], "gone"),
-        (["import-task", "TASKS", "--description", "Is it?", "--text-column", "body", "--out", "NEW"], "TASKS"),
-    ],
-)
-def test_other_commands_refuse_and_write_nothing(
-    run: Any,
-    recipe: Path,
-    tiny_generator: Path,
-    tiny_zoo: Path,
-    tasks_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    new, gone = tmp_path / "new", tmp_path / "gone"
-    places = {"RECIPE": recipe, "TASKS": tasks_folder, "ZOO": tiny_zoo, "GENERATOR": tiny_generator, "NEW": new, "GONE": gone}
-    done = run(*(places.get(argument, argument) for argument in arguments))
-    assert (done.status, done.out) == (1, [])
-    assert [line for line in done.err if line.startswith("cond-pdiff: error: ")] == done.err[-1:]
-    assert str(places.get(message, message)) in done.err[-1]
-    assert not new.exists()
-    assert not gone.exists()
-
-
-def test_import_task_makes_a_task_folder(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "train.csv").write_text("text,other,mood\ngood,x,kind\nbad,y,unkind\n")
-    (tmp_path / "source" / "test.csv").write_text("text,other,mood\nfine,x,kind\n")
-    options = ["import-task", tmp_path / "source", "--description", "Is it kind?", "--text-column", "text", "--label-column", "mood"]
-    done = run(*options, "--out", tmp_path / "tasks" / "films")
-    assert (done.status, done.out) == (0, [f"task       {tmp_path / 'tasks' / 'films'} with the labels kind, unkind"])
-    assert Task.load(tmp_path / "tasks" / "films").rows("test") == [("fine", 0)]
-    refused(run(*options, "--out", tmp_path / "tasks" / "films"), "is not empty")
-    pairs = run(*options, "--text-column", "other", "--out", tmp_path / "tasks" / "pairs")
-    assert pairs.status == 0
-    assert Task.load(tmp_path / "tasks" / "pairs").rows("train")[0] == (("good", "x"), 0)
+def test_info_tells_layout_tasks_and_numbers(run: Any, tiny_generator: Path, saved: Path) -> None:
+    done = run("info", tiny_generator)
+    text = "\n".join(done.out)
+    assert (done.status, done.err) == (0, [])
+    assert f"generator  {tiny_generator}" in text
+    assert "rank 2, alpha 8, on attention.output.dense, key, query, value: 1,024 numbers in 16 tensors, 512 of them modelled" in text
+    assert "tasks      2: animals, moods" in text
+    bundled = run("info", "cond-pdiff/minilm-text-tasks")
+    assert "| 16 unseen tasks |" in "\n".join(bundled.out)
+    assert not [line for line in bundled.out if line.startswith("## ")]
+    refused(run("info", saved), "it looks like a peft adapter")
+    refused(run("info", "cond-pdiff/nothing"), "no bundled generator is called 'cond-pdiff/nothing'")
 
 
 # --- the command itself ------------------------------------------------------------------------------------------------------
@@ -463,7 +361,7 @@ def test_ctrl_c_is_no_traceback(run: Any, tiny_generator: Path, tmp_path: Path, 
 HELP = """
 import sys
 from cond_pdiff.training.cli import main
-for command in ([], ["generate"], ["collect"], ["train"], ["evaluate"], ["import-task"], ["classify"], ["demo"]):
+for command in ([], ["generate"], ["collect"], ["train"], ["evaluate"], ["import-task"], ["classify"], ["list"], ["demo"]):
     try:
         main([*command, "--help"])
     except SystemExit as stop:
@@ -474,5 +372,5 @@ print(*sorted({"torch", "diffusers", "transformers", "peft", "accelerate", "open
 
 def test_help_is_instant() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    assert done.stdout.count("usage: cond-pdiff") == 8
+    assert done.stdout.count("usage: cond-pdiff") == 9
     assert done.stdout.splitlines()[-1] == ""

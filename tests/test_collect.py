@@ -145,7 +145,7 @@ def test_a_lost_run_comes_back_bit_for_bit(copied: Zoo, config: CollectConfig, t
 
 @pytest.mark.parametrize(
     ("where", "calls"),
-    [("torch.optim.AdamW.step", 30), ("cond_pdiff.adapter.LoraAdapter.save", 2), ("cond_pdiff.training.collect.dump_json", 3)],
+    [("torch.optim.AdamW.step", 30), ("cond_pdiff.adapter.LoraAdapter.save", 2), ("cond_pdiff.training.zoo.dump_json", 2)],
     ids=["in the second training", "before the second save", "between adapter and run.json"],
 )
 def test_an_interrupted_job_leaves_nothing_and_is_done_again(

@@ -18,11 +18,12 @@ from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
-from cond_pdiff.training.evaluate.text_table import COLUMNS, percent, summarize, to_markdown
+from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.zoo import Zoo, soup
 
+TABLE = TextTable()
 CONFIG = EvaluateConfig(samples=3, max_rows=12, num_inference_steps=4)
 
 
@@ -98,7 +99,7 @@ def test_every_task_has_every_column(out: Path, evaluation: dict[str, Any]) -> N
     results = {result["task"]: result for result in evaluation["tasks"]}
     assert {name: result["seen"] for name, result in results.items()} == {"animals": True, "moods": True, "likeness": False}
     for name, result in results.items():
-        assert list(map(set, (result["accuracy"], COLUMNS))) == [set(COLUMNS)] * 2
+        assert list(map(set, (result["accuracy"], TABLE.columns))) == [set(TABLE.columns)] * 2
         assert [key for key, value in result["accuracy"].items() if value is None] == (["soup"] if name == "likeness" else [])
         assert all(0 <= value <= 1 for value in result["accuracy"].values() if value is not None)
         assert result == json.loads((out / "tasks" / f"{name}.json").read_text())
@@ -137,7 +138,7 @@ def test_the_numbers_are_those_that_can_be_measured_by_hand(
 def test_means_are_over_the_tasks(evaluation: dict[str, Any]) -> None:
     seen = [result for result in evaluation["tasks"] if result["seen"]]
     assert (evaluation["zoo"]["tasks"], evaluation["unseen"]["tasks"]) == (2, 1)
-    for name in COLUMNS:
+    for name in TABLE.columns:
         assert evaluation["zoo"]["accuracy"][name] == pytest.approx(sum(result["accuracy"][name] for result in seen) / 2, abs=1e-4)
     hits = [hit for result in seen for hit in result["routed"]]
     assert evaluation["zoo"]["routing_samples"] == len(hits) == 10
@@ -147,15 +148,15 @@ def test_means_are_over_the_tasks(evaluation: dict[str, Any]) -> None:
 
 def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str, Any]) -> None:
     lines = (out / "evaluation.md").read_text().splitlines()
-    assert to_markdown(evaluation).splitlines() == lines
+    assert TABLE.to_markdown(evaluation).splitlines() == lines
     header = next(line for line in lines if line.startswith("| task |"))
     for result in evaluation["tasks"]:
         (row,) = (line for line in lines if line.startswith(f"| {result['task']} |"))
         assert row.count("|") == header.count("|")
         cells = dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
         assert cells["seen"] == ("yes" if result["seen"] else "no")
-        assert {title: cells[title] for title in COLUMNS.values()} == {
-            title: percent(result["accuracy"][name]) for name, title in COLUMNS.items()
+        assert {title: cells[title] for title in TABLE.columns.values()} == {
+            title: TABLE.show(result["accuracy"][name]) for name, title in TABLE.columns.items()
         }
     assert "None" not in "\n".join(lines)
 
@@ -249,7 +250,7 @@ def test_tables_can_be_made_where_numbers_are_missing(evaluation: dict[str, Any]
         result["novelty"].update(common_errors=None, common_errors_between_runs=None)
         result["accuracy"]["multitask"] = None
     for some in (results, [result for result in results if result["seen"]]):
-        text = to_markdown(summarize(some, evaluation["settings"]))
+        text = TABLE.to_markdown(TABLE.summarize(some, evaluation["settings"]))
         assert "None" not in text
         assert "| – |" in text
 
@@ -270,8 +271,8 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
         assert leftover not in text
     for result in evaluation["tasks"]:
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {result['task']} |"))
-        shown = set(COLUMNS) - ({"multitask", "retrieval"} if result["seen"] else {"soup", "generated_mean"})
-        assert all(f" {percent(result['accuracy'][name])} |" in row for name in shown)
+        shown = set(TABLE.columns) - ({"multitask", "retrieval"} if result["seen"] else {"soup", "generated_mean"})
+        assert all(f" {TABLE.show(result['accuracy'][name])} |" in row for name in shown)
         assert ("CC0-1.0" if result["seen"] else f"{result['retrieved']} (") in row
     assert 'from_pretrained("cond-pdiff/tiny-text-tasks")' in text
     assert "| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 numbers |" in text

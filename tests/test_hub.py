@@ -3,25 +3,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import CondPDiffError, HubError
-from cond_pdiff.hub import MINILM, Backbone, bundled, bundled_generators, fetch, find_backbone, find_generator
+from cond_pdiff.hub import MINILM, Backbone, bundled, bundled_generators, cached_generators, fetch, find_backbone, find_generator
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
-COMMIT = "c0ffee" * 6 + "c0de"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -145,58 +143,15 @@ def test_impossible_names_are_refused(name: str) -> None:
 # --- a Hub on the loopback device ----------------------------------------------------------------------------------------------
 
 
-class LoopbackHub:
-    """Serves one repository, `owner/tiny`, and remembers which files were asked for."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        self.files, self.asked, self.cut = files, set[str](), ""
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                path = self.path.split("?")[0]
-                name = path.partition(f"/owner/tiny/resolve/{COMMIT}/")[2]
-                if path.startswith("/api/models/owner/tiny/tree/"):
-                    tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in hub.files.items()]
-                    self.answer(json.dumps(tree).encode())
-                elif path.startswith("/api/models/owner/tiny/revision/"):
-                    siblings = [{"rfilename": name} for name in hub.files]
-                    self.answer(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode())
-                elif name in hub.files:
-                    hub.asked.add(name)
-                    etag = hashlib.sha1(hub.files[name]).hexdigest()
-                    self.answer(hub.files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, cut=name == hub.cut)
-                else:
-                    self.answer(b"", status=404, headers={"X-Error-Code": "RepoNotFound"})
-
-            do_HEAD = do_GET
-
-            def answer(self, body: bytes, headers: dict[str, str] | None = None, status: int = 200, cut: bool = False) -> None:
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body[: len(body) // 2] if cut else body)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
-
-
 @pytest.fixture
 def hub(tiny_generator: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """With one repository, `owner/tiny`: a generator, and files that nobody should ask for."""
+    hub = LoopbackHub()
     files = {str(path.relative_to(tiny_generator)): path.read_bytes() for path in tiny_generator.rglob("*") if path.is_file()}
-    hub = LoopbackHub({**files, "pipeline.py": b"1/0", "unet/cond_pdiff.py": b"1/0", "unet/weights.bin": b"x", "a.pkl": b"x"})
-    thread = threading.Thread(target=hub.server.serve_forever)
-    thread.start()
+    hub.add("owner/tiny", {**files, "pipeline.py": b"1/0", "unet/cond_pdiff.py": b"1/0", "unet/weights.bin": b"x", "a.pkl": b"x"})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield hub
-    hub.server.shutdown()
-    thread.join()
-    hub.server.server_close()
+    with hub.running():
+        yield hub
 
 
 def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
@@ -204,7 +159,10 @@ def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
 ) -> None:
     folder = fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
     wanted = {str(path.relative_to(tiny_generator)) for path in tiny_generator.rglob("*") if path.is_file()}
-    assert hub.asked == wanted == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert hub.asked_for() == wanted == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    (commit,) = hub.repos["model", "owner/tiny"].commits
+    assert cached_generators(tmp_path) == [("owner/tiny", folder, commit)]
+    assert cached_generators(tmp_path / "none") == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     pipe = CondPDiffPipeline.from_pretrained("owner/tiny", cache_dir=tmp_path)
     local = CondPDiffPipeline.from_pretrained(tiny_generator)
@@ -220,12 +178,13 @@ def test_an_unknown_repository_and_a_dead_network_are_told_apart(hub: LoopbackHu
 
 
 def test_a_download_that_breaks_off_is_an_error_and_is_taken_up_again(hub: LoopbackHub, tmp_path: Path) -> None:
-    hub.cut = "unet/" + WEIGHTS
+    whole = hub.cut
+    hub.cut = lambda name, data: len(data) // 2 if name == "unet/" + WEIGHTS else None
     with pytest.raises(HubError, match="owner/tiny"):
         fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
-    hub.cut = ""
+    hub.cut = whole
     folder = fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
-    assert (folder / "unet" / WEIGHTS).read_bytes() == hub.files["unet/" + WEIGHTS]
+    assert (folder / "unet" / WEIGHTS).read_bytes() == hub.files("owner/tiny")["unet/" + WEIGHTS]
 
 
 # --- generators that must not load -------------------------------------------------------------------------------------------

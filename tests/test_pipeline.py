@@ -15,6 +15,7 @@ from conftest import TARGETS
 from peft import PeftModel
 from transformers import AutoModel
 
+import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone
@@ -398,14 +399,23 @@ def test_the_adapter_remembers_how_it_was_made(pipe: CondPDiffPipeline, tiny_bac
     assert loaded.metadata == {
         "base": tiny_backbone.to_json(),
         "labels": ["cat", "dog", "bird"],
-        "condition": {"description": OTHER.description, "examples": [list(example) for example in OTHER.examples]},
+        "condition": {
+            "description": OTHER.description,
+            "examples": [list(example) for example in OTHER.examples],
+            "labels": ["cat", "dog", "bird"],
+        },
         "nearest": [[neighbour.task, neighbour.similarity] for neighbour in output.report.nearest],
         "in_distribution": True,
         "num_inference_steps": 4,
         "guidance_scale": 1.5,
         "scheduler": "DPMSolverMultistepScheduler",
+        "dtype": "float32",
         "candidate": 1,
+        "num_adapters": 2,
+        "generators": "each",
         "seed": 8,
+        "generator": {"name": "generator", "revision": None, "sha256": loaded.metadata["generator"]["sha256"]},
+        "versions": {"cond_pdiff": cond_pdiff.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__},
     }
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,26 @@ def test_made_styles_are_kept_and_other_settings_refused(paintings: Path, tmp_pa
         assert make_styles(paintings, out, train=2, test=1) == first
     with pytest.raises(TaskDataError, match=r"was made with the settings .* choose another folder"):
         make_styles(paintings, out, train=3, test=1)
+
+
+def test_recoloured_styles_name_their_source_and_stay_out_of_the_zoo_with_it(
+    paintings: Path, style_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    made = {style.name: style for style in make_styles(paintings, tmp_path / "styles", train=3, test=10, recoloured=2)}
+    assert {name: style.source for name, style in made.items()} == {
+        "dots": "", "dots_recoloured_1": "dots", "dots_recoloured_2": "dots",
+        "stripes": "", "stripes_recoloured_1": "stripes", "stripes_recoloured_2": "stripes",
+    }  # fmt: skip
+    assert made["stripes_recoloured_1"].group == "lines"
+    assert [len(made[name].pictures("test")[1]) for name in ("stripes", "stripes_recoloured_1")] == [10, 8]
+    shown = [np.asarray(made[name].image.image, float) for name in ("stripes", "stripes_recoloured_1", "stripes_recoloured_2")]
+    for first, second in itertools.combinations(shown, 2):
+        assert np.abs(first - second).mean() > 10
+    style_recipe["collect"].update(tasks=[], unseen=["dots"], runs=1, steps=1, last_checkpoints=1, multitask_steps=0)
+    zoo = collect(parse(CollectConfig, style_recipe["collect"], "collect"), tmp_path / "styles", tmp_path / "zoo")
+    assert zoo.task_names == ["stripes", "stripes_recoloured_1", "stripes_recoloured_2"]
+    assert zoo.unseen_names == ["dots"]
+    assert [zoo.facts["tasks"][name].get("source") for name in zoo.task_names] == [None, "stripes", "stripes"]
 
 
 def test_make_styles_refuses_bad_pictures(paintings: Path, tmp_path: Path) -> None:

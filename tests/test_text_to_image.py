@@ -13,11 +13,14 @@ import torch
 from conftest import TINY_BASE, interrupt_at
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from test_training import bits
 from transformers import T5Tokenizer
 
 from cond_pdiff import CondPDiffError
+from cond_pdiff.hub import bundled, find_backbone
+from cond_pdiff.text_to_image import PIXART_MINI, TRANSFORMER_WEIGHTS, load_text_to_image, make_pictures, stack_pictures
 from cond_pdiff.training.cli import main
 from cond_pdiff.training.config import parse, read_recipe
 from cond_pdiff.training.objectives import draw_noise_levels, flow_pair
@@ -143,6 +146,20 @@ def test_words_are_tokens_and_unknown_words_are_unknown(tmp_path: Path) -> None:
 # --- pictures ----------------------------------------------------------------------------------------------------------------
 
 
+def test_the_text_encoder_knows_the_order_of_words_from_the_start() -> None:
+    """Else colours go to the wrong objects, and training does not mend it."""
+    recipe = read_recipe("pixart-mini")
+    latents = SceneLatents([], torch.zeros(1, 8, 16, 16), "")
+    stage = TransformerStage(latents, parse(TransformerConfig, recipe["transformer"], "transformer"))
+    words = ["a red house beside a blue tree", "a blue house beside a red tree", "a blue tree beside a red house"]
+    tokens = stage.tokenizer(words, return_tensors="pt")
+    with torch.no_grad():
+        embeddings = stage.text_encoder(**tokens)[0]
+    house, with_another_colour, behind = embeddings[0, 2], embeddings[1, 2], embeddings[2, 6]
+    assert float((house - with_another_colour).norm() / house.norm()) > 0.3
+    assert float((house - behind).norm() / house.norm()) > 0.3
+
+
 def test_effects_change_pictures_within_their_range_and_in_the_same_way_again() -> None:
     pictures = render_pool(16, 0)[1].float() / 255
     before = pictures.clone()
@@ -197,7 +214,7 @@ def test_stock_diffusers_loads_the_pipeline_and_makes_pictures(pipe: PixArtAlpha
 
 def test_the_pipeline_is_small_and_holds_no_code_and_no_pickles(tiny_run: Path) -> None:
     folder = tiny_run / "pipeline"
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors"}
     for name, dtype in (("vae", torch.float16), ("transformer", torch.float16), ("text_encoder", torch.float32)):
         (path,) = (folder / name).glob("*.safetensors")
         assert {tensor.dtype for tensor in load_file(path).values()} == {dtype}
@@ -226,6 +243,21 @@ def test_the_evaluation_stands_beside_ceiling_and_floor(tiny_run: Path) -> None:
         assert all(0 <= share <= 1 for share in result[name].values())
     assert result["settings"]["steps"] == 2
     assert result["reconstruction_psnr"] > 0
+
+
+def test_the_card_tells_what_was_measured(tiny_run: Path) -> None:
+    result, text = json.loads((tiny_run / "evaluation.json").read_text()), (tiny_run / "pipeline" / "README.md").read_text()
+    assert not [leftover for leftover in ("$", "None", "nan") if leftover in text]
+    columns = ("generated", "reconstructed", "rendered", "shuffled")
+    for name, value in result["generated"].items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {name.replace('_', ' ')} |"))
+        assert row.split(" | ")[1:] == [f"{100 * result[column][name]:.1f}" + (" |" if column == "shuffled" else "") for column in columns]
+        assert 0 <= value <= 1
+    assert "house, tree, boat" in text
+    assert "latents 8×16×16 |" in text
+    assert '"cond-pdiff/run"' in text
+    with Image.open(tiny_run / "samples.png") as sheet:
+        assert sheet.width > sheet.height > 2 * 128
 
 
 class Oracle(SceneClassifier):
@@ -348,7 +380,7 @@ def test_latents_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:
 
 def test_the_recipe_builds_networks_that_train_and_are_small() -> None:
     recipe = read_recipe("pixart-mini")
-    assert set(recipe) == {"about", "samples", *STAGES}
+    assert set(recipe) == {"name", "about", "samples", *STAGES}
     assert parse(SampleConfig, recipe["samples"], "samples").scenes >= 200
     autoencoder = ImageAutoencoderStage(parse(ImageAutoencoderConfig, {**recipe["image_autoencoder"], "scenes": 2}, "image_autoencoder"))
     scenes, pictures = render_pool(2, 0)
@@ -368,4 +400,34 @@ def test_the_recipe_builds_networks_that_train_and_are_small() -> None:
     vae, text, main_network = (sum(parameter.numel() for parameter in network.parameters())
                                for network in (autoencoder.autoencoder, transformer.text_encoder, transformer.transformer))  # fmt: skip
     assert main_network <= 5e6
-    assert 2 * (vae + main_network) + 4 * text < 11.9e6  # bytes: what may be bundled, with some room for the rest
+    assert 2 * (vae + main_network) + 4 * text < 15e6  # bytes: 16 MB may be bundled
+
+
+# --- the bundled base --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_base_is_whole_and_small() -> None:
+    folder = bundled(PIXART_MINI.repo_id)
+    assert find_backbone(PIXART_MINI, TRANSFORMER_WEIGHTS) == folder
+    assert read_recipe("pixart-mini-styles")["collect"]["base"] == PIXART_MINI.to_json()
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert {path.suffix for path in sizes} == {".json", ".md", ".safetensors"}
+    assert max(sizes.values()) <= 12e6
+    assert sum(sizes.values()) <= 16e6
+    card = (folder / "README.md").read_text()
+    assert not [leftover for leftover in ("$", "None", "nan", "More Information Needed") if leftover in card]
+    assert f'bundled("{PIXART_MINI.repo_id}")' in card
+
+
+def test_the_bundled_base_draws_what_is_asked_for() -> None:
+    """Balloons by day and at night: known by how bright the picture is, and by the colours of its middle."""
+    prompts = [f"a {colour} balloon in the snow {time}" for colour in ("red", "yellow", "blue") for time in ("by day", "at night")]
+    pixels = stack_pictures(make_pictures(load_text_to_image(), prompts, seed=3)).float() / 255
+    brightness = pixels.mean((1, 2, 3))
+    assert float(brightness[0::2].min()) > float(brightness[1::2].max()) + 0.2
+    red, yellow, blue = pixels[0::2, 4:24, 16:48].flatten(1, 2).unbind()
+    assert (red[:, 0] > red[:, 1:].amax(1) + 0.35).float().mean() > 0.2
+    assert (yellow[:, :2].amin(1) > yellow[:, 2] + 0.35).float().mean() > 0.2
+    assert (blue[:, 2] > blue[:, 0] + 0.35).float().mean() > 0.2
+    for other in (yellow, blue):
+        assert (other[:, 0] > other[:, 1:].amax(1) + 0.35).float().mean() < 0.02

@@ -92,6 +92,27 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--force", action="store_true", help="replace a picture that is already there")
     preview.set_defaults(run=_preview)
 
+    verify = commands.add_parser("verify", help="make a generated adapter again from what it records, and compare every bit")
+    verify.add_argument("adapter", type=Path, help="adapter folder")
+    verify.add_argument("--generator", metavar="NAME", help="where its generator is now (default: by its recorded name and commit)")
+    verify.add_argument("--image", type=Path, metavar="FILE", help="the style image that it was made from")
+    verify.set_defaults(run=_verify)
+
+    known = commands.add_parser("list", help="list the generators that work offline: bundled ones and those in the Hub cache")
+    known.set_defaults(run=_list)
+
+    info = commands.add_parser("info", help="say what a generator makes, of which tasks or styles, and what was measured")
+    info.add_argument("generator", help="bundled name, folder, or Hub repository")
+    info.set_defaults(run=_info)
+
+    convert = commands.add_parser("convert", help="write an adapter as one file for ComfyUI, or the base model with it merged in")
+    convert.add_argument("adapter", type=Path, help="adapter folder")
+    convert.add_argument("--to", required=True, choices=("comfyui", "merged"), help="a LoRA file, or a folder with base weights W + ΔW")
+    convert.add_argument("--out", required=True, type=Path, metavar="PATH", help="file or folder to write")
+    convert.add_argument("--scale", type=float, default=1.0, help="strength of a merged adapter (default: %(default)s)")
+    convert.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
+    convert.set_defaults(run=_convert)
+
     demo = commands.add_parser("demo", help="generate an adapter and compare it with the base model")
     demo.set_defaults(run=_demo)
 
@@ -116,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     styles.add_argument("--train", type=int, default=128, metavar="N", help="training pictures a style (default: %(default)s)")
     styles.add_argument("--test", type=int, default=64, metavar="N", help="held-out pictures a style (default: %(default)s)")
     styles.add_argument("--seed", type=int, default=0, help="of the scenes (default: %(default)s)")
+    styles.add_argument("--recoloured", type=int, default=0, metavar="N", help="further styles a picture, in other colours (default: 0)")
     styles.set_defaults(run=_make_styles)
 
     base = commands.add_parser("train-base", help="train a small text-to-image base model from scratch (resumable)")
@@ -254,15 +276,13 @@ def _classify(arguments: argparse.Namespace) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
-    import io
-
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.atomic import write_bytes
     from cond_pdiff.hub import Backbone
-    from cond_pdiff.text_to_image import load_text_to_image, make_pictures, picture_sheet
+    from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet
 
     out = arguments.out or Path(f"{str(arguments.adapter).rstrip('/')}-preview.png")
     if out.exists() and not arguments.force:
@@ -284,9 +304,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     else:
         captions, title = arguments.prompt, "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
         rows = {"base": make_pictures(pipe, captions, (), *settings), title: make_pictures(pipe, captions, adapters, *settings)}
-    encoded = io.BytesIO()
-    picture_sheet(rows, captions).save(encoded, "PNG")
-    write_bytes(out, encoded.getvalue())
+    write_bytes(out, encode_png(picture_sheet(rows, captions)))
     print(f"pictures   {out}")
 
 
@@ -295,6 +313,51 @@ def _number(text: str, what: str) -> float:
         return float(text)
     except ValueError as error:
         raise CondPDiffError(f"{what} must be a number, got {text!r}") from error
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.convert import save_comfyui, save_merged
+    from cond_pdiff.hub import Backbone
+
+    adapter = LoraAdapter.load(arguments.adapter)
+    if arguments.to == "comfyui":
+        print(f"LoRA file  {save_comfyui(adapter, arguments.out)}")
+        return
+    base = Backbone(arguments.base) if arguments.base else None
+    print(f"model      {save_merged(adapter, arguments.out, base, arguments.scale)}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from diffusers.utils import logging as diffusers_logging
+
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.verify import verify
+
+    diffusers_logging.disable_progress_bar()
+    result = verify(LoraAdapter.load(arguments.adapter), arguments.generator, arguments.image)
+    if not result.same:
+        raise CondPDiffError(str(result))
+    print(result)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.generator_info import known_generators
+
+    rows = [("generator", "makes", "of", "size", "base model")]
+    for info in known_generators():
+        name = info.name + (f" at {info.revision[:8]}" if info.revision else "")
+        kind = "styles" if info.makes == "style" else "tasks"
+        rows.append((name, f"{info.makes} adapters", f"{len(info.tasks)} {kind}", f"{info.megabytes:.1f} MB", info.base.repo_id))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from cond_pdiff.generator_info import GeneratorInfo
+
+    print(GeneratorInfo.read(arguments.generator))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -344,7 +407,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _make_styles(arguments: argparse.Namespace) -> None:
     from cond_pdiff.training.make_styles import make_styles
 
-    styles = make_styles(arguments.images, arguments.out, arguments.train, arguments.test, arguments.seed)
+    styles = make_styles(arguments.images, arguments.out, arguments.train, arguments.test, arguments.seed, arguments.recoloured)
     print(f"{len(styles)} styles in {arguments.out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,15 +17,16 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE, LoraAdapter, LoraSpec, base_fingerprint
-from cond_pdiff.atomic import atomic_folder, check_output_folder, dump_json, write_bytes, write_text
+from cond_pdiff.adapter import LoraAdapter, LoraSpec, base_fingerprint
+from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
-from cond_pdiff.training.zoo import RUN_FILE, Zoo, file_sha256
+from cond_pdiff.training.zoo import RUN_FILE, Zoo, write_run
 
 MULTITASK = "multitask"
 TUNINGS: dict[str, type] = {"text": TextTuning, "style": StyleTuning}
@@ -42,7 +44,7 @@ class Tuning(Protocol):
         """The named tasks of a collection, or all."""
 
     def facts(self, task: Any) -> dict[str, Any]:
-        """What the zoo records of a task."""
+        """What the zoo records of a task; `source` names the task that it was made from, if there is one."""
 
     def metadata(self, task: Any) -> dict[str, Any]:
         """What an adapter records of its task, beside its name."""
@@ -72,11 +74,15 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
     tuning: Tuning = TUNINGS[config.kind](config)
     tasks = {task.name: task for task in tuning.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)}
     if not config.tasks:
-        config = dataclasses.replace(config, tasks=tuple(sorted(set(tasks) - set(config.unseen))))
+        kept_out = set(config.unseen)  # and what was made from it
+        names = (name for name, task in tasks.items() if not kept_out & {name, tuning.facts(task).get("source")})
+        config = dataclasses.replace(config, tasks=tuple(sorted(names)))
     if missing := sorted(set(config.unseen) - set(tasks)):
         raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
     zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)
-    jobs = [(name, run) for run in range(config.runs) for name in (*config.tasks, *(config.unseen if run == 0 else ()))]
+    made = {name for name in config.tasks if tuning.facts(tasks[name]).get("source")}  # there for variety: one run says it
+    jobs = [(name, 0) for name in (*config.tasks, *config.unseen)]
+    jobs += [(name, run) for run in range(1, config.runs) for name in config.tasks if name not in made]
     if config.multitask_steps:
         jobs.append((MULTITASK, 0))
     mine = jobs[shard[0] :: shard[1]]
@@ -125,6 +131,17 @@ def _peft_config(config: CollectConfig, task_type: str | None) -> LoraConfig:
     return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.target_modules), task_type=task_type)
 
 
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    """The context that a training step runs in."""
+    if name == "no":
+        yield
+        return
+    # In bfloat16 the CPU's fused attention is five times slower on its way back than plain matrix products.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 class _Tuner:
     """Fine-tunes one adapter after another on one base model."""
 
@@ -163,13 +180,7 @@ class _Tuner:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(tasks[0])})
             facts.update(self.tuning.metrics(adapter, tasks[0]))
         facts["seconds"] = round(time.monotonic() - started, 1)
-        with atomic_folder(folder, (*ADAPTER_FILES, RUN_FILE)) as aside:
-            adapter.save(aside)
-            for step, tensors in kept.items():
-                dataclasses.replace(adapter, tensors=tensors).save(aside / f"step-{step}")
-            facts["sha256"] = file_sha256(aside / WEIGHTS_FILE)
-            facts["checkpoints"] = {f"step-{step}": file_sha256(aside / f"step-{step}" / WEIGHTS_FILE) for step in kept}
-            (aside / RUN_FILE).write_text(dump_json(facts), encoding="utf-8")
+        write_run(folder, adapter, facts, kept)
 
     def _train(
         self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int, after_step: Callable[[int], None]
@@ -187,7 +198,8 @@ class _Tuner:
         recent: list[float] = []
         for step in range(steps):
             task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
-            loss = self.tuning.loss(next(batches), task)
+            with _precision(config.precision):
+                loss = self.tuning.loss(next(batches), task)
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"{task.name}: the loss is {loss.item()} at step {step}; lower the learning rate ({rate})")
             optimizer.zero_grad()

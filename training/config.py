@@ -13,7 +13,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples")
+SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class CollectConfig:
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
     train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
-    runs: int = 3                                   # runs a task, differing in data subset, order and learning rate
+    runs: int = 3                                   # runs a task (one of a recoloured style), differing in data, order and rate
     steps: int = 100                                # optimiser steps a run
     batch_size: int = 16                            # texts or pictures a step
     max_length: int = 48                            # tokens a text or caption
     max_pictures: int = 256                         # training pictures of a style
+    time_shift: float = 0.0                         # for styles on a flow: see `TransformerConfig`; colours are decided in much noise
     learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
+    precision: str = "no"                           # "bf16": autocast, about half the time on a CPU that has it
     warmup: float = 0.1                             # share of the steps
     subset: float = 0.8                             # share of the training rows that a run sees
     last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
@@ -45,6 +47,8 @@ class CollectConfig:
     def __post_init__(self) -> None:
         if not self.learning_rates:
             raise TrainingError("collect: name at least one learning rate")
+        if self.precision not in ("no", "bf16"):
+            raise TrainingError(f"collect: precision must be 'no' or 'bf16', got {self.precision!r}")
         if self.kind not in ("text", "style"):
             raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
         if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
@@ -97,6 +101,7 @@ class UNetConfig:
     condition_noise: float = 0.02   # standard deviation added to condition embeddings
     variants_per_task: int = 48     # of each task's condition: prompts with other examples, crops of style pictures
     latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
+    mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
 
 
 Config = TypeVar("Config")

@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image
@@ -24,15 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
-from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
-from cond_pdiff.atomic import atomic_folder, dump_json, write_bytes, write_text
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.text_to_image import load_text_to_image, make_pictures
+from cond_pdiff.text_to_image import load_text_to_image, make_pictures, stack_pictures
 from cond_pdiff.training.styles import write_style
 from cond_pdiff.training.text_to_image.scenes import scene_stream
-from cond_pdiff.training.zoo import RUN_FILE, Zoo, file_sha256, soup
+from cond_pdiff.training.zoo import Zoo, soup, write_run
 
 BANDS = 10
 """Of equal width over the ratios from 0 to 1; every second one is for test."""
@@ -79,7 +78,7 @@ def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: in
         elif not (out / TEST_FILE).exists():
             found["ratios"].append(torch.tensor(ratio, dtype=torch.float64))
             found["params"].append(template.to_params(adapter))
-            found["pictures"].append(torch.from_numpy(np.asarray(_sheet(_pictures(base, adapter, seed + index)[0])).copy()))
+            found["pictures"].append(stack_pictures([_sheet(_pictures(base, adapter, seed + index)[0])])[0])
     if not (out / TEST_FILE).exists():
         write_bytes(out / TEST_FILE, save({name: torch.stack(rows) for name, rows in found.items()}))
     return out
@@ -109,13 +108,10 @@ def _write_mixture(out: Path, name: str, adapter: LoraAdapter, base: PixArtAlpha
     run = out / "zoo" / "tasks" / name / "run-0"
     if not (out / "styles" / name).exists():
         pictures, captions = _pictures(base, adapter, seed)
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        pixels = stack_pictures(pictures)
         write_style(out / "styles" / name, _sheet(pictures), {"train": (pixels, captions), "test": (pixels.clone(), captions)}, group=name)
     if not run.exists():
-        with atomic_folder(run, ()) as aside:
-            adapter.save(aside)
-            facts = {"task": name, "run": 0, "sha256": file_sha256(aside / WEIGHTS_FILE)}
-            (aside / RUN_FILE).write_text(dump_json(facts), encoding="utf-8")
+        write_run(run, adapter, {"task": name, "run": 0})
 
 
 @dataclass(frozen=True)

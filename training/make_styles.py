@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.errors import ConditionError, TaskDataError
+from cond_pdiff.text_to_image import stack_pictures
 from cond_pdiff.training.styles import Style, write_style
 from cond_pdiff.training.text_to_image.drawing import SIZE, render
+from cond_pdiff.training.text_to_image.pictures import recolour
 from cond_pdiff.training.text_to_image.scenes import scene_stream
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,10 +32,15 @@ SHEET, GRID, MARGIN = 384, 2, 6
 """The network reads sheets of 384 pixels. Four scenes on one: with fewer, strokes would be too fine to survive at 64 pixels.
 The outer pixels of each scene are cut away after it, because strokes run over from its neighbours."""
 
+RECOLOURED_TEST = 8
+"""Held-out pictures of a recoloured style: it is there to be trained on, so only the loss that `collect` notes needs them."""
+
 Captioned = tuple[list[Image.Image], list[str]]
 
 
-def make_styles(images_folder: str | Path, out: str | Path, train: int = 128, test: int = 64, seed: int = 0) -> list[Style]:
+def make_styles(
+    images_folder: str | Path, out: str | Path, train: int = 128, test: int = 64, seed: int = 0, recoloured: int = 0
+) -> list[Style]:
     """Make a style folder below `out` for every picture in `images_folder`.
 
     Args:
@@ -41,6 +48,8 @@ def make_styles(images_folder: str | Path, out: str | Path, train: int = 128, te
         train: training pictures a style, of the scenes that base models are trained on.
         test: held-out pictures a style, of combinations that no base model is trained on.
         seed: of the scenes.
+        recoloured: further styles from every picture, with its strokes and other colours; they name the picture as their
+            `source`. There are never enough paintings for a generator to learn what lies between them.
 
     Raises:
         TaskDataError: no pictures, one that cannot be read, or a style made with other settings.
@@ -56,8 +65,8 @@ def make_styles(images_folder: str | Path, out: str | Path, train: int = 128, te
     settings = {"train": train, "test": test, "seed": seed}
     network = StyleTransfer()
     styles = []
-    for file in tqdm(files, desc="make-styles", unit="style"):
-        folder = out / file.stem
+    for file, copy in tqdm([(file, copy) for file in files for copy in range(recoloured + 1)], desc="make-styles", unit="style"):
+        folder = out / (f"{file.stem}_recoloured_{copy}" if copy else file.stem)
         if (folder / "meta.json").exists():
             found = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("settings")
             if found != settings:
@@ -68,11 +77,23 @@ def make_styles(images_folder: str | Path, out: str | Path, train: int = 128, te
             image = StyleImage.open(file).image
         except ConditionError as error:
             raise TaskDataError(f"{file}: {error}") from error
-        pictures = {split: (stylise(network, scenes, image), captions) for split, (scenes, captions) in content.items()}
         facts = index.get(file.name, {})
         licence = str(facts.get("licence") or "; ".join(str(facts[name]) for name in ("artist", "source") if name in facts))
-        styles.append(write_style(folder, image, pictures, group=str(facts.get("group", "")), licence=licence, settings=settings))
+        meta = {"group": str(facts.get("group", "")), "licence": licence, "settings": settings}
+        shown = content
+        if copy:
+            image, meta["source"] = _recolour(image, f"{file.stem}/{seed}/{copy}"), file.stem
+            scenes, captions = content["test"]
+            shown = {**content, "test": (scenes[:RECOLOURED_TEST], captions[:RECOLOURED_TEST])}
+        pictures = {split: (stylise(network, scenes, image), captions) for split, (scenes, captions) in shown.items()}
+        styles.append(write_style(folder, image, pictures, **meta))
     return styles
+
+
+def _recolour(image: Image.Image, seed: str) -> Image.Image:
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+    rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
+    return Image.fromarray((recolour(pixels, rng)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
 
 def draw_scenes(count: int, seed: int, held_out: bool) -> Captioned:
@@ -104,8 +125,8 @@ def stylise(network: Any, pictures: Sequence[Image.Image], style: Image.Image) -
         result = network.stylize_with(sheet, style)
         for left, top in corners[: len(part)]:
             box = (left + MARGIN, top + MARGIN, left + side - MARGIN, top + side - MARGIN)
-            made.append(np.asarray(result.resize((SIZE, SIZE), Image.Resampling.BOX, box)))
-    return torch.from_numpy(np.stack(made))
+            made.append(result.resize((SIZE, SIZE), Image.Resampling.BOX, box))
+    return stack_pictures(made)
 
 
 def _read_index(path: Path) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,7 @@ class StyleTuning:
         self.model: nn.Module = self.pipe.transformer
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)
+        self._encoded: dict[tuple[Path, str], StyleBatch] = {}
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
         """The named styles, or all."""
@@ -48,7 +49,7 @@ class StyleTuning:
 
     def facts(self, task: Style) -> dict[str, Any]:
         """What the zoo records of a style."""
-        return {"group": task.group, "licence": task.licence}
+        return {"group": task.group, "licence": task.licence, **({"source": task.source} if task.source else {})}
 
     def metadata(self, task: Style) -> dict[str, Any]:
         """What an adapter records of its style, beside its name."""
@@ -81,7 +82,7 @@ class StyleTuning:
         clean, size = batch.latents, len(batch.latents)
         noise = torch.randn(clean.shape, generator=rng)
         if self.scheduler is None:
-            levels = draw_noise_levels(size, 0.0, rng)
+            levels = draw_noise_levels(size, self.config.time_shift, rng)
             noisy, target = flow_pair(clean, noise, levels)
             timesteps = levels * self.pipe.scheduler.config.num_train_timesteps
         else:
@@ -97,9 +98,15 @@ class StyleTuning:
         )[0]
         return denoising_loss(target, predicted[:, : clean.shape[1]])  # PixArt-XL also predicts a variance, which is not trained
 
-    @torch.no_grad()
     def _encode(self, style: Style, split: str, limit: int) -> StyleBatch:
-        pixels, captions = style.pictures(split)
+        """The first pictures of a split, encoded once for all runs: that takes as long as a dozen training steps."""
+        key = (style.folder, split)
+        if key not in self._encoded:
+            self._encoded[key] = self._encode_pictures(*style.pictures(split), limit)
+        return self._encoded[key]
+
+    @torch.no_grad()
+    def _encode_pictures(self, pixels: torch.Tensor, captions: list[str], limit: int) -> StyleBatch:
         pixels, captions = pixels[:limit], captions[:limit]
         latents, embeddings, masks = [], [], []
         for start in range(0, len(captions), ENCODE_BATCH):

@@ -1,6 +1,6 @@
 """Styles: a folder with a style picture, and captioned pictures in that style for fine-tuning.
 
-`<name>/meta.json`: `name`, `"task_type": "style"`, `group`, `licence`; `<name>/style.png` (or .jpg, .webp): the picture that a
+`<name>/meta.json`: `name`, `"task_type": "style"`, `group`, `licence`, `source`; `<name>/style.png` (or .jpg, .webp): the picture that a
 person would show; `<name>/pictures.safetensors`: uint8 tensors `train` and `test` of shape (count, height, width, 3);
 `<name>/captions.json`: as many captions under the same names.
 """
@@ -37,12 +37,14 @@ class Style:
         folder: where the pictures are.
         group: the kind of style, for reports.
         licence: of the style picture.
+        source: of a recoloured style, the style that it comes from; else empty.
     """
 
     name: str
     folder: Path
     group: str = ""
     licence: str = ""
+    source: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> Style:
@@ -51,7 +53,7 @@ class Style:
         meta = read_meta(folder)
         if meta.get("task_type") != STYLE_TYPE or meta.get("name") != folder.name:
             raise TaskDataError(f"{folder / 'meta.json'}: expected task_type {STYLE_TYPE!r} and name {folder.name!r}")
-        return cls(folder.name, folder, str(meta.get("group", "")), str(meta.get("licence", "")))
+        return cls(folder.name, folder, str(meta.get("group", "")), str(meta.get("licence", "")), str(meta.get("source", "")))
 
     @property
     def image(self) -> StyleImage:

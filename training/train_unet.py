@@ -32,17 +32,30 @@ class Denoiser(nn.Module):
         self.unet, self.encoder = unet, encoder
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor, disturbance: torch.Tensor, keep: torch.Tensor
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        condition: torch.Tensor,
+        partner: torch.Tensor,
+        ratio: torch.Tensor,
+        disturbance: torch.Tensor,
+        keep: torch.Tensor,
     ) -> torch.Tensor:
         """Predict what the scheduler asks for, shape of `noisy`.
 
         Args:
             condition: embeddings, or the trained encoder's inputs (uint8).
+            partner: with whose condition each sample's is mixed, shape `(batch,)`.
+            ratio: from 0 (its own condition) to 1 (its partner's), shape `(batch, 1)`.
             disturbance: added to the embeddings, shape `(batch, condition_dim)`.
             keep: False where a sample is trained without its condition, shape `(batch, 1)`.
         """
         if self.encoder is not None:
             condition = self.encoder(condition.to(noisy.dtype) / 255)
+        length = condition.norm(dim=1, keepdim=True)
+        length = torch.lerp(length, length[partner], ratio)
+        condition = torch.lerp(condition, condition[partner], ratio)
+        condition = condition * (length / condition.norm(dim=1, keepdim=True).clamp(min=1e-6))  # between two tasks, not shorter
         sample: torch.Tensor = self.unet(noisy, timesteps, (condition + disturbance) * keep).sample
         return sample
 
@@ -88,7 +101,7 @@ class UNetStage:
         return tasks, adapters
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
-        """Equation 8, with one timestep a sample, and some samples without a condition."""
+        """Equation 8, with one timestep a sample, some samples without a condition, and some that are mixtures of two tasks."""
         tasks, adapters = batch
         config, size = self.config, len(tasks)
         clean = self.latents[adapters]
@@ -99,10 +112,15 @@ class UNetStage:
         keep = torch.rand(size, 1, generator=rng) >= config.condition_dropout
         noise = torch.randn(clean.shape, generator=rng)
         timesteps = torch.randint(config.num_train_timesteps, (size,), generator=rng)
+        partner, ratio = torch.arange(size), torch.zeros(size, 1)
+        if config.mixing:
+            partner = torch.randperm(size, generator=rng)
+            ratio = torch.rand(size, 1, generator=rng) * (torch.rand(size, 1, generator=rng) < config.mixing)
+            clean = torch.lerp(clean, clean[partner], ratio[..., None])
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         target = diffusion_target(self.scheduler, clean, noise, timesteps)
         device = next(module.parameters()).device
-        inputs = (noisy, timesteps, condition, disturbance, keep)
+        inputs = (noisy, timesteps, condition, partner, ratio, disturbance, keep)
         predicted = module(*(tensor.to(device) for tensor in inputs))
         return denoising_loss(target.to(device), predicted)
 

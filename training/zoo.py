@@ -10,16 +10,18 @@ manifest.json                           all run.json in one table
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
-from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.atomic import atomic_folder, dump_json, write_text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 
@@ -29,6 +31,25 @@ RUN_FILE = "run.json"
 def file_sha256(path: Path) -> str:
     """Of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_run(
+    folder: Path, adapter: LoraAdapter, facts: Mapping[str, Any], checkpoints: Mapping[int, Mapping[str, torch.Tensor]] | None = None
+) -> None:
+    """Write a run's folder, complete or not at all.
+
+    Args:
+        facts: at least the names of task and run; the hashes are added.
+        checkpoints: steps → the adapter's tensors after them.
+    """
+    with atomic_folder(folder, (*ADAPTER_FILES, RUN_FILE)) as aside:
+        adapter.save(aside)
+        hashes = {"sha256": file_sha256(aside / WEIGHTS_FILE), "checkpoints": {}}
+        for step, tensors in (checkpoints or {}).items():
+            earlier = aside / f"step-{step}"
+            dataclasses.replace(adapter, tensors=dict(tensors)).save(earlier)
+            hashes["checkpoints"][earlier.name] = file_sha256(earlier / WEIGHTS_FILE)
+        (aside / RUN_FILE).write_text(dump_json({**facts, **hashes}), encoding="utf-8")
 
 
 @dataclass(frozen=True)

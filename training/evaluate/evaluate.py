@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.training.evaluate import style_table, text_table
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, measure_all
+from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.evaluate.styles import StyleEvaluator
+from cond_pdiff.training.evaluate.table import EvaluationTable
+from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.zoo import Zoo
 
-KINDS: dict[str, tuple[type[ZooEvaluator], ModuleType]] = {"text": (TextEvaluator, text_table), "style": (StyleEvaluator, style_table)}
+KINDS: dict[str, tuple[type[ZooEvaluator], EvaluationTable]] = {
+    "text": (TextEvaluator, TextTable()),
+    "style": (StyleEvaluator, StyleTable()),
+}
+"""Kind of a zoo → how its generators are measured, and how that is told."""
 
 
 def evaluate(

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo import Zoo, soup
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class ZooEvaluator(ABC):
         if set(self.pipe.condition_index.names) != set(zoo.task_names):
             raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
+        self._soups: dict[str, LoraAdapter] = {}
         multitask = zoo.multitask()
         self.multitask = multitask.adapter() if multitask else None
         self.space = ZooSpace(
@@ -70,8 +72,54 @@ class ZooEvaluator(ABC):
         """The zoo's tasks and the unseen ones."""
 
     @abstractmethod
+    def condition(self, task: Any) -> Any:
+        """What the task's adapters are generated from."""
+
+    @abstractmethod
+    def other_conditions(self, task: Any) -> Sequence[Any]:
+        """Held-out conditions of the same task, for routing."""
+
+    @abstractmethod
+    def compare(self, task: Any, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
+        """The generated adapters beside all baselines; `retrieved` is the trained task that is nearest to the condition."""
+
     def measure(self, task: Any) -> dict[str, Any]:
-        """All numbers of one task, `settings` among them."""
+        """All numbers of one task.
+
+        Raises:
+            TaskDataError: the zoo has no adapter of the task.
+        """
+        if not self.trained[task.name]:
+            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+        condition = self.condition(task)
+        output = self.generate(condition, self.config.samples, 0)
+        nearest = output.report.nearest[0]
+        seen = task.name in self.zoo.task_names
+        return {
+            "task": task.name,
+            "group": task.group,
+            "licence": task.licence,
+            "seen": seen,
+            **self.compare(task, output, nearest.task),
+            "retrieved": nearest.task,
+            "similarity": nearest.similarity,
+            "in_distribution": output.report.in_distribution,
+            "routed": self._routed(task) if seen else None,
+            "seconds_per_adapter": self._seconds(condition),
+            "settings": self.settings,
+        }
+
+    def _routed(self, task: Any) -> list[bool]:
+        """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
+        conditions = self.other_conditions(task)
+        adapters = [self.generate(condition, 1, 1000 + index).adapter for index, condition in enumerate(conditions)]
+        return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
+
+    def soup(self, name: str) -> LoraAdapter:
+        """The mean of a task's trained adapters."""
+        if name not in self._soups:
+            self._soups[name] = soup(self.trained[name])
+        return self._soups[name]
 
     def generate(self, condition: Any, count: int, offset: int) -> CondPDiffPipelineOutput:
         """Adapters from one condition; the seed of the i-th depends on the settings' seed and `offset` + i."""
@@ -85,7 +133,7 @@ class ZooEvaluator(ABC):
         )
         return output
 
-    def seconds(self, condition: Any) -> float:
+    def _seconds(self, condition: Any) -> float:
         """Seconds from condition to adapter, warm, one adapter."""
         started = time.perf_counter()
         self.generate(condition, 1, 2000)

@@ -6,25 +6,23 @@ Nothing is selected on them.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import write_bytes
-from cond_pdiff.errors import TaskDataError
-from cond_pdiff.text_to_image import load_text_to_image, make_pictures, picture_sheet
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
+from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, stack_pictures
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.styles import Style, load_styles
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.zoo import Zoo
 
 ROUTING_PICTURES = 5
 PICTURE_BATCH = 32
@@ -59,55 +57,45 @@ class StyleEvaluator(ZooEvaluator):
         self._made: dict[tuple[str, tuple[str, ...]], PictureSet] = {}
 
     def load_tasks(self, folder: str | Path) -> list[Style]:
-        """The zoo's styles and the unseen ones."""
-        return load_styles(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
+        """The zoo's styles, but for recoloured ones, and the unseen styles."""
+        return [style for style in load_styles(folder, [*self.zoo.task_names, *self.zoo.unseen_names]) if not style.source]
 
-    def measure(self, task: Style) -> dict[str, Any]:
-        """All numbers of one style."""
-        if not self.trained[task.name]:
-            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+    def condition(self, task: Style) -> Image.Image:
+        """The style's picture."""
+        return task.image
+
+    def other_conditions(self, task: Style) -> list[Image.Image]:
+        """Five held-out pictures in the style."""
+        return style_variants(task, 2 * ROUTING_PICTURES, "test")[1::2]
+
+    def compare(self, task: Style, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
+        """Distances by column, novelty, and how much samples and trained runs differ."""
         pixels, captions = task.pictures("test")
         asked = tuple(captions[: self.config.max_rows])
         true = PictureSet(pixels[: len(asked)])
-        output = self.generate(task.image, self.config.samples, 0)
-        retrieved = output.report.nearest[0].task
         columns = {
             "base": self.made("base", None, asked),
             "trained": self.made(f"{task.name}, run 0", self.trained[task.name][0], asked),
-            "soup": self.made(task.name, soup(self.trained[task.name]), asked),
+            "soup": self.made(task.name, self.soup(task.name), asked),
             "multitask": self.made("multi-task", self.multitask, asked) if self.multitask else None,
-            "retrieval": self.made(retrieved, soup(self.trained[retrieved]), asked),
+            "retrieval": self.made(retrieved, self.soup(retrieved), asked),
             "generated": PictureSet(self.draw(output.adapter, asked)),
         }
         self._write_sheet(task.name, {"true": true, **columns}, asked)
         distances = {name: made.distances(true) if made else None for name, made in columns.items()}
-        nearest = self.space.nearest(output.adapters)
-        seen = task.name in self.zoo.task_names
         return {
-            "task": task.name,
-            "group": task.group,
-            "licence": task.licence,
-            "seen": seen,
             "pictures": len(asked),
             "frechet": {name: found["frechet"] if found else None for name, found in distances.items()},
             "look": {name: found["look"] if found else None for name, found in distances.items()},
-            "retrieved": retrieved,
-            "similarity": output.report.nearest[0].similarity,
-            "in_distribution": output.report.in_distribution,
-            "routed": self._routed(task) if seen else None,
-            "novelty": mean([distance for _, distance in nearest]),
+            "novelty": mean([distance for _, distance in self.space.nearest(output.adapters)]),
             "diversity": _spread(output.adapters),
             "between_runs": _spread(self.trained[task.name]),
-            "seconds_per_adapter": self.seconds(task.image),
-            "settings": self.settings,
         }
 
     def _write_sheet(self, name: str, sets: Mapping[str, PictureSet | None], captions: Sequence[str]) -> None:
         """The first pictures of every column, to be looked at."""
         rows = {title: [Image.fromarray(pixels.numpy()) for pixels in made.pictures[:SHOWN]] for title, made in sets.items() if made}
-        encoded = io.BytesIO()
-        picture_sheet(rows, captions[:SHOWN], 128).save(encoded, "PNG")
-        write_bytes(self.out / "pictures" / f"{name}.png", encoded.getvalue())
+        write_bytes(self.out / "pictures" / f"{name}.png", encode_png(picture_sheet(rows, captions[:SHOWN], 128)))
 
     def made(self, name: str, adapter: LoraAdapter | None, captions: tuple[str, ...]) -> PictureSet:
         """The pictures of an adapter that stands in several styles' rows, made once."""
@@ -122,13 +110,7 @@ class StyleEvaluator(ZooEvaluator):
         images = []
         for start in range(0, len(captions), PICTURE_BATCH):
             images += make_pictures(self.base, captions[start : start + PICTURE_BATCH], adapters, self.config.seed + start)
-        return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-
-    def _routed(self, style: Style) -> list[bool]:
-        """For each of five held-out pictures in the style: is the adapter nearest, in ΔW, to an adapter of this style?"""
-        others = style_variants(style, 2 * ROUTING_PICTURES, "test")[1::2]
-        adapters = [self.generate(image, 1, 1000 + index).adapter for index, image in enumerate(others)]
-        return [self.space.tasks[index] == style.name for index, _ in self.space.nearest(adapters)]
+        return stack_pictures(images)
 
 
 def _spread(adapters: Sequence[LoraAdapter]) -> float | None:

@@ -15,11 +15,11 @@ import torch
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
 from cond_pdiff.training.tasks import Task, load_tasks
-from cond_pdiff.training.zoo import soup
 
 SELECTION_ROWS = 32
 ROUTING_PROMPTS = 5
@@ -33,10 +33,16 @@ class TextEvaluator(ZooEvaluator):
         """The zoo's tasks and the unseen ones."""
         return load_tasks(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
 
-    def measure(self, task: Task) -> dict[str, Any]:
-        """All numbers of one task."""
-        if not self.trained[task.name]:
-            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+    def condition(self, task: Task) -> TaskPrompt:
+        """A prompt with the rows that the best adapter is chosen on."""
+        return task.prompt(f"evaluate/{self.config.seed}", SELECTION_ROWS)
+
+    def other_conditions(self, task: Task) -> list[TaskPrompt]:
+        """Five prompts with other examples."""
+        return [task.prompt(f"routing/{index}", ROUTING_EXAMPLES) for index in range(ROUTING_PROMPTS)]
+
+    def compare(self, task: Task, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
+        """Accuracy by column, novelty, and how many different predictions the samples make."""
         rows = task.report_rows(self.config.max_rows)
         texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         max_length = self.pipe.template.config.max_length
@@ -48,46 +54,25 @@ class TextEvaluator(ZooEvaluator):
         def accuracy(predicted: torch.Tensor) -> float:
             return round(float((predicted == targets).float().mean()), 4)
 
-        prompt = task.prompt(f"evaluate/{self.config.seed}", SELECTION_ROWS)
-        output = self.generate(prompt, self.config.samples, 0)
         generated = [predict(adapter) for adapter in output.adapters]
         trained = [predict(adapter) for adapter in self.trained[task.name]]
-        retrieved = output.report.nearest[0].task
-        souped = predict(soup(self.trained[task.name]))
+        souped = predict(self.soup(task.name))
         columns: dict[str, float | None] = {
             "base": accuracy(predict(None)),
             "trained": round(statistics.fmean(map(accuracy, trained)), 4),
             "soup": accuracy(souped) if len(trained) > 1 else None,
             "multitask": accuracy(predict(self.multitask)) if self.multitask else None,
-            "retrieval": accuracy(souped if retrieved == task.name else predict(soup(self.trained[retrieved]))),
+            "retrieval": accuracy(souped if retrieved == task.name else predict(self.soup(retrieved))),
             "generated_mean": round(statistics.fmean(map(accuracy, generated)), 4),
             "generated_best": accuracy(generated[output.chosen]),
         }
-        seen = task.name in self.zoo.task_names
         return {
-            "task": task.name,
-            "group": task.group,
-            "licence": task.licence,
-            "seen": seen,
             "split": task.report_split,
             "rows": len(rows),
             "accuracy": columns,
-            "retrieved": retrieved,
-            "similarity": output.report.nearest[0].similarity,
-            "in_distribution": output.report.in_distribution,
-            "routed": self._routed(task) if seen else None,
             "novelty": self._novelty(task, output.adapters, generated, trained, targets, texts, classifier),
             "distinct": len({tuple(predicted.tolist()) for predicted in generated}),
-            "seconds_per_adapter": self.seconds(prompt),
-            "settings": self.settings,
         }
-
-    def _routed(self, task: Task) -> list[bool]:
-        """For each of five prompts with other examples: is the adapter nearest, in ΔW, to an adapter of this task?"""
-        adapters = [
-            self.generate(task.prompt(f"routing/{index}", ROUTING_EXAMPLES), 1, 1000 + index).adapter for index in range(ROUTING_PROMPTS)
-        ]
-        return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def _novelty(
         self,

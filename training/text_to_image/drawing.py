@@ -12,8 +12,10 @@ from cond_pdiff.training.text_to_image.scenes import COLOURS, Scene
 
 SIZE = 64
 """Height and width of a picture in pixels, the unit of all lengths here."""
-RASTER = 4
-"""Objects stand on multiples of this, and have one size: a small network has the fewer cases to learn. A latent is as wide."""
+HORIZON = 40.0
+VARIANTS = 4
+"""Of each sky and each place. Together with the few positions of objects they make pictures that a small network can learn:
+random blades of grass cost it as much as objects do, and nobody asks for them."""
 SINGLE, FIRST, SECOND = 14.0, 12.5, 9.0
 """Half widths: of an object alone, of the main one of two, of the other."""
 AIRBORNE = ("balloon", "bird", "rocket")
@@ -28,44 +30,30 @@ OBJECT_LIGHT = {"morning": (1.0, 0.97, 0.97), "day": (1.0, 1.0, 1.0), "sunset": 
 
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """A picture of the scene, uint8 of shape `(64, 64, 3)`; positions and details come from `rng`."""
+    """A picture of the scene, uint8 of shape `(64, 64, 3)`; backdrop and positions come from `rng`."""
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE))
     draw = ImageDraw.Draw(image)
-    horizon = rng.choice((36.0, 40.0))
-    _sky(draw, scene.time, horizon, rng)
+    _sky(draw, scene.time, random.Random(f"{scene.time}/{rng.randrange(VARIANTS)}"))
     canvas = Brush(draw, 0, 0, 1, GROUND_LIGHT[scene.time])
-    _PLACES[scene.place](canvas, horizon, rng)
-    for name, colour, x, base, size in _arrange(scene, horizon, rng):
-        _stand(canvas, scene.place, name, x, base, size)
-        paint = _vary(COLOURS[colour], 10, rng)
-        DRAWINGS[name](Brush(draw, x, base, size * (1 if rng.random() < 0.5 else -1), OBJECT_LIGHT[scene.time]), paint, rng)
+    _PLACES[scene.place](canvas, HORIZON, random.Random(f"{scene.place}/{rng.randrange(VARIANTS)}"))
+    for name, colour, x, foot, size in _arrange(scene, rng):
+        _stand(canvas, scene.place, name, x, foot, size)
+        faces = 1 if x <= SIZE / 2 else -1  # the middle of the picture
+        DRAWINGS[name](Brush(draw, x, foot, size * faces, OBJECT_LIGHT[scene.time]), COLOURS[colour])
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def _arrange(scene: Scene, horizon: float, rng: random.Random) -> list[tuple[str, str, float, float, float]]:
+def _arrange(scene: Scene, rng: random.Random) -> list[tuple[str, str, float, float, float]]:
     """(object, colour, x of the middle, y of the foot, half width) of what is to be drawn, back to front."""
-
-    def foot(name: str, size: float, low: float, high: float) -> float:
-        return _snap(rng.uniform(0.62, 0.82) * horizon + 0.25 * size if name in AIRBORNE else rng.uniform(low, high))
-
     if scene.second is None or scene.second_colour is None:
-        return [(scene.object, scene.colour, _snap(rng.uniform(20, 44)), foot(scene.object, SINGLE, 50, 58), SINGLE)]
+        return [(scene.object, scene.colour, rng.choice((24.0, 32.0, 40.0)), 32.0 if scene.object in AIRBORNE else 56.0, SINGLE)]
     side = {"left of": -1, "right of": 1}.get(scene.relation or "", rng.choice((-1, 1)))
+    foot = 32.0 if scene.object in AIRBORNE else 56.0
     if scene.relation == "in front of":  # the second stands behind, higher and half hidden
-        x = _snap(rng.uniform(25, 39))
-        base = foot(scene.object, FIRST, 54, 59)
-        behind = base - 8 if scene.object not in AIRBORNE else _snap(rng.uniform(46, 52))
-        second = (scene.second, scene.second_colour, x - 12 * side, max(behind, 24), SECOND)
+        x, second_x, second_foot = 32.0 + 6 * side, 32.0 - 12 * side, 28.0 if foot < HORIZON and scene.second in AIRBORNE else 48.0
     else:
-        x = _snap(32 + side * rng.uniform(12, 16))
-        base = foot(scene.object, FIRST, 50, 58)
-        second_x = _snap(32 - side * rng.uniform(14, 19))
-        second = (scene.second, scene.second_colour, second_x, foot(scene.second, SECOND, 48, 57), SECOND)
-    return [second, (scene.object, scene.colour, x, base, FIRST)]
-
-
-def _snap(length: float) -> float:
-    return RASTER * float(round(length / RASTER))
+        x, second_x, second_foot = 32.0 + 14 * side, 32.0 - 17 * side, 28.0 if scene.second in AIRBORNE else 54.0
+    return [(scene.second, scene.second_colour, second_x, second_foot, SECOND), (scene.object, scene.colour, x, foot, FIRST)]
 
 
 def _stand(canvas: Brush, place: str, name: str, x: float, base: float, size: float) -> None:
@@ -90,23 +78,23 @@ def _vary(colour: Colour, amount: float, rng: random.Random) -> Colour:
 # --- sky -----------------------------------------------------------------------------------------------------------------------
 
 
-def _sky(draw: ImageDraw.ImageDraw, time: str, horizon: float, rng: random.Random) -> None:
+def _sky(draw: ImageDraw.ImageDraw, time: str, rng: random.Random) -> None:
     top, bottom = (_vary(colour, 8, rng) for colour in SKIES[time])
-    rows = int((horizon + 6) * SCALE)
+    rows = int((HORIZON + 6) * SCALE)
     for row in range(rows):
         draw.line((0, row, SIZE * SCALE, row), mix(top, bottom, row / rows))
     brush = Brush(draw, 0, 0, 1)
     x, y = rng.uniform(6, 58), rng.uniform(6, 14)
     if time == "night":
         for _ in range(rng.randint(16, 26)):
-            star_x, star_y, radius = rng.uniform(0, 64), rng.uniform(0, horizon - 4), rng.uniform(0.3, 0.65)
+            star_x, star_y, radius = rng.uniform(0, 64), rng.uniform(0, HORIZON - 4), rng.uniform(0.3, 0.65)
             brush.ellipse(star_x - radius, star_y - radius, star_x + radius, star_y + radius, (250, 245, 215))
         brush.disc(x, y, 4.2, (250, 244, 205))
-        brush.disc(x + rng.choice((-1.8, 1.8)), y - 0.8, 3.6, mix(top, bottom, y / (horizon + 6)))
+        brush.disc(x + rng.choice((-1.8, 1.8)), y - 0.8, 3.6, mix(top, bottom, y / (HORIZON + 6)))
     elif time == "sunset":
-        _glow(brush, x, horizon - rng.uniform(1, 5), 6.5, (255, 225, 90), (255, 140, 50))
+        _glow(brush, x, HORIZON - rng.uniform(1, 5), 6.5, (255, 225, 90), (255, 140, 50))
     elif time == "morning":
-        _glow(brush, x, horizon - rng.uniform(5, 11), 4.6, (255, 252, 225), (255, 225, 205))
+        _glow(brush, x, HORIZON - rng.uniform(5, 11), 4.6, (255, 252, 225), (255, 225, 205))
     else:
         _glow(brush, x, y, 4.6, (255, 236, 90), mix(top, bottom, 0.35))
     if time in ("day", "morning"):

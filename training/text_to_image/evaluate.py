@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from PIL import Image
 
-from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.atomic import dump_json, write_bytes, write_text
+from cond_pdiff.text_to_image import encode_png, picture_sheet
 from cond_pdiff.training.text_to_image.config import SampleConfig
 from cond_pdiff.training.text_to_image.pictures import render_pool, to_input
 from cond_pdiff.training.text_to_image.scenes import ATTRIBUTES, Scene
@@ -21,10 +23,11 @@ from cond_pdiff.training.text_to_image.train_classifier import NONE, UNKNOWN, Sc
 
 EVALUATION_SEED = 1_000_003
 """Of the held-out scenes: no stage trains on this stream."""
+SHOWN = 10
 
 
 def evaluate_base(pipeline_folder: Path, classifier: SceneClassifier, config: SampleConfig, file: Path) -> dict[str, Any]:
-    """Measure the pipeline in a folder, as stock diffusers loads it, and write the result to `file`.
+    """Measure the pipeline in a folder, as stock diffusers loads it; write the result to `file` and pictures to `samples.png`.
 
     Returns:
         `generated`: share of attributes right, by attribute and their mean; beside it `rendered` (the classifier on renders of
@@ -49,6 +52,9 @@ def evaluate_base(pipeline_folder: Path, classifier: SceneClassifier, config: Sa
         "seconds_of_four_pictures": round(_seconds(pipe, captions[:4], config), 2),
         "threads": torch.get_num_threads(),
     }
+    rows = {"renders": rendered, "generated": generated}
+    shown = {title: [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pictures[:SHOWN]] for title, pictures in rows.items()}
+    write_bytes(file.with_name("samples.png"), encode_png(picture_sheet(shown, captions[:SHOWN], 128)))
     write_text(file, dump_json(result))
     return result
 

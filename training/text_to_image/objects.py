@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
 from PIL import ImageDraw
@@ -86,7 +85,7 @@ def _light(colour: Colour) -> Colour:
     return mix(colour, (255, 255, 255), 0.4)
 
 
-def _house(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _house(brush: Brush, colour: Colour) -> None:
     brush.rect(0.4, -1.75, 0.62, -1.1, _dark(colour), True)
     brush.rect(-0.85, -1.0, 0.85, 0.05, colour, True)
     brush.polygon([(-1.08, -0.98), (0, -1.8), (1.08, -0.98)], _dark(colour), True)
@@ -95,16 +94,16 @@ def _house(brush: Brush, colour: Colour, rng: random.Random) -> None:
         brush.rect(left, -0.75, left + 0.34, -0.4, (250, 235, 150), True, lamp=True)
 
 
-def _tree(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _tree(brush: Brush, colour: Colour) -> None:
     brush.rect(-0.15, -0.9, 0.15, 0.05, (125, 80, 45), True)
     for x, y, radius in ((-0.42, -1.05, 0.5), (0.42, -1.05, 0.5), (0, -1.55, 0.58)):
         brush.disc(x, y, radius, colour, True)
     brush.disc(0, -1.2, 0.5, colour)
     for x, y in ((-0.3, -1.6), (-0.5, -1.15), (0.1, -1.2), (0.3, -1.6)):
-        brush.disc(x + rng.uniform(-0.05, 0.05), y, 0.12, _light(colour))
+        brush.disc(x, y, 0.12, _light(colour))
 
 
-def _boat(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _boat(brush: Brush, colour: Colour) -> None:
     brush.line([(0, -0.4), (0, -1.9)], (110, 75, 50), 0.09)
     brush.polygon([(0.08, -1.85), (0.08, -0.55), (0.85, -0.55)], (250, 248, 238), True)
     brush.polygon([(-0.08, -1.7), (-0.08, -0.55), (-0.62, -0.55)], _light(colour), True)
@@ -112,7 +111,7 @@ def _boat(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.line([(-0.95, -0.27), (0.95, -0.27)], _light(colour), 0.08)
 
 
-def _car(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _car(brush: Brush, colour: Colour) -> None:
     brush.polygon([(-0.6, -0.6), (-0.35, -1.08), (0.35, -1.08), (0.65, -0.6)], colour, True)
     brush.polygon([(-0.45, -0.64), (-0.28, -0.97), (-0.04, -0.97), (-0.04, -0.64)], (190, 225, 245))
     brush.polygon([(0.06, -0.64), (0.06, -0.97), (0.28, -0.97), (0.48, -0.64)], (190, 225, 245))
@@ -123,7 +122,7 @@ def _car(brush: Brush, colour: Colour, rng: random.Random) -> None:
         brush.disc(x, -0.12, 0.11, (200, 200, 205))
 
 
-def _cat(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _cat(brush: Brush, colour: Colour) -> None:
     brush.line([(0.45, -0.1), (0.85, -0.25), (0.92, -0.65), (0.75, -0.9)], INK, 0.26)
     brush.line([(0.45, -0.1), (0.85, -0.25), (0.92, -0.65), (0.75, -0.9)], colour, 0.16)
     brush.ellipse(-0.5, -0.95, 0.55, 0.08, colour, True)
@@ -140,18 +139,17 @@ def _cat(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.ellipse(0.02, -0.14, 0.38, 0.08, _light(colour), True)
 
 
-def _bird(brush: Brush, colour: Colour, rng: random.Random) -> None:
-    lift = rng.choice((-0.55, 0.25))
+def _bird(brush: Brush, colour: Colour) -> None:
     brush.polygon([(-0.55, -0.75), (-1.1, -1.0), (-1.05, -0.6)], _dark(colour), True)
     brush.ellipse(-0.75, -1.1, 0.6, -0.4, colour, True)
     brush.polygon([(0.8, -1.05), (1.15, -0.95), (0.8, -0.85)], (250, 180, 40), True)
     brush.disc(0.58, -1.0, 0.32, colour, True)
-    brush.polygon([(-0.35, -0.8), (0.3, -0.8), (-0.35, -0.8 + 1.6 * lift)], _dark(colour), True)
+    brush.polygon([(-0.35, -0.8), (0.3, -0.8), (-0.35, -1.6)], _dark(colour), True)
     brush.disc(0.66, -1.06, 0.1, (255, 255, 255))
     brush.disc(0.68, -1.06, 0.055, INK)
 
 
-def _flower(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _flower(brush: Brush, colour: Colour) -> None:
     brush.line([(0, 0.05), (0.04, -1.0)], (50, 135, 60), 0.14)
     brush.polygon([(0, -0.15), (-0.6, -0.6), (-0.15, -0.55)], (70, 165, 75), True)
     brush.polygon([(0, -0.25), (0.62, -0.65), (0.2, -0.6)], (70, 165, 75), True)
@@ -160,7 +158,7 @@ def _flower(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.disc(0, -1.42, 0.27, (250, 205, 60) if colour[2] > 100 or colour[1] < 180 else (140, 85, 40), True)
 
 
-def _balloon(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _balloon(brush: Brush, colour: Colour) -> None:
     for x in (-0.55, 0.55):
         brush.line([(x, -0.65), (x * 0.36, 0.05)], (95, 70, 55), 0.06)
     brush.polygon([(-0.72, -0.95), (0.72, -0.95), (0.26, -0.25), (-0.26, -0.25)], colour, True)
@@ -170,15 +168,15 @@ def _balloon(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.rect(-0.24, 0.02, 0.24, 0.35, (160, 110, 65), True)
 
 
-def _mushroom(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _mushroom(brush: Brush, colour: Colour) -> None:
     brush.polygon([(-0.25, -0.8), (0.25, -0.8), (0.36, 0.05), (-0.36, 0.05)], (245, 232, 205), True)
     brush.slice(-1.0, -1.65, 1.0, 0.15, 180, 360, colour)
     spot = (255, 255, 255) if sum(colour) < 640 else (150, 150, 160)
     for x, y, radius in ((-0.55, -0.98, 0.15), (0.02, -1.3, 0.19), (0.55, -1.0, 0.15)):
-        brush.disc(x + rng.uniform(-0.06, 0.06), y, radius, spot)
+        brush.disc(x, y, radius, spot)
 
 
-def _umbrella(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _umbrella(brush: Brush, colour: Colour) -> None:
     brush.line([(0, -1.7), (0, 0.0)], (100, 70, 50), 0.1)
     brush.slice(-1.05, -1.75, 1.05, 0.15, 180, 360, colour)
     brush.polygon([(0, -1.7), (-0.38, -0.82), (0.38, -0.82)], _light(colour))
@@ -186,13 +184,13 @@ def _umbrella(brush: Brush, colour: Colour, rng: random.Random) -> None:
         brush.disc(x, -0.78, 0.05, INK)
 
 
-def _tent(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _tent(brush: Brush, colour: Colour) -> None:
     brush.polygon([(0, -1.25), (1.1, 0.05), (-1.1, 0.05)], colour, True)
     brush.polygon([(0, -1.25), (0.42, 0.05), (-0.42, 0.05)], _dark(colour), True)
     brush.polygon([(0, -1.0), (0.2, 0.05), (-0.05, 0.05)], (45, 40, 50))
 
 
-def _castle(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _castle(brush: Brush, colour: Colour) -> None:
     brush.rect(-0.62, -1.0, 0.62, 0.05, colour, True)
     for left in (-0.62, -0.22, 0.18):
         brush.rect(left, -1.2, left + 0.24, -0.98, colour, True)
@@ -203,7 +201,7 @@ def _castle(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.slice(-0.25, -0.62, 0.25, 0.6, 180, 360, (70, 45, 35))
 
 
-def _rocket(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _rocket(brush: Brush, colour: Colour) -> None:
     brush.polygon([(-0.26, -0.3), (0, 0.5), (0.26, -0.3)], (255, 170, 40))
     brush.polygon([(-0.12, -0.3), (0, 0.25), (0.12, -0.3)], (255, 240, 130))
     for x in (-1, 1):
@@ -213,14 +211,14 @@ def _rocket(brush: Brush, colour: Colour, rng: random.Random) -> None:
     brush.disc(0, -1.15, 0.2, (150, 215, 245), True)
 
 
-def _ball(brush: Brush, colour: Colour, rng: random.Random) -> None:
+def _ball(brush: Brush, colour: Colour) -> None:
     brush.disc(0, -0.75, 0.82, colour, True)
     stripe = (250, 250, 250) if sum(colour) < 640 else (150, 160, 175)
     brush.slice(-0.78, -1.53, 0.78, 0.03, 205, 335, stripe)
     brush.ellipse(-0.2, -1.5, 0.2, -0.02, stripe)
 
 
-DRAWINGS: dict[str, Callable[[Brush, Colour, random.Random], None]] = {
+DRAWINGS: dict[str, Callable[[Brush, Colour], None]] = {
     "house": _house, "tree": _tree, "boat": _boat, "car": _car, "cat": _cat, "bird": _bird, "flower": _flower, "balloon": _balloon,
     "mushroom": _mushroom, "umbrella": _umbrella, "tent": _tent, "castle": _castle, "rocket": _rocket, "ball": _ball,
 }  # fmt: skip

@@ -49,6 +49,21 @@ def effects(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return pictures
 
 
+def recolour(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Each picture in wholly other colours: its channels exchanged and mixed, or its brightness as a way through random colours.
+
+    Args:
+        pictures: float32 from 0 to 1, shape `(batch, 3, height, width)`.
+
+    Returns:
+        The same shape and range.
+    """
+    orders = torch.tensor([(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+    order = orders[torch.randint(len(orders), (len(pictures),), generator=rng)]
+    exchanged = _mix_channels(pictures, torch.eye(3)[order], 0.25, rng)
+    return torch.where(_uniform(len(pictures), 0, 1, rng) < 0.7, exchanged, _gradient_map(pictures, rng)).clamp(0, 1)
+
+
 def patterns(batch_size: int, size: int, rng: torch.Generator) -> torch.Tensor:
     """Coloured noise at several scales, float32 from 0 to 1, shape `(batch_size, 3, size, size)`."""
     levels = cloud(batch_size, 3, size, rng, _uniform(batch_size, 0.5, 1.4, rng))
@@ -108,7 +123,11 @@ def _outline(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 def _colour_matrix(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Channels mixed at random, with another brightness and contrast."""
-    matrix = torch.eye(3) + 0.45 * torch.randn(len(pictures), 3, 3, generator=rng)
+    return _mix_channels(pictures, torch.eye(3), 0.45, rng)
+
+
+def _mix_channels(pictures: torch.Tensor, matrix: torch.Tensor, spread: float, rng: torch.Generator) -> torch.Tensor:
+    matrix = matrix + spread * torch.randn(len(pictures), 3, 3, generator=rng)
     mixed = torch.einsum("nij,njhw->nihw", matrix, pictures - 0.5)
     return 0.5 + _uniform(len(pictures), -0.15, 0.15, rng) + mixed
 

@@ -114,8 +114,8 @@ class Scene:
         subject = _noun(self.object, self.colour, rng, full)
         if self.second and self.second_colour and self.relation:
             subject += f" {rng.choice(RELATIONS[self.relation])} {_noun(self.second, self.second_colour, rng, full)}"
-        where = rng.choice(PLACES[self.place]) if full or rng.random() < 0.75 else ""
-        when = rng.choice(TIMES[self.time]) if full or rng.random() < 0.7 else ""
+        where = rng.choice(PLACES[self.place]) if full or rng.random() < 0.85 else ""
+        when = rng.choice(TIMES[self.time]) if full or rng.random() < 0.85 else ""
         opening = rng.choice(OPENINGS)
         if where and opening.startswith("there") and rng.random() < 0.5:
             words = [where, opening + subject, when]

@@ -12,6 +12,7 @@ from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import parse
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.text_to_image.card import write_base_card
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.text_to_image.evaluate import evaluate_base
 from cond_pdiff.training.text_to_image.latents import SceneLatents
@@ -26,8 +27,8 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
     """Train a base model from nothing but code and random numbers.
 
     Args:
-        recipe: its sections `image_autoencoder`, `transformer`, `scene_classifier` and `samples` (see `ImageAutoencoderConfig`,
-            `TransformerConfig`, `SceneClassifierConfig`, `SampleConfig`).
+        recipe: its `name` (for the card) and the sections `image_autoencoder`, `transformer`, `scene_classifier` and `samples` (see
+            `ImageAutoencoderConfig`, `TransformerConfig`, `SceneClassifierConfig`, `SampleConfig`).
         run_folder: gets a folder a stage (checkpoints, metrics.jsonl), `latents/`, `pipeline/` and `evaluation.json`.
         tensorboard: also write tensorboard events.
 
@@ -59,6 +60,7 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
     fit(classifier, classifier_config.fit, run_folder / classifier.name, tensorboard)
     if PartialState().is_main_process:
         result = evaluate_base(folder, classifier.classifier, sample_config, run_folder / "evaluation.json")
+        write_base_card(folder, str(recipe.get("name", run_folder.name)), result)
         print(f"attributes right: {result['generated']['mean']:.1%} (renders {result['rendered']['mean']:.1%}, "
               f"other prompts {result['shuffled']['mean']:.1%})")  # fmt: skip
     return folder
@@ -73,7 +75,7 @@ def save_base(pipe: PixArtAlphaPipeline, folder: Path) -> None:
     networks = (pipe.vae, pipe.transformer)
     for network in networks:
         network.half()
-    with atomic_folder(folder, ("model_index.json", *pipe.components), overwrite=True) as aside:
+    with atomic_folder(folder, ("model_index.json", "README.md", *pipe.components), overwrite=True) as aside:
         pipe.save_pretrained(aside)
     for network in networks:
         network.float()

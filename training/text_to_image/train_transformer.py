@@ -54,6 +54,21 @@ class TextToVelocity(nn.Module):
         )[0]
 
 
+@torch.no_grad()
+def _look_around(text_encoder: T5EncoderModel) -> None:
+    """Let a fourth of the heads each begin by looking at the word before, the word after, all words before, all words after.
+
+    T5 begins without any sense of order, and one as small as this stays so: after 8,000 steps the loss was the same with the
+    colours of two objects exchanged in the caption.
+    """
+    bias = text_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads), of all layers
+    after = len(bias) // 2  # the first bucket of words that follow; words before begin at 1
+    views = (slice(1, 2), slice(after + 1, after + 2), slice(1, after), slice(after + 1, None))
+    bias.zero_()
+    for head in range(bias.shape[1]):
+        bias[views[head % len(views)], head] = 4.0
+
+
 class TransformerStage:
     """See `cond_pdiff.training.loop.Stage`."""
 
@@ -65,6 +80,7 @@ class TransformerStage:
         torch.manual_seed(config.fit.seed)
         t5 = {"vocab_size": len(self.tokenizer), "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "dropout_rate": 0.0}
         self.text_encoder = T5EncoderModel(build(T5Config, "transformer, text_encoder", **config.text_encoder, **t5))
+        _look_around(self.text_encoder)
         channels, side = data.latents.shape[1:3]
         sizes = {"in_channels": channels, "out_channels": channels, "sample_size": side}
         sizes["caption_channels"] = self.text_encoder.config.d_model
@@ -107,6 +123,7 @@ class TransformerStage:
             num_train_timesteps=TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
+            flow_shift=3.0,  # what is where is decided while there is much noise: most of the few steps are taken there
             algorithm_type="dpmsolver++",
             solver_order=2,
         )

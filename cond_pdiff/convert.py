@@ -1,0 +1,106 @@
+"""Adapters in other forms: the one file that ComfyUI and kohya's tools read, and the base model with an adapter merged in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from cond_pdiff.adapter import KEY_PREFIX, LoraAdapter
+from cond_pdiff.atomic import atomic_folder, write_bytes
+from cond_pdiff.errors import AdapterError, OutputExistsError
+from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
+from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS
+
+SENTENCE_WEIGHTS = "model.safetensors"
+COMFYUI_PREFIX = "transformer."
+"""What ComfyUI expects in front of a PixArt module's name."""
+
+
+def to_comfyui(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as `transformer.<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+
+    The update that these tools apply is alpha / rank · up · down, as peft's (equation 1).
+    """
+    tensors = {}
+    for module in adapter.modules:
+        lora_a, lora_b = adapter.factors(module)
+        stem = COMFYUI_PREFIX + module
+        tensors[f"{stem}.lora_down.weight"], tensors[f"{stem}.lora_up.weight"] = lora_a, lora_b
+        tensors[f"{stem}.alpha"] = torch.tensor(float(adapter.spec.alpha))
+    return tensors
+
+
+def from_comfyui(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors with peft's names again; alphas are left out.
+
+    Raises:
+        AdapterError: a tensor has another name.
+    """
+    names = {".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}
+    found = {}
+    for key, tensor in tensors.items():
+        ending = next((ending for ending in (*names, ".alpha") if key.endswith(ending)), None)
+        if ending is None or not key.startswith(COMFYUI_PREFIX):
+            raise AdapterError(f"unexpected tensor {key!r}; expected {COMFYUI_PREFIX}<module>.lora_down.weight, .lora_up.weight or .alpha")
+        if ending in names:
+            found[KEY_PREFIX + key.removeprefix(COMFYUI_PREFIX).removesuffix(ending) + names[ending]] = tensor
+    return found
+
+
+def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False) -> Path:
+    """Write one safetensors file for ComfyUI's LoRA loader, after converting it back and comparing every bit.
+
+    Raises:
+        OutputExistsError: there is such a file.
+        AdapterError: the adapter is not for a PixArt.
+    """
+    file = Path(file)
+    if file.exists() and not overwrite:
+        raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
+    if not all(".attn" in module for module in adapter.modules):
+        raise AdapterError(f"only adapters of PixArt's attention layers can be converted, this one is for {adapter.spec.base_model!r}")
+    tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in sorted(to_comfyui(adapter).items())}
+    data = save(tensors, metadata={"format": "pt", "base_model": str(adapter.spec.base_model)})
+    back = from_comfyui(load(data))
+    if set(back) != set(adapter.tensors) or not all(_same_bits(back[key], tensor) for key, tensor in adapter.tensors.items()):
+        raise AdapterError("the converted file does not give back the same adapter; nothing was written")
+    write_bytes(file, data)
+    return file
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second.detach().to("cpu"))
+
+
+def save_merged(adapter: LoraAdapter, folder: str | Path, base: Backbone | None = None, scale: float = 1.0) -> Path:
+    """Write a copy of the base model whose weights are W + scale · ΔW, in the base's own precision and layout of files.
+
+    Args:
+        base: None for the one that the adapter records.
+
+    Raises:
+        HubError: the base is not to be had.
+        AdapterError: the adapter does not fit it.
+        OutputExistsError: `folder` is not empty.
+    """
+    reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
+    weights = TRANSFORMER_WEIGHTS if all(".attn" in module for module in adapter.modules) else SENTENCE_WEIGHTS
+    source, folder = find_backbone(reference, weights), Path(folder)
+    tensors = load((source / weights).read_bytes())
+    for module in adapter.modules:
+        delta, key = scale * adapter.delta(module), f"{module}.weight"
+        if key not in tensors or tensors[key].shape != delta.shape:
+            found = tuple(tensors[key].shape) if key in tensors else "missing"
+            raise AdapterError(f"{source / weights}: {key} is {found}, expected {tuple(delta.shape)}; is this the adapter's base?")
+        tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
+    with atomic_folder(folder, ()) as aside:
+        for pattern in ALLOWED_PATTERNS:
+            for path in source.rglob(pattern):
+                target = aside / path.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+        (aside / weights).write_bytes(save(tensors, metadata={"format": "pt"}))
+    return folder

@@ -1,0 +1,118 @@
+"""What a generator is, read from its JSON files: no network is built, no weights are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.adapter import LoraSpec
+from cond_pdiff.errors import HubError
+from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
+from cond_pdiff.layout import ParamLayout
+from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
+
+STYLE_ENCODERS = tuple(encoder.__name__ for encoder in (StyleCnnConditionEncoder, BackboneStyleConditionEncoder))
+MEASURED = "## What was measured"
+
+
+@dataclass(frozen=True)
+class GeneratorInfo:
+    """Facts of a generator.
+
+    Args:
+        name: what it was asked for by.
+        folder: where it is.
+        revision: commit on the Hub, None for bundled ones and local folders.
+        makes: "text" or "style" adapters.
+        base: the frozen base model.
+        spec: rank, alpha and target modules of its adapters.
+        layout: their tensors.
+        tasks: the trained tasks or styles.
+        megabytes: of all weights.
+        measured: the card's section on what was measured, in Markdown; empty if there is none.
+    """
+
+    name: str
+    folder: Path
+    revision: str | None
+    makes: str
+    base: Backbone
+    spec: LoraSpec
+    layout: ParamLayout
+    tasks: tuple[str, ...]
+    megabytes: float
+    measured: str
+
+    @classmethod
+    def read(cls, name: str | Path, **options: Any) -> GeneratorInfo:
+        """Facts of a bundled, local, cached or Hub generator.
+
+        Args:
+            options: as for `cond_pdiff.hub.fetch`.
+
+        Raises:
+            HubError: there is no such generator, or it is incomplete.
+        """
+        return cls._read(str(name), find_generator(name, **options), None)
+
+    @classmethod
+    def _read(cls, name: str, folder: Path, revision: str | None) -> GeneratorInfo:
+        index = check_generator(folder)
+        template, tasks = (_config(folder / component) for component in ("template", "condition_index"))
+        try:
+            return cls(
+                name,
+                folder,
+                revision,
+                "style" if index["condition_encoder"][1] in STYLE_ENCODERS else "text",
+                Backbone.from_json(template["base"]),
+                LoraSpec.from_json(template["lora"]),
+                ParamLayout.from_json(template["layout"]),
+                tuple(tasks["names"]),
+                weights_megabytes(folder),
+                _section(folder / "README.md", MEASURED),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise HubError(f"the generator {name!r} is incomplete: {type(error).__name__}: {error}") from error
+
+    def __str__(self) -> str:
+        """For people."""
+        spec, layout = self.spec, self.layout
+        modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
+        lines = [
+            f"generator  {self.name}" + (f" at {self.revision}" if self.revision else ""),
+            f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
+            f"makes      {self.makes} adapters for {self.base.repo_id}"
+            + (f" at revision {self.base.revision}" if self.base.revision else ""),
+            f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join(spec.target_modules)}: "
+            f"{layout.num_adapter_params:,} numbers in {len(layout.shapes)} tensors{modelled}",
+            f"{'styles' if self.makes == 'style' else 'tasks':<10} {len(self.tasks)}: {', '.join(self.tasks)}",
+        ]
+        return "\n".join([*lines, *(["", self.measured] if self.measured else [])])
+
+
+def known_generators(cache_dir: str | Path | None = None) -> list[GeneratorInfo]:
+    """The generators that can be loaded without a network: bundled ones, then those in the Hub cache."""
+    found = [GeneratorInfo._read(name, bundled(name), None) for name in bundled_generators()]
+    return found + [GeneratorInfo._read(*cached) for cached in cached_generators(cache_dir)]
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HubError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise HubError(f"{folder / 'config.json'} must hold a JSON object")
+    return found
+
+
+def _section(path: Path, title: str) -> str:
+    """A section of a Markdown file, without its title."""
+    if not path.is_file():
+        return ""
+    _, _, rest = path.read_text(encoding="utf-8").partition(f"\n{title}\n")
+    return rest.partition("\n## ")[0].strip()

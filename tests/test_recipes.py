@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import HIDDEN, TINY_RECIPE
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from PIL import Image
+
+from cond_pdiff import AdapterTemplate, LoraAdapter, LoraSpec, ParamUNet1D
+from cond_pdiff.adapter import FACTORS, KEY_PREFIX, target_linears
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.param_autoencoder import ParamAutoencoder
+from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.loop import _Run
+from cond_pdiff.training.styles import load_styles
+from cond_pdiff.training.tasks import load_tasks
+from cond_pdiff.training.train import train
+from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_unet import UNetStage
+
+AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
+TINY_AE = TINY_RECIPE["autoencoder"]["model"]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "section", "message"),
+    [
+        (FitConfig, {"stepz": 1}, r"here: unknown entry 'stepz'; known are \['batch_size',"),
+        (FitConfig, {"steps": "5"}, "here: steps must be int, got '5'"),
+        (FitConfig, {"steps": 5.0}, "here: steps must be int, got 5.0"),
+        (FitConfig, {"steps": True}, "here: steps must be int, got True"),
+        (FitConfig, {"learning_rate": None}, "here: learning_rate must be float, got None"),
+        (FitConfig, {"precision": 16}, "here: precision must be str, got 16"),
+        (FitConfig, 5, "here must be a JSON object"),
+        (FitConfig, ["steps"], "here must be a JSON object"),
+        (AutoencoderConfig, {"fit": {"step": 1}}, "here, fit: unknown entry 'step'"),
+        (AutoencoderConfig, {"fit": 5}, "here, fit must be a JSON object"),
+        (AutoencoderConfig, {"model": [1]}, "here: model must be"),
+        (UNetConfig, {"condition_encoder": "ClipConditionEncoder"}, "here: condition_encoder must be"),
+        (CollectConfig, {"learning_rates": []}, "at least one learning rate"),
+        (CollectConfig, {"tasks": "moods"}, "here: tasks must be"),
+        (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be bool, got 1"),
+        (CollectConfig, {"tasks": ["moods"], "learning_rates": 1e-3}, "here: learning_rates must be"),
+    ],
+)
+def test_unknown_and_mistyped_entries_are_refused(config_class: type[Any], section: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        parse(config_class, section, "here")
+
+
+def test_parse_fills_in_defaults_and_reads_lists() -> None:
+    assert parse(FitConfig, {"steps": 7, "learning_rate": 1}, "fit") == FitConfig(steps=7, learning_rate=1)
+    assert parse(AutoencoderConfig, {"fit": {"steps": 7}}, "autoencoder").fit == FitConfig(steps=7)
+    assert parse(CollectConfig, {"tasks": ["a", "b"]}, "collect").tasks == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("\xff", "not valid JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"autoencodr": {}}', "unknown section 'autoencodr'"),
+    ],
+)
+def test_files_that_are_no_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "recipe.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(TrainingError, match=message):
+        read_recipe(tmp_path / "recipe.json")
+    with pytest.raises(TrainingError, match=r"no recipe 'nonsense'; there are .*'minilm-text-tasks'"):
+        read_recipe("nonsense")
+    with pytest.raises(TrainingError, match="no recipe"):
+        read_recipe(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "section", "message"),
+    [
+        ("autoencoder", {"model": {"latent_dims": 8}}, "latent_dims"),
+        ("autoencoder", {"model": {"num_params": 8}}, "num_params"),
+        ("unet", {"model": {"heads": 8}}, "heads"),
+        ("unet", {"condition_encoder": {"type": "Nonsense"}}, "type must be one of .*'SentenceConditionEncoder'.*, got 'Nonsense'"),
+        ("unet", {"condition_encoder": {"type": "ClipConditionEncoder", "layers": 2}}, "layers"),
+    ],
+)
+def test_unknown_arguments_of_networks_are_refused(
+    recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, stage: str, section: dict[str, Any], message: str
+) -> None:
+    recipe["autoencoder"]["fit"]["steps"] = 1
+    recipe[stage].update(section)
+    with pytest.raises(TrainingError, match=message):
+        train(recipe, tiny_zoo, tasks_folder, tmp_path / "run")
+
+
+BERT = [f"layer.{layer}.attention.{name}" for layer in range(12) for name in ("self.query", "self.key", "self.value", "output.dense")]
+PIXART = [
+    f"transformer_blocks.{block}.{attention}.{name}"
+    for block in range(28)
+    for attention in ("attn1", "attn2")
+    for name in ("to_q", "to_k", "to_v", "to_out.0")
+]
+# Recipe → modules, their width, rank, number of modelled params, latents of one adapter, size of a condition.
+SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
+    "minilm-text-tasks": (BERT[:24], 384, 4, 36_864, (1, 96), 1152),
+    "paper-language-half": (BERT, 768, 1, 73_728, (4, 117), 512),
+    "paper-style-half": (PIXART, 1152, 1, 516_096, (1, 256), 256),
+    "pixart-mini-styles": (PIXART[:64], 160, 4, 40_960, (1, 96), 256),
+}
+
+
+def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool) -> ZooParams:
+    """Two random adapters for each of two tasks."""
+    spec = LoraSpec("nobody/base", rank, 8.0, tuple({name.split(".", 3)[-1] for name in modules}))
+    rng = torch.Generator().manual_seed(0)
+    shapes = {f"{KEY_PREFIX}{name}.{factor}.weight": factor for name in modules for factor in FACTORS}
+    shared = {key: torch.randn(rank, width, generator=rng) for key, factor in shapes.items() if factor == "lora_A"}
+    adapters = []
+    for _ in range(4):
+        tensors = {key: 0.1 * torch.randn(rank, width, generator=rng) for key in shapes}
+        tensors = {key: tensor if "lora_A" in key else tensor.T.contiguous() for key, tensor in tensors.items()}
+        adapters.append(LoraAdapter(spec, {**tensors, **(shared if shared_a else {})}))
+    template = AdapterTemplate.from_adapters(adapters, Backbone("nobody/base"), 32)
+    params = torch.stack([template.to_params(adapter) for adapter in adapters])
+    return ZooParams(template, params, torch.tensor([0, 0, 1, 1]), ["moods/run-0", "moods/run-1", "animals/run-0", "animals/run-1"])
+
+
+def one_step(stage: AutoencoderStage | UNetStage, folder: Path) -> None:
+    """One real step of the loop, with two samples; every parameter must move."""
+    before = [parameter.detach().clone() for parameter in stage.module.parameters()]
+    config = replace(stage.config.fit, batch_size=2, steps=1, precision="no")  # many CPUs only emulate the others
+    AcceleratorState._reset_state()
+    assert math.isfinite(_Run(stage, config, folder, Accelerator(mixed_precision=config.precision)).step(0))
+    moved = [not torch.equal(old, new) for old, new in zip(before, stage.module.parameters(), strict=True)]
+    assert sum(moved) > 0.8 * len(moved)
+    assert all(torch.isfinite(parameter).all() for parameter in stage.module.parameters())
+
+
+def test_all_recipes_are_tested() -> None:
+    assert {path.stem for path in RECIPES_FOLDER.glob("*.json")} == {*SHAPES, "pixart-mini"}  # the last in test_text_to_image.py
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_recipes_parse_and_name_no_task_twice(name: str) -> None:
+    recipe = read_recipe(name)
+    if "collect" in recipe:
+        config = parse(CollectConfig, recipe["collect"], "collect")
+        assert len({*config.tasks, *config.unseen}) == len(config.tasks) + len(config.unseen)
+        assert config.rank == SHAPES[name][2]
+    assert parse(UNetConfig, recipe["unet"], "unet").fit.checkpoint_every <= 1000
+    assert recipe["about"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_recipes_build_their_networks_and_train(
+    name: str, tiny_backbone: Backbone, tasks_folder: Path, styles_folder: Path, tmp_path: Path
+) -> None:
+    modules, width, rank, num_params, latent_shape, _ = SHAPES[name]
+    recipe = read_recipe(name)
+    data = random_zoo(modules, width, rank, shared_a=not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False))
+    assert data.params.shape == (4, num_params)
+    assert data.template.layout.num_adapter_params == {36_864: 73_728, 40_960: 81_920}.get(num_params, num_params)
+
+    if name == "paper-style-half":  # a step of the whole takes 20 s and 3 GB; its full size is checked below, on the meta device
+        model = recipe["autoencoder"]["model"]
+        model.update({entry: [width // 16 for width in model[entry]] for entry in ("encoder_channels", "decoder_channels")})
+    autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, recipe["autoencoder"], "autoencoder"))
+    assert autoencoder.module.latent_shape == latent_shape
+    one_step(autoencoder, tmp_path)
+    autoencoder.module.eval()
+
+    encoder = recipe["unet"].get("condition_encoder", {"type": "SentenceConditionEncoder"})
+    condition: Any = "Is the remark kind?"
+    tasks: Any = load_tasks(tasks_folder, ["moods", "animals"])
+    if encoder["type"] == "ClipConditionEncoder":
+        encoder = {**encoder, "backbone": None}
+    elif encoder["type"] == "SentenceConditionEncoder":
+        encoder = {**encoder, "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    else:
+        condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
+    section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
+    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, section, "unet"))
+    channels, length = latent_shape
+    statistics = {"minilm-text-tasks": 2, "paper-language-half": 1}.get(name, 0)
+    assert unet.latents.shape == (4, channels, length + statistics)
+    one_step(unet, tmp_path)
+
+    pipe = unet.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    adapter = pipe(condition, num_inference_steps=1).adapter
+    assert adapter.modules == tuple(sorted(modules))
+
+
+def test_the_papers_style_adapters_fit_pixart_xl() -> None:
+    """The whole of PixArt-XL-2-256, without weights: its modules are the 224 that the recipe names, 516,096 numbers."""
+    with torch.device("meta"):
+        transformer = PixArtTransformer2DModel(num_layers=28, sample_size=32, out_channels=8)
+    collect = parse(CollectConfig, read_recipe("paper-style-half")["collect"], "collect")
+    linears = target_linears(transformer, LoraSpec("base", collect.rank, collect.alpha, collect.target_modules))
+    assert list(linears) == sorted(PIXART)
+    assert sum(collect.rank * (linear.in_features + linear.out_features) for linear in linears.values()) == 516_096
+
+
+@pytest.mark.parametrize("name", ["paper-language-half", "paper-style-half"])
+def test_the_papers_networks_have_their_shapes_and_the_sizes_that_the_recipes_state(name: str) -> None:
+    *_, num_params, (channels, length), condition_dim = SHAPES[name]
+    recipe = read_recipe(name)
+    statistics = int(recipe["autoencoder"]["normalizer"] == "task")
+    with torch.device("meta"):
+        autoencoder = ParamAutoencoder(num_params, **recipe["autoencoder"]["model"])
+        unet = ParamUNet1D(channels, length + statistics, condition_dim, **recipe["unet"]["model"])
+        latents = autoencoder.encode(torch.empty(2, num_params))
+        noisy = torch.empty(2, channels, length + statistics)
+        assert latents.shape == (2, channels, length)
+        assert autoencoder.decode(latents).shape == (2, num_params)
+        assert unet(noisy, 5, torch.empty(2, condition_dim)).sample.shape == noisy.shape
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in (autoencoder, unet)]
+    assert f"{sizes[0]:.1f} M / {sizes[1]:.1f} M parameters" in recipe["about"]

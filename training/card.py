@@ -1,0 +1,31 @@
+"""Model cards: templates filled with what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from torch import nn
+
+from cond_pdiff.atomic import write_text
+
+
+def write_card(folder: Path, template: str, fields: Mapping[str, Any]) -> Path:
+    """Write `README.md` into a folder from a template of `cond_pdiff.model_cards`; every field of it must be there."""
+    path = folder / "README.md"
+    write_text(path, Template(files("cond_pdiff.model_cards").joinpath(template).read_text(encoding="utf-8")).substitute(fields))
+    return path
+
+
+def millions(module: nn.Module) -> str:
+    """How many parameters a network has: 1.2 M, and below a million 0.12 M."""
+    count = sum(parameter.numel() for parameter in module.parameters()) / 1e6
+    return f"{count:.1f} M" if count >= 1 else f"{count:.2f} M"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, one line a row."""
+    return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,0 +1,157 @@
+"""An evaluation as tables: means, then a row a task. Kinds of evaluation differ in their columns, metrics and words."""
+
+from __future__ import annotations
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from cond_pdiff.training.card import markdown_table
+from cond_pdiff.training.evaluate.measure import mean
+
+
+class EvaluationTable(ABC):
+    """What an evaluation says, as numbers and as Markdown."""
+
+    noun: ClassVar[str]
+    """What a row is of, in the singular."""
+    counted: ClassVar[str]
+    """What is counted for a row; a key of its result."""
+    titles: ClassVar[dict[str, str]]
+    """Of the parts `zoo` and `unseen`."""
+    metrics: ClassVar[dict[str, str]]
+    """Keys of results → what they are called; the first is the main one."""
+    columns: ClassVar[dict[str, str]]
+    """Keys below each metric → the heads of columns."""
+    seen_columns: ClassVar[tuple[str, ...]]
+    unseen_columns: ClassVar[tuple[str, ...]]
+    """Columns of the card's tables of trained and of unseen tasks."""
+    extra_columns: ClassVar[tuple[str, ...]]
+    """Heads of what `extra_cells` gives."""
+
+    @abstractmethod
+    def show(self, value: float | None) -> str:
+        """A value of a metric."""
+
+    @abstractmethod
+    def about(self, settings: dict[str, Any]) -> str:
+        """What the columns mean."""
+
+    @abstractmethod
+    def own_facts(self) -> dict[str, Any]:
+        """Facts of the whole evaluation that only this kind has."""
+
+    @abstractmethod
+    def own_means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Means over tasks that only this kind has."""
+
+    @abstractmethod
+    def fact(self, means: dict[str, Any], settings: dict[str, Any]) -> str:
+        """Novelty, diversity and the like in words."""
+
+    @abstractmethod
+    def extra_cells(self, result: dict[str, Any]) -> list[str]:
+        """A row's cells behind the columns."""
+
+    def summarize(self, results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+        """Means over the tasks of the zoo and over the unseen ones."""
+        parts = {"zoo": _part(results, seen=True), "unseen": _part(results, seen=False)}
+        means = {name: self._means(part) if part else None for name, part in parts.items()}
+        return {"settings": settings, **self.own_facts(), **means, "tasks": list(results)}
+
+    def _means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        routed = [hit for result in results for hit in result["routed"] or ()]
+        return {
+            f"{self.noun}s": len(results),
+            self.counted: sum(result[self.counted] for result in results),
+            **{metric: {name: mean([result[metric][name] for result in results]) for name in self.columns} for metric in self.metrics},
+            "routing": round(statistics.fmean(routed), 4) if routed else None,
+            "routing_samples": len(routed),
+            "in_distribution": mean([float(result["in_distribution"]) for result in results]),
+            "seconds_per_adapter": round(statistics.median(result["seconds_per_adapter"] for result in results), 3),
+            **self.own_means(results),
+        }
+
+    def to_markdown(self, evaluation: dict[str, Any]) -> str:
+        """The whole report."""
+        main = next(iter(self.metrics))
+        rows = []
+        for result in evaluation["tasks"]:
+            routed = f"{sum(result['routed'])}/{len(result['routed'])}" if result["routed"] else "–"
+            cells = [result["task"], "yes" if result["seen"] else "no", *(self.show(result[main][name]) for name in self.columns), routed]
+            rows.append(cells + self.extra_cells(result))
+        lines = [
+            "# Evaluation",
+            "",
+            self.about(evaluation["settings"]),
+            "",
+            self.means_table(evaluation),
+            "",
+            self.facts(evaluation),
+            "",
+            f"## Every {self.noun} ({self.metrics[main]})",
+            "",
+            markdown_table([self.noun, "seen", *self.columns.values(), "routed", *self.extra_columns], rows),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def means_table(self, evaluation: dict[str, Any]) -> str:
+        """Mean values, as a Markdown table."""
+        rows = []
+        for part, title in self.titles.items():
+            means = evaluation[part]
+            for metric, name in self.metrics.items() if means else ():
+                words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
+                rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
+        return markdown_table(["mean over", *self.columns.values()], rows)
+
+    def facts(self, evaluation: dict[str, Any]) -> str:
+        """Routing, novelty, diversity and time, as a Markdown list."""
+        lines = []
+        for part, title in self.titles.items():
+            means = evaluation[part]
+            if not means:
+                continue
+            routing = "" if means["routing"] is None else f"routing {means['routing']:.1%} of {means['routing_samples']} samples; "
+            lines.append(
+                f"- {title[0].upper()}{title[1:]}: {routing}{self.fact(means, evaluation['settings'])}; {means['in_distribution']:.0%} "
+                f"called in-distribution; {means['seconds_per_adapter']:.2f} s from condition to adapter (median)."
+            )
+        return "\n".join(lines)
+
+    def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
+        """What the template of a generator's card needs from an evaluation."""
+        main = next(iter(self.metrics))
+        seen = [[result["task"], *(self.show(result[main][name]) for name in self.seen_columns), result["licence"].replace("|", "/")]
+                for result in _part(evaluation["tasks"], seen=True)]  # fmt: skip
+        return {
+            "means_table": self.means_table(evaluation),
+            "facts": self.facts(evaluation),
+            "unseen_section": self._unseen_section(evaluation, main),
+            "task_table": markdown_table([self.noun, *(self.columns[name] for name in self.seen_columns), "licence"], seen),
+        }
+
+    def _unseen_section(self, evaluation: dict[str, Any], main: str) -> str:
+        """A section with a table, or nothing where there are no unseen tasks."""
+        rows = []
+        for result in _part(evaluation["tasks"], seen=False):
+            inside = "in" if result["in_distribution"] else "out"
+            nearest = f"{result['retrieved']} ({result['similarity']:.2f}, {inside})"
+            rows.append([result["task"], nearest, *(self.show(result[main][name]) for name in self.unseen_columns)])
+        if not rows:
+            return ""
+        return "\n".join([
+            f"## {self.titles['unseen'].capitalize()}",
+            "",
+            f"Kept out of the zoo; {self.metrics[main]}. The nearest trained {self.noun} is given with its similarity, and whether the",
+            "condition is called in- or out-of-distribution.",
+            "",
+            markdown_table([self.noun, f"nearest trained {self.noun}", *(self.columns[name] for name in self.unseen_columns)], rows),
+            "",
+            "",
+        ])  # fmt: skip
+
+
+def _part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:
+    return [result for result in results if result["seen"] == seen]
