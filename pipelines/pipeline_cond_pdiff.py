@@ -121,7 +121,7 @@ class CondPDiffPipeline(DiffusionPipeline):
                 f"{type(error).__name__}: {error}"
             ) from error
         if not set(pipe.components) & set(kwargs):  # with another component, adapters could not be made again from the name
-            pipe._source = generator_source(pretrained_model_name_or_path, folder)
+            pipe._source = generator_source(str(pretrained_model_name_or_path), folder)
         return pipe
 
     # --- steps --------------------------------------------------------------------------------------------------

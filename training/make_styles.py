@@ -28,9 +28,10 @@ from cond_pdiff.training.text_to_image.scenes import scene_stream
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 INDEX_FILE = "index.json"
-SHEET, GRID, MARGIN = 384, 2, 6
-"""The network reads sheets of 384 pixels. Four scenes on one: with fewer, strokes would be too fine to survive at 64 pixels.
-The outer pixels of each scene are cut away after it, because strokes run over from its neighbours."""
+SHEET, GRID, MARGIN = 384, 4, 3
+"""The network reads sheets of 384 pixels. Sixteen scenes on one: with fewer, its strokes are finer than what survives at 64 pixels
+and in the base model's autoencoder. The outer pixels of each scene are cut away after it, because strokes run over from its
+neighbours."""
 
 RECOLOURED_TEST = 8
 """Held-out pictures of a recoloured style: it is there to be trained on, so only the loss that `collect` notes needs them."""

@@ -44,7 +44,7 @@ def write_run(
     """
     with atomic_folder(folder, (*ADAPTER_FILES, RUN_FILE)) as aside:
         adapter.save(aside)
-        hashes = {"sha256": file_sha256(aside / WEIGHTS_FILE), "checkpoints": {}}
+        hashes: dict[str, Any] = {"sha256": file_sha256(aside / WEIGHTS_FILE), "checkpoints": {}}
         for step, tensors in (checkpoints or {}).items():
             earlier = aside / f"step-{step}"
             dataclasses.replace(adapter, tensors=dict(tensors)).save(earlier)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import write_bytes
+from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, stack_pictures
 from cond_pdiff.training.conditions import style_variants
@@ -60,11 +61,11 @@ class StyleEvaluator(ZooEvaluator):
         """The zoo's styles, but for recoloured ones, and the unseen styles."""
         return [style for style in load_styles(folder, [*self.zoo.task_names, *self.zoo.unseen_names]) if not style.source]
 
-    def condition(self, task: Style) -> Image.Image:
+    def condition(self, task: Style) -> StyleImage:
         """The style's picture."""
         return task.image
 
-    def other_conditions(self, task: Style) -> list[Image.Image]:
+    def other_conditions(self, task: Style) -> list[StyleImage]:
         """Five held-out pictures in the style."""
         return style_variants(task, 2 * ROUTING_PICTURES, "test")[1::2]
 

@@ -61,7 +61,8 @@ def _look_around(text_encoder: T5EncoderModel) -> None:
     T5 begins without any sense of order, and one as small as this stays so: after 8,000 steps the loss was the same with the
     colours of two objects exchanged in the caption.
     """
-    bias = text_encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads), of all layers
+    # Of all layers; shape (buckets, heads).
+    bias = text_encoder.get_parameter("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     after = len(bias) // 2  # the first bucket of words that follow; words before begin at 1
     views = (slice(1, 2), slice(after + 1, after + 2), slice(1, after), slice(after + 1, None))
     bias.zero_()
