@@ -216,6 +216,20 @@ def test_missing_tasks_and_targets_are_refused_before_writing(config: CollectCon
     assert not (tmp_path / "zoo").exists()
 
 
+def test_half_precision_trains_nearly_the_same_adapter(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    few = replace(config, tasks=("moods",), unseen=(), runs=1, multitask_steps=0)
+    exact, rounded = (
+        collect(replace(few, precision=precision), tasks_folder, tmp_path / precision).runs("moods")[0].adapter().tensors
+        for precision in ("no", "bf16")
+    )
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.float32}
+    both = [torch.cat([tensors[key].flatten() for key in sorted(exact) if ".lora_B." in key]) for tensors in (exact, rounded)]
+    assert not torch.equal(*both)
+    assert torch.cosine_similarity(*both, dim=0) > 0.9
+    with pytest.raises(TrainingError, match="precision must be 'no' or 'bf16', got 'fp16'"):
+        replace(config, precision="fp16")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"moods: the loss is (nan|inf) at step \d+; lower the learning rate"):
         collect(replace(config, learning_rates=(1e30,)), tasks_folder, tmp_path / "zoo")
