@@ -84,6 +84,16 @@ def test_the_threshold_is_what_prompts_seldom_reach_with_another_group() -> None
     assert 0.8 < float(index.threshold) < 1
 
 
+def test_among_crowded_tasks_their_own_prompts_are_not_foreign() -> None:
+    rng = torch.Generator().manual_seed(0)
+    axes = torch.ones(30, 20) + 0.2 * torch.randn(30, 20, generator=rng)
+    own = torch.nn.functional.normalize(axes[:, None] + 0.3 * torch.randn(30, 50, 20, generator=rng), dim=2)
+    index = ConditionIndex({f"task {number}": {} for number in range(30)}, 20)
+    index.fit(own)
+    reached = torch.cat([index.similarities(prompts) for prompts in own]).amax(1)
+    assert float((reached >= index.threshold).float().mean()) == pytest.approx(0.9, abs=0.01)
+
+
 def test_evidence_can_only_add() -> None:
     index = ConditionIndex({name: {} for name in NAMES}, 3 * DIM, num_parts=3, last_is_evidence=True)
     index.fit(unit_parts(0, 1, 2, 3)[:, None])

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import itertools
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
 from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
+from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
@@ -374,6 +376,12 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert "not Inception's" in report
     assert "| 1 unseen styles, Fréchet distance |" in report
     assert evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config) == evaluation
+    generator = tmp_path / "generator"
+    shutil.copytree(style_generator, generator)
+    card = write_generator_card(generator, style_zoo.folder, evaluation, tmp_path / "pictures").read_text(encoding="utf-8")
+    assert "![moss](pictures/unseen.png)" in card
+    assert (generator / "pictures" / "unseen.png").read_bytes() == (tmp_path / "pictures" / "moss.png").read_bytes()
+    assert (generator / "pictures" / "zoo.png").is_file()
 
 
 def test_distances_between_sets_of_pictures() -> None:

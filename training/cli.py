@@ -431,7 +431,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.card:
         from cond_pdiff.training.evaluate.card import write_generator_card
 
-        print(f"card       {write_generator_card(Path(arguments.generator), arguments.zoo, evaluation)}")
+        card = write_generator_card(Path(arguments.generator), arguments.zoo, evaluation, arguments.out / "pictures")
+        print(f"card       {card}")
 
 
 def _make_continuum(arguments: argparse.Namespace) -> None:

@@ -99,7 +99,8 @@ class ConditionIndex(Component):
         """Measure the index on prompts of the trained tasks.
 
         The threshold is what nine of ten prompts do not reach with any task of another `group`: a request that reaches it is
-        more like one of the trained tasks than tasks of different kinds are like each other.
+        more like one of the trained tasks than tasks of different kinds are like each other. Where tasks lie so close together that
+        this would call their own prompts foreign, as styles do, it is what nine of ten of these reach with any task.
 
         Args:
             own: condition embeddings of several prompts of each task, shape `(num_tasks, num_prompts, condition_dim)`.
@@ -116,5 +117,8 @@ class ConditionIndex(Component):
         if len(set(groups)) == 1:
             groups = self.names
         same = torch.tensor([[group == other for other in groups] for group in groups])
-        to_other = [self.similarities(prompts).masked_fill(same[row], -torch.inf).amax(1) for row, prompts in enumerate(own)]
-        self.threshold.fill_(float(torch.cat(to_other).float().quantile(0.9)))
+        everywhere = [self.similarities(prompts) for prompts in own]
+        to_other = [similarities.masked_fill(same[row], -torch.inf).amax(1) for row, similarities in enumerate(everywhere)]
+        foreign = torch.cat(to_other).float().quantile(0.9)
+        reached = torch.cat(everywhere).amax(1).float().quantile(0.1)
+        self.threshold.fill_(float(torch.minimum(foreign, reached)))

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.atomic import write_bytes
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import KINDS
+from cond_pdiff.training.evaluate.table import EvaluationTable
 from cond_pdiff.training.zoo import Zoo
 
 
-def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any]) -> Path:
+def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any], pictures: Path | None = None) -> Path:
     """Write `README.md` into a local generator folder.
+
+    Args:
+        pictures: the evaluation's sheets of pictures; those of the middle of the table, trained and unseen, go into the card.
 
     Raises:
         HubError: `generator` is not a local folder.
@@ -24,7 +29,21 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
     zoo = Zoo(zoo_folder)
     _, table = KINDS[zoo.kind]
     fields = {**_generator_fields(generator, zoo, evaluation), **table.card_fields(evaluation)}
+    fields["pictures"] = _show_pictures(generator, table, evaluation, pictures) if pictures and pictures.is_dir() else ""
     return write_card(generator, f"{zoo.kind}_generator.md", fields)
+
+
+def _show_pictures(generator: Path, table: EvaluationTable, evaluation: dict[str, Any], pictures: Path) -> str:
+    """Copy the sheets of the trained and of the unseen style in the middle of the table, and say how the card shows them."""
+    lines = []
+    for part, title in table.titles.items():
+        rows = [result for result in evaluation["tasks"] if result["seen"] == (part == "zoo")]
+        rows.sort(key=lambda result: result[next(iter(table.metrics))]["generated"])
+        if rows:
+            name = rows[len(rows) // 2]["task"]
+            write_bytes(generator / "pictures" / f"{part}.png", (pictures / f"{name}.png").read_bytes())
+            lines.append(f"The middle one of the {title}, `{name}`:\n\n![{name}](pictures/{part}.png)\n")
+    return "\n".join(lines)
 
 
 def _generator_fields(generator: Path, zoo: Zoo, evaluation: dict[str, Any]) -> dict[str, Any]:
