@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cond_pdiff.hub import BUNDLED_FOLDER, MINILM, bundled_generators, find_backbone
 from cond_pdiff.training.cli import _parser, main
@@ -23,23 +24,28 @@ COMMANDS = [
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    Image.radial_gradient("L").convert("RGB").save("painting.jpg")
     return tmp_path
 
 
-def test_the_named_generator_is_bundled() -> None:
-    assert "cond-pdiff/minilm-text-tasks" in bundled_generators()
-    assert (BUNDLED_FOLDER / "minilm-text-tasks" / "README.md").is_file()
+def test_the_named_generators_are_bundled() -> None:
+    for name in ("minilm-text-tasks", "pixart-mini-styles"):
+        assert f"cond-pdiff/{name}" in README
+        assert f"cond-pdiff/{name}" in bundled_generators()
+        assert (BUNDLED_FOLDER / name / "README.md").is_file()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(PYTHON_BLOCKS) == 3
+    assert len(PYTHON_BLOCKS) == 4
     for block in PYTHON_BLOCKS:
         # Where the Hub is out of reach, the base model comes from the package that carries it.
         exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
     predicted, *report = capsys.readouterr().out.splitlines()
     assert predicted == "['negative', 'positive']"
     assert [line.split()[0] for line in report] == ["request", "nearest", "chosen", "labels"]
+    with Image.open("house.png") as house:
+        assert house.size == (256, 256)
     assert {path.name for path in (inside / "my-adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -49,6 +55,14 @@ def test_generate_and_classify_run(inside: Path, capsys: pytest.CaptureFixture[s
     assert main(classify) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-2:]] == ["negative", "positive"]
+
+
+def test_a_picture_becomes_a_preview(inside: Path) -> None:
+    generate = next(command for command in COMMANDS if "--image" in command)
+    preview = next(command for command in COMMANDS if command[0] == "preview")
+    assert main(generate) == 0
+    assert main(preview) == 0
+    assert (inside / "my-style-preview.png").is_file()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
