@@ -37,7 +37,7 @@ def test_the_named_generators_are_bundled() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(PYTHON_BLOCKS) == 4
+    assert len(PYTHON_BLOCKS) == 3
     for block in PYTHON_BLOCKS:
         # Where the Hub is out of reach, the base model comes from the package that carries it.
         exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
