@@ -137,7 +137,7 @@ def _precision(name: str) -> Iterator[None]:
     if name == "no":
         yield
         return
-    # In bfloat16 the CPU's fused attention is five times slower on its way back than plain matrix products.
+    # In bfloat16 the CPU's fused attention is slow on its way back: a step of pixart-mini takes 0.22 s with it, 0.13 s without.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
 
