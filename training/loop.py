@@ -26,6 +26,7 @@ from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from cond_pdiff.training.config import FitConfig
+from cond_pdiff.training.precision import attention_backend
 
 METRICS_FILE = "metrics.jsonl"
 PRECISIONS = ("no", "bf16", "fp16")
@@ -122,7 +123,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         batch = stage.draw(config.batch_size, rng)
-        with accelerator.autocast():
+        with accelerator.autocast(), attention_backend(config.precision, accelerator.device.type):
             loss = stage.loss(self.module, batch, rng)
         value = float(loss.detach())
         if not math.isfinite(value):
