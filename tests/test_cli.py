@@ -292,7 +292,7 @@ def test_classify_refuses_what_is_no_adapter(run: Any, adapter: Path, tiny_gener
 
 
 def test_demo_compares_with_the_base_model(run: Any, tiny_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cond_pdiff.training.cli.DEFAULT_GENERATOR", str(tiny_generator))
+    monkeypatch.setattr("cond_pdiff.training.commands.DEFAULT_GENERATOR", str(tiny_generator))
     done = run("demo")
     assert (done.status, done.err) == (0, [])
     (header,) = (index for index, line in enumerate(done.out) if line.startswith("base model "))
