@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import os
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from cond_pdiff import CondPDiffError, CondPDiffPipeline, LoraAdapter, Prototype
 from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures
 
 CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"  # in the only folder that gradio serves from
-STYLES, TASKS = "cond-pdiff/pixart-mini-styles", "cond-pdiff/minilm-text-tasks"
+STYLES = os.environ.get("COND_PDIFF_STYLE_GENERATOR", "cond-pdiff/pixart-mini-styles")
+TASKS = os.environ.get("COND_PDIFF_TEXT_GENERATOR", "cond-pdiff/minilm-text-tasks")
 PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
 MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD, KEEP_SECONDS = 4, 64, "10mb", 3600
 DESCRIPTION = "Decide whether a sentence from a review of an electronic product is negative or positive."
@@ -91,12 +92,10 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(dir=CACHE))
 
 
-def _pack(adapter: LoraAdapter, guide: str) -> str:
-    """A zip with the adapter and a page on how to load it."""
+def _pack(adapter: LoraAdapter) -> str:
+    """A zip with the adapter and its card, which says how to load it."""
     folder = _folder()
     adapter.save(folder / "zip" / "adapter")
-    text = files("cond_pdiff.model_cards").joinpath(guide).read_text(encoding="utf-8").replace("$base_model", str(adapter.spec.base_model))
-    (folder / "zip" / "how_to_load.md").write_text(text, encoding="utf-8")
     return shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
 
 
@@ -116,7 +115,7 @@ def make_style(image: str | None, other: str | None, mix: float, seed: int, prog
     adapter = out.adapter
     if other:
         adapter = adapter.interpolate(_generate(STYLES, StyleImage.open(other), 1, seed, progress).adapter, mix)
-    return adapter, _badge(out.report, _generator(STYLES).condition_index), _pack(adapter, "load_style_adapter.md")
+    return adapter, _badge(out.report, _generator(STYLES).condition_index), _pack(adapter)
 
 
 @_friendly
@@ -143,7 +142,7 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
         with model:
             adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter)
             rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
-    return _badge(out.report, _generator(TASKS).condition_index), rows, _pack(out.adapter, "load_text_adapter.md")
+    return _badge(out.report, _generator(TASKS).condition_index), rows, _pack(out.adapter)
 
 
 def build() -> gr.Blocks:

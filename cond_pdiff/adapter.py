@@ -1,7 +1,7 @@
-"""LoraAdapter: a validated peft LoRA that can be saved, loaded, attached to a model, detached, and interpolated.
+"""LoraAdapter: a validated peft LoRA that can be saved, loaded, pushed, attached to a model, detached, and interpolated.
 
 On disk it is what stock peft reads: `adapter_config.json` and `adapter_model.safetensors`, plus `cond_pdiff.json`
-with what peft has no place for (the layout, the base model's fingerprint, labels, how the adapter was made).
+with what peft has no place for (the layout, the base model's fingerprint, labels, how the adapter was made), and a card.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +22,15 @@ from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cond_pdiff.adapter_card import adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 
 KEY_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE)
-OWN_FILES = (*ADAPTER_FILES, "README.md")
-"""What may stand in an adapter folder that we replace: our files, and a card."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
 MAX_RANK = 1024
 MAX_JSON_BYTES = 4 << 20
 FACTORS = ("lora_A", "lora_B")
@@ -210,13 +211,27 @@ class LoraAdapter:
             OutputExistsError: `folder` is not empty (with `overwrite`: holds files that are not an adapter's).
         """
         target = Path(folder)
-        with atomic_folder(target, OWN_FILES, overwrite) as aside:
+        with atomic_folder(target, ADAPTER_FILES, overwrite) as aside:
             (aside / CONFIG_FILE).write_text(dump_json(self._peft_config()), encoding="utf-8")
             tensors = {key: self.tensors[key].detach().to("cpu").contiguous() for key in sorted(self.tensors)}
             (aside / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             facts = {**self.metadata, "layout": self.layout.to_json(), "lora": self.spec.to_json()}
             (aside / METADATA_FILE).write_text(dump_json(facts), encoding="utf-8")
+            card = adapter_card(self.spec.to_json(), self.layout.num_adapter_params, self.metadata)
+            (aside / "README.md").write_text(card, encoding="utf-8")
         return target
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Push:
+        """Push the adapter folder to a Hub repository, which is created if there is none.
+
+        Args:
+            options: as for `cond_pdiff.hub.push_folder`: `private`, `revision`, `token`, `commit_message`, `create_pr`, `dry_run`.
+
+        Raises:
+            HubError: see `push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return push_folder(self.save(folder), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
 
     def _peft_config(self) -> dict[str, Any]:
         # Every field that stock peft needs to rebuild this adapter, and only fields that all its versions know.

@@ -37,4 +37,7 @@ class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define c
                     f"the weights in {pretrained_model_name_or_path} are not those of a {cls.__name__}: "
                     f"{what.replace('_', ' ')} {sorted(info[what])[:3]}"
                 )
+        for tensor in (*model.parameters(), *model.buffers()):
+            # As loaded, weights lie where the file has them; sums over memory that is aligned in another way round differently.
+            tensor.data = tensor.data.clone()
         return (model, info) if report else model

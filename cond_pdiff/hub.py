@@ -7,18 +7,25 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from cond_pdiff.errors import HubError
 
 ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 """The only files ever requested from a repository: no code, no pickles."""
+
+PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
+"""What is sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
+
+EVAL_RESULTS = ".eval_results"
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 BUNDLED_NAMESPACE = "cond-pdiff/"
@@ -127,6 +134,94 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
         raise HubError(
             f"{repo_id} cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
+
+
+@dataclass(frozen=True)
+class Push:
+    """What a push sends, or would send.
+
+    Args:
+        repo_id: the repository.
+        repo_type: "model", "dataset" or "space".
+        files: name → bytes, sorted by name.
+        url: of the commit (or pull request); None for a dry run.
+    """
+
+    repo_id: str
+    repo_type: str
+    files: Mapping[str, int]
+    url: str | None
+
+    def __str__(self) -> str:
+        """For people."""
+        total = f"{len(self.files)} files, {sum(self.files.values()) / 1e6:.1f} MB"
+        if self.url is not None:
+            return f"pushed     {total} to the {self.repo_type} repository {self.repo_id}\nat         {self.url}"
+        lines = [f"{size:>12,}  {name}" for name, size in self.files.items()]
+        return "\n".join([*lines, f"dry run: {total} would be sent to the {self.repo_type} repository {self.repo_id}"])
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    patterns: Sequence[str] = PUSHED_PATTERNS,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+    space_sdk: str | None = None,
+    space_variables: Mapping[str, str] | None = None,
+) -> Push:
+    """Send the files of a folder to a Hub repository, which is created if there is none; run it again to go on after a failure.
+
+    Args:
+        patterns: what is sent; hidden files and folders never are, but for `.eval_results`.
+        private: for a new repository.
+        revision: a branch, created if there is none; None is the main one.
+        create_pr: open a pull request instead of committing.
+        dry_run: only say what would be sent; needs no network.
+        space_sdk: for a new Space.
+        space_variables: environment variables of a Space.
+
+    Raises:
+        HubError: nothing to send, not a repository name, no permission, or the connection broke off.
+    """
+    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    shown = [name for name in found if not any(part.startswith(".") and part != EVAL_RESULTS for part in name.split("/"))]
+    names = sorted(filter_repo_objects(shown, allow_patterns=list(patterns)))
+    if not names:
+        raise HubError(f"{folder} holds nothing to push; expected files like {', '.join(patterns)}")
+    files = {name: found[name] for name in names}
+    try:
+        validate_repo_id(repo_id)
+        if dry_run:
+            return Push(repo_id, repo_type, files, None)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, repo_type=repo_type, space_sdk=space_sdk, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        for name, value in (space_variables or {}).items():
+            api.add_space_variable(repo_id, name, value)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            allow_patterns=list(patterns),
+            ignore_patterns=[escape(name) for name in found if name not in files],
+            revision=revision,
+            commit_message=commit_message or f"Push {len(names)} files",
+            create_pr=create_pr,
+        )
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not a Hub repository name (owner/name): {error}") from error
+    except Exception as error:  # see `fetch`
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise HubError(f"{repo_id} cannot be pushed to: {why}; what has arrived is kept, run the same command again to go on") from error
+    return Push(repo_id, repo_type, files, commit.pr_url or commit.commit_url)
 
 
 def bundled(name: str) -> Path:

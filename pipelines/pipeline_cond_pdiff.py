@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.hub import check_generator, find_generator, generator_source
+from cond_pdiff.hub import Push, check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -30,6 +31,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
 from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport, best_candidate
+from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
@@ -82,6 +84,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         )
         self._base: SentenceBackbone | None = None
         self._source: dict[str, str | None] | None = None
+        self._card_folder: Path | None = None
         self._guidance_scale = 1.0
         self._interrupt = False
 
@@ -100,7 +103,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         """Load a generator from a local folder, by the name of a bundled one, or from the Hub.
 
         Args:
-            kwargs: as for every diffusers pipeline (`torch_dtype`, `revision`, `token`, `cache_dir`, `local_files_only`,
+            kwargs: as for every diffusers pipeline (`dtype`, `revision`, `token`, `cache_dir`, `local_files_only`,
                 `variant`, components to replace …).
 
         Raises:
@@ -121,8 +124,55 @@ class CondPDiffPipeline(DiffusionPipeline):
                 f"{type(error).__name__}: {error}"
             ) from error
         if not set(pipe.components) & set(kwargs):  # with another component, adapters could not be made again from the name
-            pipe._source = generator_source(str(pretrained_model_name_or_path), folder)
+            pipe._source, pipe._card_folder = generator_source(str(pretrained_model_name_or_path), folder), folder
         return pipe
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[Any],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save every component and the card.
+
+        Args:
+            save_directory: created if need be.
+            safe_serialization: must be true.
+            variant: say "fp16", for weights saved beside those of another precision.
+            push_to_hub: also push it, to `repo_id` (default: the folder's name in your namespace).
+            kwargs: with `push_to_hub`, `repo_id` and the options of `cond_pdiff.hub.push_folder`.
+
+        Raises:
+            HubError: another format was asked for, or the push failed; the saved folder is complete in that case.
+        """
+        if not safe_serialization or kwargs.pop("use_flashpack", False):
+            raise HubError("generators are saved as safetensors only; leave safe_serialization as it is")
+        if kwargs and not push_to_hub:
+            raise HubError(f"{next(iter(kwargs))} means something with push_to_hub=True only")
+        super().save_pretrained(str(save_directory), True, variant, max_shard_size)
+        add_card(Path(save_directory), self._card_folder)
+        if push_to_hub:
+            push_generator(save_directory, str(kwargs.pop("repo_id", Path(save_directory).absolute().name)), **kwargs)
+
+    def push_to_hub(self, repo_id: str, variant: str | None = None, **options: Any) -> Push:
+        """Push the generator with its card to a Hub repository, which is created if there is none.
+
+        Args:
+            variant: see `save_pretrained`.
+            options: as for `cond_pdiff.hub.push_folder`: `private`, `revision`, `token`, `commit_message`, `create_pr`, `dry_run`.
+
+        Raises:
+            HubError: see `push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder, variant=variant)
+            return push_generator(folder, repo_id, **options)
 
     # --- steps --------------------------------------------------------------------------------------------------
 

@@ -8,15 +8,17 @@ import os
 import pkgutil
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -270,6 +272,20 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, module in model.named_modules():
         digest.update(f"{name} {type(module)} {len(module._forward_hooks)} {len(module._forward_pre_hooks)}".encode())
     return digest.hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """An empty Hub, which is the one that huggingface_hub knows."""
+    hub = LoopbackHub()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks plain LFS
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    with hub.running():
+        yield hub
 
 
 class Done(NamedTuple):

@@ -47,6 +47,8 @@ class LoopbackHub:
         repos: (type, id) → repository.
         requests: what was asked for, as "METHOD /path".
         before: called with each request's line before it is answered, say to move a branch.
+        token: needed for everything that writes; None: anyone may.
+        variables: (Space, name) → value.
         cut: called with a file's name and its bytes; how many of them to send before the connection breaks, or None.
     """
 
@@ -54,6 +56,8 @@ class LoopbackHub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.token: str | None = None
+        self.variables: dict[tuple[str, str], str] = {}
         self.before: Callable[[str], None] = lambda line: None
         self.cut: Callable[[str, bytes], int | None] = lambda name, data: None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -113,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.split("?")[0])
         self.hub.requests.append(f"{self.command} {path}")
         self.hub.before(self.hub.requests[-1])
+        if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self._refuse(401, "")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if path == "/api/repos/create":
             self._create(json.loads(body))
@@ -128,13 +134,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit(match[1], match[2], match[3], [json.loads(line) for line in body.splitlines()])
         elif match := re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)/branch/(.+)", path):
             repo = self.hub.repos[match[1], match[2]]
-            repo.branches.setdefault(match[3], repo.branches["main"])
+            if match[3] in repo.branches:
+                return self._refuse(409, "BranchExists")
+            repo.branches[match[3]] = repo.branches["main"]
+            self._json({})
+        elif match := re.fullmatch(r"/api/spaces/([^/]+/[^/]+)/variables", path):
+            entry = json.loads(body)
+            self.hub.variables[match[1], entry["key"]] = entry["value"]
             self._json({})
         else:
             self._refuse(404, "EntryNotFound")
+        return None
 
     def do_PUT(self) -> None:
         self.hub.requests.append(f"PUT {self.path}")
+        self.hub.before(self.hub.requests[-1])
         data = self.rfile.read(int(self.headers["Content-Length"]))
         if hashlib.sha256(data).hexdigest() != self.path.rpartition("/")[2]:
             return self._refuse(400, "WrongHash")
@@ -177,12 +191,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, asked: Mapping[str, Any]) -> None:
         key = (asked.get("type") or "model", f"{asked.get('organization') or 'owner'}/{asked['name']}")
+        found = {"url": f"{self.hub.endpoint}/{PREFIXES[key[0]]}{key[1]}", "name": key[1], "id": "0"}
         if key in self.hub.repos:
-            return self._refuse(409, "RepoExists")
+            return self._answer(json.dumps(found).encode(), status=409)
         self.hub.repos[key] = Repo()
         self.hub.repos[key].private = asked.get("private") or asked.get("visibility") == "private"
         self.hub.repos[key].commit({".gitattributes": b""})
-        return self._json({"url": f"{self.hub.endpoint}/{PREFIXES[key[0]]}{key[1]}", "name": key[1], "id": "0"})
+        return self._json(found)
 
     def _batch(self, objects: list[Mapping[str, Any]]) -> None:
         missing = {item["oid"] for item in objects} - set(self.hub.objects)

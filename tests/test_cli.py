@@ -168,9 +168,7 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_picture_gives_an_adapter_and_previews(
-    run: Any, style_generator: Path, style_zoo: Zoo, picture: Path, tmp_path: Path
-) -> None:
+def test_a_picture_gives_an_adapter_and_previews(run: Any, style_generator: Path, style_zoo: Zoo, picture: Path, tmp_path: Path) -> None:
     done = run("generate", "--image", picture, "--generator", style_generator, "--out", tmp_path / "embers", "--seed", 3)
     assert done.status == 0, done.err
     assert done.out[-1] == f"adapter    {tmp_path / 'embers'}"

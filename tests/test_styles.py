@@ -123,9 +123,7 @@ def test_the_zoo_holds_what_was_asked_for(style_zoo: Zoo) -> None:
     assert data.tasks.tolist() == [0] * 4 + [1] * 4
 
 
-def test_a_recipe_that_names_no_styles_takes_all_but_the_unseen(
-    style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
-) -> None:
+def test_a_recipe_that_names_no_styles_takes_all_but_the_unseen(style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path) -> None:
     section = {**style_recipe["collect"], "tasks": [], "runs": 1, "multitask_steps": 0}
     zoo = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo", shard=(2, 3))
     assert (zoo.task_names, zoo.unseen_names) == (["embers", "lagoon"], ["moss"])
@@ -190,9 +188,7 @@ def test_a_generator_refuses_the_other_kind_of_condition(style_generator: Path, 
         CondPDiffPipeline.from_pretrained(tiny_generator)(Image.new("RGB", (64, 64)))
 
 
-def test_an_encoder_of_the_other_kind_is_refused(
-    style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path: Path
-) -> None:
+def test_an_encoder_of_the_other_kind_is_refused(style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path: Path) -> None:
     other = {**style_recipe, "unet": {**style_recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
     with pytest.raises(TrainingError, match="cannot read the conditions of styles"):
         train(other, style_zoo.folder, styles_folder, tmp_path / "run")

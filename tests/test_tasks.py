@@ -12,7 +12,7 @@ from cond_pdiff.errors import OutputExistsError, TaskDataError
 from cond_pdiff.training.tasks import Row, Task, import_dataset, load_tasks, sample_rows, spread_over_labels, write_task
 
 LABELS = ("kind", "unkind", "neither")
-ROWS: list[Row] = [("good film", 0), ("bad film", 1), ("a \"film\"\nin two lines \\ \u2028", 2), ("хороший фильм 🎬", 0)]
+ROWS: list[Row] = [("good film", 0), ("bad film", 1), ('a "film"\nin two lines \\ \u2028', 2), ("хороший фильм 🎬", 0)]
 PAIRS: list[Row] = [(("one", "two"), 0), (("drei", "четыре"), 2)]
 
 

@@ -282,8 +282,8 @@ def test_shares_count_what_a_caption_names_and_nothing_else() -> None:
     pictures = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
     assert set(shares(Oracle(labels), pictures, scenes).values()) == {1.0}
     answers = labels.clone()
-    answers[0, 4:] = 3     # a second object where none was asked for: not counted
-    answers[2, 6] = 1      # the side of `beside`: not counted
+    answers[0, 4:] = 3  # a second object where none was asked for: not counted
+    answers[2, 6] = 1  # the side of `beside`: not counted
     answers[0, 0] += 1
     answers[1, 4] += 1
     assert shares(Oracle(answers), pictures, scenes) == {

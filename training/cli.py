@@ -96,6 +96,25 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
     convert.set_defaults(run=commands.convert)
 
+    push = add("push", help="push a generator or an adapter, with its card, to the Hub")
+    push.add_argument("folder", help="a generator (folder or bundled name), or an adapter folder")
+    push.set_defaults(run=commands.push)
+
+    zoo = add("push-zoo", help="push a zoo to the Hub as a data set; run it again to go on where it stopped")
+    zoo.add_argument("zoo", type=Path, help="a finished zoo")
+    zoo.set_defaults(run=commands.push_zoo)
+
+    space = add("push-space", help="push the demo to the Hub as a Space")
+    space.add_argument("--app", type=Path, default=Path("app.py"), help="the demo (default: %(default)s)")
+    space.add_argument("--generator", action="append", default=[], metavar="NAME", help="a Hub repository to show instead of a bundled one")
+    space.set_defaults(run=commands.push_space)
+    for command in (push, zoo, space):
+        command.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository, created if there is none")
+        command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+        command.add_argument("--revision", metavar="BRANCH", help="branch to push to, created if there is none")
+        command.add_argument("--message", metavar="TEXT", help="of the commit")
+        command.add_argument("--dry-run", action="store_true", help="only say what would be sent")
+
     demo = add("demo", help="generate an adapter and compare it with the base model")
     demo.set_defaults(run=commands.demo)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
@@ -80,10 +80,10 @@ def _condition(arguments: argparse.Namespace) -> TaskPrompt | StyleImage:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Make an adapter from a condition."""
-    from cond_pdiff.adapter import OWN_FILES
+    from cond_pdiff.adapter import ADAPTER_FILES
     from cond_pdiff.atomic import check_output_folder
 
-    check_output_folder(arguments.out, OWN_FILES, arguments.force)
+    check_output_folder(arguments.out, ADAPTER_FILES, arguments.force)
     condition = _condition(arguments)
     generator = arguments.generator or (DEFAULT_GENERATOR if arguments.image is None else DEFAULT_STYLE_GENERATOR)
     count = arguments.num_adapters if arguments.num_adapters is not None else (20 if arguments.example else 1)
@@ -198,6 +198,38 @@ def info(arguments: argparse.Namespace) -> None:
     from cond_pdiff.generator_info import GeneratorInfo
 
     print(GeneratorInfo.read(arguments.generator))
+
+
+def push(arguments: argparse.Namespace) -> None:
+    """A generator or an adapter → Hub."""
+    from cond_pdiff.adapter import CONFIG_FILE, LoraAdapter
+    from cond_pdiff.publish import push_generator
+
+    options = _push_options(arguments)
+    if (Path(arguments.folder) / CONFIG_FILE).is_file():
+        print(LoraAdapter.load(arguments.folder).push_to_hub(arguments.repo, **options))
+    else:
+        print(push_generator(arguments.folder, arguments.repo, **options))
+
+
+def push_zoo(arguments: argparse.Namespace) -> None:
+    """A zoo → data set on the Hub."""
+    from cond_pdiff.training.push_zoo import push_zoo
+    from cond_pdiff.training.zoo import Zoo
+
+    print(push_zoo(Zoo(arguments.zoo), arguments.repo, **_push_options(arguments)))
+
+
+def push_space(arguments: argparse.Namespace) -> None:
+    """The demo → Space."""
+    from cond_pdiff.publish import push_space
+
+    print(push_space(arguments.app, arguments.repo, tuple(arguments.generator), **_push_options(arguments)))
+
+
+def _push_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {"private": arguments.private, "revision": arguments.revision, "dry_run": arguments.dry_run}
+    return options | ({"commit_message": arguments.message} if arguments.message else {})
 
 
 def demo(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,108 @@
+"""Generators and the demo as Hub repositories, each with a card that is right where it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from cond_pdiff.atomic import write_text
+from cond_pdiff.errors import HubError
+from cond_pdiff.generator_info import GeneratorInfo
+from cond_pdiff.hub import EVAL_RESULTS, Push, push_folder
+
+CARD_FILE = "README.md"
+LOADS_GENERATOR = re.compile(r'CondPDiffPipeline\.from_pretrained\("[^"\n]*"\)')
+PICTURE = re.compile(r"!\[[^\]\n]*\]\((?!https?:)([^)\n]+)\)\n?")
+SPACE_FILES = (CARD_FILE, "app.py", "requirements.txt")
+VARIABLES = {"style": "COND_PDIFF_STYLE_GENERATOR", "text": "COND_PDIFF_TEXT_GENERATOR"}
+"""What a generator makes → the environment variable by which `app.py` is told its name."""
+
+
+def add_card(generator: Path, source: Path | None = None) -> None:
+    """Give a saved generator a card: the one of the folder it was loaded from, or one that says that nothing was measured.
+
+    Args:
+        source: folder with the card that describes these weights, with its pictures and evaluation results.
+    """
+    if source is not None and (source / CARD_FILE).is_file():
+        for path in (source / CARD_FILE, *source.glob("pictures/*.png"), *source.glob(f"{EVAL_RESULTS}/*.yaml")):
+            target = generator / path.relative_to(source)
+            if target.absolute() != path.absolute():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+        return
+    info = GeneratorInfo.read(generator)
+    text = Template(files("cond_pdiff.model_cards").joinpath("generator.md").read_text(encoding="utf-8")).substitute(
+        name=generator.absolute().name,
+        makes=info.makes,
+        base_model=info.base.repo_id,
+        base_yaml=json.dumps(info.base.repo_id),
+        facts="\n".join("    " + line for line in str(info).splitlines()[2:]),
+    )
+    write_text(generator / CARD_FILE, text)
+
+
+def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
+    """Push a local or bundled generator with its card to a Hub repository.
+
+    The card's snippet then loads the repository, and pictures that did not come along (a pull brings none) are left out of it.
+
+    Args:
+        generator: a folder, or the name of a bundled or cached one.
+        options: as for `cond_pdiff.hub.push_folder`.
+
+    Raises:
+        HubError: not a complete generator; or see `push_folder`.
+    """
+    source = GeneratorInfo.read(generator).folder
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / source.absolute().name
+        shutil.copytree(source, folder)
+        if not (folder / CARD_FILE).is_file():
+            add_card(folder)
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        card = LOADS_GENERATOR.sub(f'CondPDiffPipeline.from_pretrained("{repo_id}")', card)
+        card = PICTURE.sub(lambda found: found[0] if (folder / found[1]).is_file() else "", card)
+        write_text(folder / CARD_FILE, card)
+        return push_folder(folder, repo_id, **{"commit_message": "Push a generator of LoRA adapters", **options})
+
+
+def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), **options: Any) -> Push:
+    """Push the demo as a Gradio Space.
+
+    Args:
+        app: the project's `app.py`.
+        generators: Hub repositories of generators to show instead of the bundled ones, at most one for styles and one for tasks;
+            the Space fetches them when it is built.
+        options: as for `cond_pdiff.hub.push_folder`.
+
+    Raises:
+        HubError: `app` is missing, a generator cannot be read, or see `push_folder`.
+    """
+    if not Path(app).is_file():
+        raise HubError(f"there is no {app}; give the demo's app.py, which lies at the top of the project's repository")
+    shown: dict[str, str] = {}
+    for name in generators:
+        makes = GeneratorInfo.read(name).makes
+        if makes in shown:
+            raise HubError(f"{shown[makes]} and {name} both make {makes} adapters; the demo shows one generator of a kind")
+        shown[makes] = name
+    names = "".join(f"- {name}\n" for name in shown.values())
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent)
+        shutil.copyfile(app, folder / "app.py")
+        (folder / "requirements.txt").write_text(f"cond-pdiff[app]=={version('cond-pdiff')}\n", encoding="utf-8")
+        template = Template(files("cond_pdiff.model_cards").joinpath("space.md").read_text(encoding="utf-8"))
+        generators_yaml = f"models:\n{names}preload_from_hub:\n{names}" if names else ""
+        card = template.substitute(gradio=version("gradio"), generators=generators_yaml)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
+        settings = {"repo_type": "space", "space_sdk": "gradio", "commit_message": "Push the demo"}
+        variables = {VARIABLES[makes]: name for makes, name in shown.items()}
+        return push_folder(folder, repo_id, patterns=SPACE_FILES, space_variables=variables, **{**settings, **options})

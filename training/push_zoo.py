@@ -1,0 +1,56 @@
+"""`push-zoo`: a zoo as a data-set repository on the Hub, with a card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.hub import Push, push_folder
+from cond_pdiff.training.card import markdown_table, write_card
+from cond_pdiff.training.zoo import Zoo
+
+
+def push_zoo(zoo: Zoo, repo_id: str, **options: Any) -> Push:
+    """Write the zoo's manifest and card into its folder, and push it all; run it again to go on where it stopped.
+
+    Args:
+        options: as for `cond_pdiff.hub.push_folder`.
+
+    Raises:
+        TaskDataError: a task of the zoo has no adapter yet.
+        HubError: see `push_folder`.
+    """
+    missing = [name for name in (*zoo.task_names, *zoo.unseen_names) if not zoo.runs(name)]
+    if missing:
+        raise TaskDataError(f"{zoo.folder} is not finished: {missing[0]} has no adapter; run `cond-pdiff collect` again to go on")
+    zoo.write_manifest()
+    write_zoo_card(zoo, repo_id)
+    return push_folder(zoo.folder, repo_id, **{"repo_type": "dataset", "commit_message": "Push a zoo of LoRA adapters", **options})
+
+
+def write_zoo_card(zoo: Zoo, repo_id: str) -> Path:
+    """Write `README.md` into the zoo's folder."""
+    names = (*zoo.task_names, *zoo.unseen_names)
+    runs = {name: zoo.runs(name) for name in names}
+    settings = {**zoo.facts["lora"], **zoo.facts["collect"]}
+    rows = []
+    for name in names:
+        facts = zoo.facts["tasks" if name in zoo.task_names else "unseen"][name]
+        licence = " ".join(str(facts.get("licence") or "unknown").split()).replace("|", "/")
+        metrics = ", ".join(f"{key} {value}" for key, value in runs[name][0].facts.items() if key.startswith("test_"))
+        rows.append([name, "yes" if name in zoo.task_names else "no", str(len(runs[name])), metrics or "–", licence])
+    fields = {
+        "repo_id": repo_id,
+        "num_adapters": sum(map(len, runs.values())),
+        "num_tasks": len(zoo.task_names),
+        "num_unseen": len(zoo.unseen_names),
+        "kind": zoo.kind,
+        "recipe": "minilm-text-tasks" if zoo.kind == "text" else "pixart-mini-styles",
+        "base_model": zoo.base.repo_id,
+        "base_revision": f" at revision `{zoo.base.revision}`" if zoo.base.revision else "",
+        "settings": "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in sorted(settings.items())),
+        "task_table": markdown_table(["task", "for training", "adapters", "metrics", "licence"], rows),
+    }
+    return write_card(zoo.folder, "zoo.md", fields)
