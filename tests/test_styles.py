@@ -153,7 +153,8 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
     torch.testing.assert_close(dict(again.adapter.tensors), dict(out.adapters[1].tensors), rtol=0, atol=1e-5)
     assert {neighbour.task for neighbour in out.report.nearest} == {"embers", "lagoon"}
     shown = np.asarray(pipe.condition_index.preview("lagoon"))
-    assert np.array_equal(shown, Style.load(styles_folder / "lagoon").pictures("train")[0][0].numpy())
+    scene = Image.fromarray(Style.load(styles_folder / "lagoon").pictures("train")[0][0].numpy())
+    assert np.array_equal(shown, np.asarray(scene.resize((48, 48), Image.Resampling.BOX)))
     assert str(out.report).startswith("request    ")
     assert "labels" not in str(out.report)
 
@@ -367,7 +368,7 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
     assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
     with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
-        assert sheet.size == (8 + 2 * 136, 8 + 7 * 156 + 20)  # two captions, seven rows
+        assert sheet.size == (8 + 2 * 104, 8 + 7 * 124 + 20)  # two captions, seven rows
     report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "not Inception's" in report
     assert "| 1 unseen styles, Fréchet distance |" in report

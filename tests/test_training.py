@@ -387,6 +387,30 @@ def test_a_mixture_is_mixed_in_condition_and_latents_alike(unet_stage: UNetStage
     torch.testing.assert_close(whole, swapped)
 
 
+def test_a_step_may_train_each_sample_at_several_noise_levels(unet_stage: UNetStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet_stage.scheduler, "add_noise", lambda clean, noise, timesteps: clean)
+    batch = unet_stage.draw(4, torch.Generator().manual_seed(0))
+    unet_stage.config = replace(unet_stage.config, noise_draws=3)
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def network(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return unet_stage.module(*inputs)
+
+    network.parameters = unet_stage.module.parameters  # type: ignore[attr-defined]
+    assert torch.isfinite(unet_stage.loss(network, batch, torch.Generator().manual_seed(0)))  # type: ignore[arg-type]
+    noisy, timesteps, condition, partner, ratio, disturbance, keep = seen[0]
+    assert [len(each) for each in (noisy, timesteps, disturbance, keep, condition, partner, ratio)] == [12, 12, 12, 12, 4, 4, 4]
+    assert torch.equal(noisy, noisy[:4].repeat(3, 1, 1))
+    assert len(set(timesteps.tolist())) > 4
+    # The k-th draw of a sample has the sample's own condition.
+    still, kept = torch.zeros_like(disturbance), torch.ones_like(keep)
+    with torch.no_grad():
+        all_at_once = unet_stage.module(noisy, timesteps, condition, partner, ratio, still, kept)
+        second = unet_stage.module(noisy[4:8], timesteps[4:8], condition, partner, ratio, still[:4], kept[:4])
+    torch.testing.assert_close(all_at_once[4:8], second, atol=1e-5, rtol=1e-4)
+
+
 def test_latents_have_unit_variance(unet_stage: UNetStage) -> None:
     code = unet_stage.latents[..., :-2]  # behind them stand the two statistics of the normaliser
     assert float(code.square().mean()) == pytest.approx(1, abs=1e-4)

@@ -15,6 +15,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
 from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
+from cond_pdiff.text_to_image import stack_pictures
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.styles import Style
 from cond_pdiff.training.tasks import Task
@@ -26,6 +27,7 @@ CONDITION_ENCODERS = {
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 WORD_DROPOUT = 0.15
 SMALLEST_CROP = 0.4
+PREVIEW_SIDE = 48  # pixels of the small picture of each style that goes with a generator
 """Of a style picture's sides."""
 
 
@@ -72,7 +74,9 @@ class ConditionBank:
         count = config.variants_per_task
         if styles:
             facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
-            previews: torch.Tensor | None = torch.stack([style.pictures("train")[0][0] for style in styles])
+            scenes = [Image.fromarray(style.pictures("train")[0][0].numpy()) for style in styles]
+            small = [scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX) for scene in scenes]
+            previews: torch.Tensor | None = stack_pictures(small)
             variants: list[Any] = [style_variants(style, count) for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}

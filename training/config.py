@@ -101,6 +101,7 @@ class UNetConfig:
     condition_noise: float = 0.02  # standard deviation added to condition embeddings
     variants_per_task: int = 48  # of each task's condition: prompts with other examples, crops of style pictures
     latent_jitter: float = 0.0  # standard deviation added to training latents (unit variance)
+    noise_draws: int = 1  # noise levels at which a step trains each sample; its condition is embedded once for all of them
     mixing: float = 0.0  # share of samples that are mixtures of two tasks, condition and latents alike
 
 

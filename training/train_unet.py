@@ -44,11 +44,13 @@ class Denoiser(nn.Module):
         """Predict what the scheduler asks for, shape of `noisy`.
 
         Args:
-            condition: embeddings, or the trained encoder's inputs (uint8).
+            noisy: latents of `draws` times the batch: all samples, then all of them again with other noise …
+            timesteps: of each, shape `(draws * batch,)`.
+            condition: embeddings, or the trained encoder's inputs (uint8), of the batch.
             partner: with whose condition each sample's is mixed, shape `(batch,)`.
             ratio: from 0 (its own condition) to 1 (its partner's), shape `(batch, 1)`.
-            disturbance: added to the embeddings, shape `(batch, condition_dim)`.
-            keep: False where a sample is trained without its condition, shape `(batch, 1)`.
+            disturbance: added to the embeddings, shape `(draws * batch, condition_dim)`.
+            keep: False where a sample is trained without its condition, shape `(draws * batch, 1)`.
         """
         if self.encoder is not None:
             condition = self.encoder(condition.to(noisy.dtype) / 255)
@@ -56,6 +58,7 @@ class Denoiser(nn.Module):
         length = torch.lerp(length, length[partner], ratio)
         condition = torch.lerp(condition, condition[partner], ratio)
         condition = condition * (length / condition.norm(dim=1, keepdim=True).clamp(min=1e-6))  # between two tasks, not shorter
+        condition = condition.repeat(len(noisy) // len(condition), 1)
         sample: torch.Tensor = self.unet(noisy, timesteps, (condition + disturbance) * keep).sample
         return sample
 
@@ -104,19 +107,21 @@ class UNetStage:
         """Equation 8, with one timestep a sample, some samples without a condition, and some that are mixtures of two tasks."""
         tasks, adapters = batch
         config, size = self.config, len(tasks)
+        total = size * config.noise_draws
         clean = self.latents[adapters]
         clean = clean + config.latent_jitter * torch.randn(clean.shape, generator=rng)
         variants = torch.randint(self.bank.inputs.shape[1], (size,), generator=rng)
         condition = self.bank.inputs[tasks, variants]
-        disturbance = config.condition_noise * torch.randn(size, self.bank.encoder.condition_dim, generator=rng)
-        keep = torch.rand(size, 1, generator=rng) >= config.condition_dropout
-        noise = torch.randn(clean.shape, generator=rng)
-        timesteps = torch.randint(config.num_train_timesteps, (size,), generator=rng)
+        disturbance = config.condition_noise * torch.randn(total, self.bank.encoder.condition_dim, generator=rng)
+        keep = torch.rand(total, 1, generator=rng) >= config.condition_dropout
+        noise = torch.randn(total, *clean.shape[1:], generator=rng)
+        timesteps = torch.randint(config.num_train_timesteps, (total,), generator=rng)
         partner, ratio = torch.arange(size), torch.zeros(size, 1)
         if config.mixing:
             partner = torch.randperm(size, generator=rng)
             ratio = torch.rand(size, 1, generator=rng) * (torch.rand(size, 1, generator=rng) < config.mixing)
             clean = torch.lerp(clean, clean[partner], ratio[..., None])
+        clean = clean.repeat(config.noise_draws, 1, 1)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
         target = diffusion_target(self.scheduler, clean, noise, timesteps)
         device = next(module.parameters()).device

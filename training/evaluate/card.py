@@ -11,7 +11,7 @@ from cond_pdiff.hub import weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import KINDS
-from cond_pdiff.training.evaluate.table import EvaluationTable
+from cond_pdiff.training.evaluate.table import EvaluationTable, part
 from cond_pdiff.training.zoo import Zoo
 
 
@@ -36,13 +36,13 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
 def _show_pictures(generator: Path, table: EvaluationTable, evaluation: dict[str, Any], pictures: Path) -> str:
     """Copy the sheets of the trained and of the unseen style in the middle of the table, and say how the card shows them."""
     lines = []
-    for part, title in table.titles.items():
-        rows = [result for result in evaluation["tasks"] if result["seen"] == (part == "zoo")]
-        rows.sort(key=lambda result: result[next(iter(table.metrics))]["generated"])
+    main = next(iter(table.metrics))
+    for where, title in table.titles.items():
+        rows = sorted(part(evaluation["tasks"], seen=where == "zoo"), key=lambda result: result[main]["generated"])
         if rows:
             name = rows[len(rows) // 2]["task"]
-            write_bytes(generator / "pictures" / f"{part}.png", (pictures / f"{name}.png").read_bytes())
-            lines.append(f"The middle one of the {title}, `{name}`:\n\n![{name}](pictures/{part}.png)\n")
+            write_bytes(generator / "pictures" / f"{where}.png", (pictures / f"{name}.png").read_bytes())
+            lines.append(f"The middle one of the {title}, `{name}`:\n\n![{name}](pictures/{where}.png)\n")
     return "\n".join(lines)
 
 

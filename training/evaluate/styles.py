@@ -27,7 +27,7 @@ from cond_pdiff.training.zoo import Zoo
 
 ROUTING_PICTURES = 5
 PICTURE_BATCH = 32
-SHOWN = 6
+SHOWN, SHOWN_SIDE = 4, 96  # pictures a row, and their side in pixels
 
 
 class PictureSet:
@@ -96,7 +96,7 @@ class StyleEvaluator(ZooEvaluator):
     def _write_sheet(self, name: str, sets: Mapping[str, PictureSet | None], captions: Sequence[str]) -> None:
         """The first pictures of every column, to be looked at."""
         rows = {title: [Image.fromarray(pixels.numpy()) for pixels in made.pictures[:SHOWN]] for title, made in sets.items() if made}
-        write_bytes(self.out / "pictures" / f"{name}.png", encode_png(picture_sheet(rows, captions[:SHOWN], 128)))
+        write_bytes(self.out / "pictures" / f"{name}.png", encode_png(picture_sheet(rows, captions[:SHOWN], SHOWN_SIDE)))
 
     def made(self, name: str, adapter: LoraAdapter | None, captions: tuple[str, ...]) -> PictureSet:
         """The pictures of an adapter that stands in several styles' rows, made once."""

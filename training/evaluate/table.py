@@ -56,8 +56,8 @@ class EvaluationTable(ABC):
 
     def summarize(self, results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
         """Means over the tasks of the zoo and over the unseen ones."""
-        parts = {"zoo": _part(results, seen=True), "unseen": _part(results, seen=False)}
-        means = {name: self._means(part) if part else None for name, part in parts.items()}
+        parts = {"zoo": part(results, seen=True), "unseen": part(results, seen=False)}
+        means = {name: self._means(found) if found else None for name, found in parts.items()}
         return {"settings": settings, **self.own_facts(), **means, "tasks": list(results)}
 
     def _means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -99,8 +99,8 @@ class EvaluationTable(ABC):
     def means_table(self, evaluation: dict[str, Any]) -> str:
         """Mean values, as a Markdown table."""
         rows = []
-        for part, title in self.titles.items():
-            means = evaluation[part]
+        for where, title in self.titles.items():
+            means = evaluation[where]
             for metric, name in self.metrics.items() if means else ():
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
                 rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
@@ -109,8 +109,8 @@ class EvaluationTable(ABC):
     def facts(self, evaluation: dict[str, Any]) -> str:
         """Routing, novelty, diversity and time, as a Markdown list."""
         lines = []
-        for part, title in self.titles.items():
-            means = evaluation[part]
+        for where, title in self.titles.items():
+            means = evaluation[where]
             if not means:
                 continue
             routing = "" if means["routing"] is None else f"routing {means['routing']:.1%} of {means['routing_samples']} samples; "
@@ -124,7 +124,7 @@ class EvaluationTable(ABC):
         """What the template of a generator's card needs from an evaluation."""
         main = next(iter(self.metrics))
         seen = [[result["task"], *(self.show(result[main][name]) for name in self.seen_columns), result["licence"].replace("|", "/")]
-                for result in _part(evaluation["tasks"], seen=True)]  # fmt: skip
+                for result in part(evaluation["tasks"], seen=True)]  # fmt: skip
         return {
             "means_table": self.means_table(evaluation),
             "facts": self.facts(evaluation),
@@ -135,7 +135,7 @@ class EvaluationTable(ABC):
     def _unseen_section(self, evaluation: dict[str, Any], main: str) -> str:
         """A section with a table, or nothing where there are no unseen tasks."""
         rows = []
-        for result in _part(evaluation["tasks"], seen=False):
+        for result in part(evaluation["tasks"], seen=False):
             inside = "in" if result["in_distribution"] else "out"
             nearest = f"{result['retrieved']} ({result['similarity']:.2f}, {inside})"
             rows.append([result["task"], nearest, *(self.show(result[main][name]) for name in self.unseen_columns)])
@@ -153,5 +153,6 @@ class EvaluationTable(ABC):
         ])  # fmt: skip
 
 
-def _part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:
+def part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:
+    """The results of trained or of unseen tasks."""
     return [result for result in results if result["seen"] == seen]
