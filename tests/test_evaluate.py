@@ -282,11 +282,15 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
     assert "sampled with DPMSolverMultistepScheduler" in text
 
 
-def test_the_cards_head_is_what_the_hub_reads(card: Path, tiny_zoo: Path) -> None:
+def test_the_cards_head_is_what_the_hub_reads(card: Path, evaluation: dict[str, Any], tiny_zoo: Path) -> None:
     data = ModelCard.load(card).data
     assert (data.library_name, data.license) == ("cond-pdiff", "apache-2.0")
     assert data.base_model == Zoo(tiny_zoo).base.repo_id
     assert {"lora", "cond-pdiff"} <= set(data.tags)
+    told = {(result.dataset_type, result.metric_name): result.metric_value for result in data.eval_results}
+    for where in ("zoo", "unseen"):
+        value = told[f"cond-pdiff/{where}", "accuracy in percent, generated, best"]
+        assert value == pytest.approx(100 * evaluation[where]["accuracy"]["generated_best"], abs=0.06)
 
 
 def test_the_cards_code_is_python(card: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
     zoo = Zoo(zoo_folder)
     _, table = KINDS[zoo.kind]
     fields = {**_generator_fields(generator, zoo, evaluation), **table.card_fields(evaluation)}
+    # JSON is YAML.
+    fields["model_index"] = json.dumps(table.model_index(evaluation, generator.name), ensure_ascii=False)
     fields["pictures"] = _show_pictures(generator, table, evaluation, pictures) if pictures and pictures.is_dir() else ""
     return write_card(generator, f"{zoo.kind}_generator.md", fields)
 

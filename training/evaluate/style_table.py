@@ -27,6 +27,8 @@ class StyleTable(EvaluationTable):
     }
     seen_columns = ("base", "trained", "soup", "generated")
     unseen_columns = ("base", "retrieval", "multitask", "generated", "trained")
+    own_columns = ("generated",)
+    task_type = "text-to-image"
     extra_columns = ("retrieved", "novelty")
 
     def show(self, value: float | None) -> str:

@@ -27,6 +27,10 @@ class EvaluationTable(ABC):
     seen_columns: ClassVar[tuple[str, ...]]
     unseen_columns: ClassVar[tuple[str, ...]]
     """Columns of the card's tables of trained and of unseen tasks."""
+    own_columns: ClassVar[tuple[str, ...]]
+    """Columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
+    task_type: ClassVar[str]
+    """The Hub's word for the job."""
     extra_columns: ClassVar[tuple[str, ...]]
     """Heads of what `extra_cells` gives."""
 
@@ -119,6 +123,21 @@ class EvaluationTable(ABC):
                 f"called in-distribution; {means['seconds_per_adapter']:.2f} s from condition to adapter (median)."
             )
         return "\n".join(lines)
+
+    def model_index(self, evaluation: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        """The generator's means in the form of the Hub's `model-index`."""
+        results = []
+        for where, title in self.titles.items():
+            means = evaluation[where]
+            if means:
+                metrics = [
+                    {"type": metric, "name": f"{words}, {self.columns[column]}", "value": float(self.show(means[metric][column]))}
+                    for metric, words in self.metrics.items()
+                    for column in self.own_columns
+                ]
+                dataset = {"type": f"cond-pdiff/{where}", "name": f"{means[f'{self.noun}s']} {title}"}
+                results.append({"task": {"type": self.task_type}, "dataset": dataset, "metrics": metrics})
+        return [{"name": name, "results": results}]
 
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
         """What the template of a generator's card needs from an evaluation."""
