@@ -21,7 +21,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.hub import Push, check_generator, find_generator, generator_source
+from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -136,6 +136,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save every component and the card.
@@ -145,34 +146,57 @@ class CondPDiffPipeline(DiffusionPipeline):
             safe_serialization: must be true.
             variant: say "fp16", for weights saved beside those of another precision.
             push_to_hub: also push it, to `repo_id` (default: the folder's name in your namespace).
+            use_flashpack: must be false.
             kwargs: with `push_to_hub`, `repo_id` and the options of `cond_pdiff.hub.push_folder`.
 
         Raises:
             HubError: another format was asked for, or the push failed; the saved folder is complete in that case.
         """
-        if not safe_serialization or kwargs.pop("use_flashpack", False):
+        if not safe_serialization or use_flashpack:
             raise HubError("generators are saved as safetensors only; leave safe_serialization as it is")
         if kwargs and not push_to_hub:
             raise HubError(f"{next(iter(kwargs))} means something with push_to_hub=True only")
         super().save_pretrained(str(save_directory), True, variant, max_shard_size)
         add_card(Path(save_directory), self._card_folder)
         if push_to_hub:
-            push_generator(save_directory, str(kwargs.pop("repo_id", Path(save_directory).absolute().name)), **kwargs)
+            push_generator(Path(save_directory), str(kwargs.pop("repo_id", Path(save_directory).absolute().name)), **kwargs)
 
-    def push_to_hub(self, repo_id: str, variant: str | None = None, **options: Any) -> Push:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+    ) -> str:
         """Push the generator with its card to a Hub repository, which is created if there is none.
 
         Args:
+            private: for a new repository.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: must be true.
             variant: see `save_pretrained`.
-            options: as for `cond_pdiff.hub.push_folder`: `private`, `revision`, `token`, `commit_message`, `create_pr`, `dry_run`.
+            subfolder: must be None: a generator is a whole repository.
+            revision: a branch, created if there is none.
+
+        Returns:
+            The address of the commit or pull request.
 
         Raises:
-            HubError: see `push_folder`.
+            HubError: see `cond_pdiff.hub.push_folder`.
         """
+        if subfolder is not None:
+            raise HubError(f"a generator is a whole repository; it cannot be pushed to the subfolder {subfolder!r}")
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, variant=variant)
-            return push_generator(folder, repo_id, **options)
+            self.save_pretrained(folder, safe_serialization, variant)
+            options = {"commit_message": commit_message} if commit_message else {}
+            push = push_generator(folder, repo_id, private=private, token=token, create_pr=create_pr, revision=revision, **options)
+        return str(push.url)
 
     # --- steps --------------------------------------------------------------------------------------------------
 

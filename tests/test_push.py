@@ -49,10 +49,11 @@ def test_pushed_pulled_and_reloaded_offline_it_makes_the_same_bytes(
     hub: LoopbackHub, tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe = CondPDiffPipeline.from_pretrained(tiny_generator)
-    push = pipe.push_to_hub("owner/mine", private=True, commit_message="The first")
-    assert push.url == f"{hub.endpoint}/owner/mine/commit/{hub.repos['model', 'owner/mine'].branches['main']}"
+    url = pipe.push_to_hub("owner/mine", private=True, commit_message="The first")
+    assert url == f"{hub.endpoint}/owner/mine/commit/{hub.repos['model', 'owner/mine'].branches['main']}"
     assert hub.repos["model", "owner/mine"].private
-    assert dict(push.files) == {name: len(data) for name, data in hub.files("owner/mine").items() if name != ".gitattributes"}
+    saved = {path.relative_to(tiny_generator).as_posix() for path in tiny_generator.rglob("*") if path.is_file()}
+    assert set(hub.files("owner/mine")) == {".gitattributes", "README.md", *saved}
     hashes = {weights_sha256(pipe, tmp_path / "0"), weights_sha256(CondPDiffPipeline.from_pretrained("owner/mine"), tmp_path / "1")}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     offline = CondPDiffPipeline.from_pretrained("owner/mine")
