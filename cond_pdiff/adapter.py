@@ -25,14 +25,13 @@ from torch.utils.hooks import RemovableHandle
 from cond_pdiff.adapter_card import adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
-from cond_pdiff.hub import Push, push_folder
+from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 
 KEY_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
 MAX_RANK = 1024
-MAX_JSON_BYTES = 4 << 20
 FACTORS = ("lora_A", "lora_B")
 UNSUPPORTED_OPTIONS = (
     *("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "exclude_modules", "target_parameters"),

@@ -25,6 +25,9 @@ ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
 """What is sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
 
+MAX_JSON_BYTES = 4 << 20
+"""Of one JSON file of a generator or an adapter; more is refused before it is read."""
+
 EVAL_RESULTS = ".eval_results"
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -267,12 +270,14 @@ def find_generator(name: str | Path, **options: Any) -> Path:
 def check_generator(folder: Path) -> dict[str, Any]:
     """The content of a generator's `model_index.json`; `HubError` for what is not one, before any component's module is imported."""
     path = folder / "model_index.json"
+    for large in (found for found in folder.rglob("*.json") if found.stat().st_size > MAX_JSON_BYTES):
+        raise HubError(f"{large} has {large.stat().st_size} bytes; at most {MAX_JSON_BYTES} are accepted")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         what = "a peft adapter" if (folder / "adapter_config.json").exists() else "something else"
         raise HubError(f"{folder} is not a generator (no model_index.json); it looks like {what}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HubError(f"{path} is not valid JSON: {error}") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
     if name != GENERATOR_CLASS:

@@ -18,6 +18,9 @@ from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import EVAL_RESULTS, Push, push_folder
 
 CARD_FILE = "README.md"
+CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
+"""The card and what belongs to it."""
+
 LOADS_GENERATOR = re.compile(r'CondPDiffPipeline\.from_pretrained\("[^"\n]*"\)')
 PICTURE = re.compile(r"!\[[^\]\n]*\]\((?!https?:)([^)\n]+)\)\n?")
 SPACE_FILES = (CARD_FILE, "app.py", "requirements.txt")
@@ -25,11 +28,12 @@ VARIABLES = {"style": "COND_PDIFF_STYLE_GENERATOR", "text": "COND_PDIFF_TEXT_GEN
 """What a generator makes → the environment variable by which `app.py` is told its name."""
 
 
-def add_card(generator: Path, source: Path | None = None) -> None:
+def add_card(generator: Path, source: Path | None = None, name: str | None = None) -> None:
     """Give a saved generator a card: the one of the folder it was loaded from, or one that says that nothing was measured.
 
     Args:
         source: folder with the card that describes these weights, with its pictures and evaluation results.
+        name: what a new card calls it; default: the folder's name.
     """
     if source is not None and (source / CARD_FILE).is_file():
         for path in (source / CARD_FILE, *source.glob("pictures/*.png"), *source.glob(f"{EVAL_RESULTS}/*.yaml")):
@@ -40,7 +44,7 @@ def add_card(generator: Path, source: Path | None = None) -> None:
         return
     info = GeneratorInfo.read(generator)
     text = Template(files("cond_pdiff.model_cards").joinpath("generator.md").read_text(encoding="utf-8")).substitute(
-        name=generator.absolute().name,
+        name=name or generator.absolute().name,
         makes=info.makes,
         base_model=info.base.repo_id,
         base_yaml=json.dumps(info.base.repo_id),

@@ -315,7 +315,9 @@ HOSTILE: dict[str, Callable[[dict[str, bytes]], dict[str, bytes]]] = {
     "a peft adapter": lambda files: {"adapter_config.json": b"{}", "adapter_model.safetensors": b""},
     "a huge header": lambda files: {**files, "unet/diffusion_pytorch_model.safetensors": (2**62).to_bytes(8, "little") + b"{}"},
     "wrong sizes": lambda files: {**files, "unet/diffusion_pytorch_model.safetensors": wrong_sizes()},
-    "endless JSON": lambda files: {**files, "unet/config.json": b"[" * 3_000_000},
+    "endless JSON": lambda files: {**files, "unet/config.json": b" " * 5_000_000},
+    "deep JSON": lambda files: {**files, "unet/config.json": b"[" * 3_000_000},
+    "deep index": lambda files: {**files, "model_index.json": b"[" * 3_000_000},
     "JSON of a wrong kind": lambda files: {**files, "template/config.json": b'{"layout": 5, "lora": [], "base": "x"}'},
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_a_run_leaves_a_generator_one_checkpoint_a_stage_and_metrics(tiny_genera
         assert [path.name for path in (run / stage).glob("checkpoint-*")] == [f"checkpoint-{steps:08d}"]
         assert logged_steps(run, stage) == list(range(5, steps + 1, 5))
         assert json.loads((run / stage / "run.json").read_text())["steps"] == steps
-    assert {path.suffix for path in run.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors"}
+    assert {path.suffix for path in run.rglob("*") if path.is_file()} == {".json", ".jsonl", ".md", ".safetensors"}
     assert list(run.rglob(".*")) == []
 
 
@@ -92,10 +92,16 @@ def test_the_kept_weights_are_the_averaged_ones(tiny_generator: Path) -> None:
 def test_a_finished_run_is_not_trained_again(
     finished: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert "# generator\n" in (finished / "generator" / "README.md").read_text()
+    (finished / "generator" / "README.md").write_text("# Measured meanwhile\n")
+    (finished / "generator" / "pictures").mkdir()
+    (finished / "generator" / "pictures" / "one.png").write_bytes(b"PNG")
     before = bits(finished)
     interrupt_at(monkeypatch, "torch.optim.AdamW.step", 1)
     assert train(recipe, tiny_zoo, tasks_folder, finished) == finished / "generator"
     assert bits(finished) == before
+    assert (finished / "generator" / "README.md").read_text() == "# Measured meanwhile\n"
+    assert (finished / "generator" / "pictures" / "one.png").read_bytes() == b"PNG"
 
 
 # --- going on after an interruption ------------------------------------------------------------------------------------------

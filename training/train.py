@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.publish import CARD_FILES, add_card
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.styles import load_styles
@@ -51,9 +52,10 @@ def train(
 
 
 def save_generator(pipe: CondPDiffPipeline, folder: Path) -> None:
-    """Save a generator, complete or not at all, replacing the one of an earlier run of the same command."""
+    """Save a generator, complete or not at all, replacing the one of an earlier run of the same command; its card stays."""
     pipe.autoencoder.half()
     pipe.unet.half()
-    components = ("model_index.json", *pipe.components)
-    with atomic_folder(folder, components, overwrite=True) as aside:
+    own = ("model_index.json", *pipe.components, *CARD_FILES)
+    with atomic_folder(folder, own, overwrite=True) as aside:
         pipe.save_pretrained(aside)
+        add_card(aside, folder, folder.name)
