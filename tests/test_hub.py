@@ -307,3 +307,19 @@ def test_a_template_that_makes_no_sense_is_refused(copied: Path) -> None:
     change_json(copied / "template" / "config.json", lora={**template["lora"], "rank": 0})
     with pytest.raises(CondPDiffError, match="rank"):
         CondPDiffPipeline.from_pretrained(copied)
+
+
+# --- generators of earlier releases --------------------------------------------------------------------------------------------
+
+RELEASES = sorted(path.parent for path in (Path(__file__).parent / "fixtures").glob("generator-*/model_index.json"))
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=[folder.name for folder in RELEASES])
+def test_generators_of_every_release_load_and_make_what_they_made(
+    release: Path, tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny-bert").symlink_to(tiny_backbone.repo_id)  # as the generator calls its base model
+    monkeypatch.chdir(tmp_path)
+    adapter = CondPDiffPipeline.from_pretrained(release)("Is the film good?", generator=[torch.Generator().manual_seed(0)]).adapter
+    expected = json.loads(release.with_name(f"{release.name}.json").read_text())
+    assert {key: pytest.approx(float(tensor.abs().sum()), rel=1e-3) for key, tensor in adapter.tensors.items()} == expected
