@@ -76,6 +76,25 @@ def test_save_pretrained_pushes_too(hub: LoopbackHub, tiny_generator: Path, tmp_
     assert not (tmp_path / "third").exists()
 
 
+def test_any_revision_is_pulled_and_without_a_network_only_what_was(
+    hub: LoopbackHub, tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = hub.add("owner/x", generator_files(tiny_generator, "first"))
+    hub.add("owner/x", generator_files(tiny_generator, "second"))
+    hub.add("owner/x", generator_files(tiny_generator, "third"), branch="other")
+    for revision, mark in ((None, "second"), ("main", "second"), (first, "first"), ("other", "third")):
+        CondPDiffPipeline.from_pretrained("owner/x", revision=revision, cache_dir=tmp_path)
+        folder = fetch("owner/x", revision, cache_dir=tmp_path, local_files_only=True)
+        assert (folder / "README.md").read_text() == mark
+    with pytest.raises(HubError, match="cannot be fetched: RevisionNotFoundError"):
+        CondPDiffPipeline.from_pretrained("owner/x", revision="nowhere", cache_dir=tmp_path)
+    hub.requests.clear()
+    CondPDiffPipeline.from_pretrained("owner/x", revision="other", cache_dir=tmp_path, local_files_only=True)
+    with pytest.raises(HubError, match="is not in the cache"):
+        CondPDiffPipeline.from_pretrained("owner/x", cache_dir=tmp_path / "none", local_files_only=True)
+    assert hub.requests == []
+
+
 def test_a_variant_is_pushed_and_asked_for_by_the_same_word(hub: LoopbackHub, tiny_generator: Path) -> None:
     CondPDiffPipeline.from_pretrained(tiny_generator, dtype=torch.float16).push_to_hub("owner/half", variant="fp16")
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("owner/half")
