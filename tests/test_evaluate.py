@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import make_adapter, make_bert
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
@@ -291,6 +292,21 @@ def test_the_cards_head_is_what_the_hub_reads(card: Path, evaluation: dict[str, 
     for where in ("zoo", "unseen"):
         value = told[f"cond-pdiff/{where}", "accuracy in percent, generated, best"]
         assert value == pytest.approx(100 * evaluation[where]["accuracy"]["generated_best"], abs=0.06)
+
+
+def test_results_on_data_sets_of_the_hub_are_told_in_its_own_form(
+    evaluation: dict[str, Any], tiny_generator: Path, tiny_zoo: Path, tmp_path: Path
+) -> None:
+    generator = Path(shutil.copytree(tiny_generator, tmp_path / "tiny-text-tasks"))
+    write_generator_card(generator, tiny_zoo, evaluation)
+    assert not (generator / ".eval_results").exists()  # these tasks come from nowhere
+    tasks = [{**result, "dataset": "someone/moods" if result["task"] == "moods" else ""} for result in evaluation["tasks"]]
+    write_generator_card(generator, tiny_zoo, {**evaluation, "tasks": tasks})
+    (entry,) = parse_eval_result_entries(yaml.safe_load((generator / ".eval_results" / "evaluation.yaml").read_text()))
+    best = next(result["accuracy"]["generated_best"] for result in tasks if result["dataset"])
+    assert (entry.dataset_id, entry.task_id) == ("someone/moods", "default")
+    assert entry.value == pytest.approx(100 * best, abs=0.06)
+    assert "accuracy in percent, generated, best" in entry.notes
 
 
 def test_the_cards_code_is_python(card: Path) -> None:

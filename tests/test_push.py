@@ -122,6 +122,8 @@ def test_a_card_comes_along_with_its_pictures_and_loads_the_new_repository(hub: 
     (folder / "README.md").write_text(text)
     (folder / "pictures").mkdir()
     (folder / "pictures" / "one.png").write_bytes(b"PNG")
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "evaluation.yaml").write_text("[]")
     (folder / "notes.py").write_text("1/0")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "hidden.json").write_text("{}")
@@ -131,6 +133,7 @@ def test_a_card_comes_along_with_its_pictures_and_loads_the_new_repository(hub: 
         files = hub.files(f"owner/{name}")
         assert files["README.md"].decode() == text.replace("cond-pdiff/a", f"owner/{name}").replace("![two](pictures/two.png)\n", "")
         assert files["pictures/one.png"] == b"PNG"
+        assert files[".eval_results/evaluation.yaml"] == b"[]"
         assert not [file for file in files if file.endswith(".py") or "hidden" in file]
     assert (folder / "README.md").read_text() == text
 

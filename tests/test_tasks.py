@@ -260,6 +260,7 @@ def test_import_of_a_folder_of_csv(tmp_path: Path) -> None:
     assert task.labels == ("kind", "unkind")
     assert task.rows("train") == [("good", 0), ("bad, very", 1), ("fine ü", 0)]
     assert task.rows("test") == [("awful", 1)]
+    assert task.dataset == ""  # it is not the Hub's
 
 
 @pytest.mark.usefixtures("_private_cache")

@@ -44,6 +44,7 @@ class Task:
         folder: where the rows are.
         group: the kind of task, for reports.
         licence: of the data.
+        dataset: name of the Hub's data set that the rows come from, if they do.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     folder: Path
     group: str = ""
     licence: str = ""
+    dataset: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
@@ -71,6 +73,7 @@ class Task:
                 folder=folder,
                 group=str(meta.get("group", "")),
                 licence=str(meta.get("licence", "")),
+                dataset=str(meta.get("dataset", "")),
             )
             TaskPrompt(task.description, labels=task.labels)
         except (KeyError, TypeError) as error:
@@ -255,4 +258,5 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         texts = [row[text_columns[0]] if len(text_columns) == 1 else tuple(row[column] for column in text_columns) for row in labelled]
         if labelled:
             splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
-    return write_task(folder, description, labels, splits)
+    origin = {} if Path(dataset).exists() else {"dataset": dataset}
+    return write_task(folder, description, labels, splits, **origin)

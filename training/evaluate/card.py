@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.atomic import write_bytes
+from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import HubError
-from cond_pdiff.hub import weights_megabytes
+from cond_pdiff.hub import EVAL_RESULTS, weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import KINDS
@@ -30,9 +30,10 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
     zoo = Zoo(zoo_folder)
     _, table = KINDS[zoo.kind]
     fields = {**_generator_fields(generator, zoo, evaluation), **table.card_fields(evaluation)}
-    # JSON is YAML.
     fields["model_index"] = json.dumps(table.model_index(evaluation, generator.name), ensure_ascii=False)
     fields["pictures"] = _show_pictures(generator, table, evaluation, pictures) if pictures and pictures.is_dir() else ""
+    if entries := table.eval_results(evaluation):
+        write_text(generator / EVAL_RESULTS / "evaluation.yaml", dump_json(entries))  # JSON is YAML
     return write_card(generator, f"{zoo.kind}_generator.md", fields)
 
 

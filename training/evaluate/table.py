@@ -139,6 +139,21 @@ class EvaluationTable(ABC):
                 results.append({"task": {"type": self.task_type}, "dataset": dataset, "metrics": metrics})
         return [{"name": name, "results": results}]
 
+    def eval_results(self, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+        """Entries of the Hub's `.eval_results/*.yaml`, one for each task whose data are a data set of the Hub."""
+        metric, words = next(iter(self.metrics.items()))
+        column = self.own_columns[-1]
+        return [
+            {
+                "dataset": {"id": result["dataset"], "task_id": "default"},
+                "value": float(self.show(result[metric][column])),
+                "notes": f"{words}, {self.columns[column]}; {result[self.counted]} {self.counted}; {self.noun} {result['task']}, "
+                + ("trained" if result["seen"] else "never trained"),
+            }
+            for result in evaluation["tasks"]
+            if result.get("dataset")
+        ]
+
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
         """What the template of a generator's card needs from an evaluation."""
         main = next(iter(self.metrics))

@@ -67,6 +67,7 @@ class TextEvaluator(ZooEvaluator):
             "generated_best": accuracy(generated[output.chosen]),
         }
         return {
+            "dataset": task.dataset,
             "split": task.report_split,
             "rows": len(rows),
             "accuracy": columns,
