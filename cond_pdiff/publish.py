@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -15,7 +15,7 @@ from typing import Any
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
 from cond_pdiff.generator_info import GeneratorInfo
-from cond_pdiff.hub import EVAL_RESULTS, Push, push_folder
+from cond_pdiff.hub import BUNDLED_NAMESPACE, EVAL_RESULTS, Push, push_folder
 
 CARD_FILE = "README.md"
 CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
@@ -88,12 +88,20 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
         options: as for `cond_pdiff.hub.push_folder`.
 
     Raises:
-        HubError: `app` is missing, a generator cannot be read, or see `push_folder`.
+        HubError: `app` or gradio is missing, a generator cannot be read, or see `push_folder`.
     """
     if not Path(app).is_file():
         raise HubError(f"there is no {app}; give the demo's app.py, which lies at the top of the project's repository")
+    try:
+        gradio = version("gradio")
+    except PackageNotFoundError as error:
+        raise HubError("a Space names the gradio that the demo was tried with: pip install 'cond-pdiff[app]'") from error
     shown: dict[str, str] = {}
     for name in generators:
+        if Path(name).is_dir() or name.startswith(BUNDLED_NAMESPACE):
+            raise HubError(
+                f"{name} is not a repository on the Hub, where a Space could find it; push it first (bundled ones are there anyway)"
+            )
         makes = GeneratorInfo.read(name).makes
         if makes in shown:
             raise HubError(f"{shown[makes]} and {name} both make {makes} adapters; the demo shows one generator of a kind")
@@ -105,7 +113,7 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
         (folder / "requirements.txt").write_text(f"cond-pdiff[app]=={version('cond-pdiff')}\n", encoding="utf-8")
         template = Template(files("cond_pdiff.model_cards").joinpath("space.md").read_text(encoding="utf-8"))
         generators_yaml = f"models:\n{names}preload_from_hub:\n{names}" if names else ""
-        card = template.substitute(gradio=version("gradio"), generators=generators_yaml)
+        card = template.substitute(gradio=gradio, generators=generators_yaml)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         settings = {"repo_type": "space", "space_sdk": "gradio", "commit_message": "Push the demo"}
         variables = {VARIABLES[makes]: name for makes, name in shown.items()}

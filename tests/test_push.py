@@ -200,6 +200,8 @@ def test_the_space_has_all_that_it_needs(hub: LoopbackHub, run: Any, tiny_genera
     assert hub.variables == {("owner/mine", "COND_PDIFF_TEXT_GENERATOR"): "owner/tiny"}
     again = run("push-space", "--app", app, "--repo", "o/m", "--generator", "owner/tiny", "--generator", "owner/tiny")
     assert "owner/tiny and owner/tiny both make text adapters" in again.err[-1]
+    for name in (str(tiny_generator), "cond-pdiff/minilm-text-tasks"):
+        assert "is not a repository on the Hub" in run("push-space", "--app", app, "--repo", "o/m", "--generator", name).err[-1]
     assert "there is no" in run("push-space", "--app", "nowhere/app.py", "--repo", "o/m").err[-1]
 
 
