@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +62,36 @@ def test_pushed_pulled_and_reloaded_offline_it_makes_the_same_bytes(
     assert len(hashes | {weights_sha256(offline, tmp_path / "2")}) == 1
     made = LoraAdapter.load(tmp_path / "2").metadata["generator"]
     assert (made["name"], made["revision"]) == ("owner/mine", hub.repos["model", "owner/mine"].branches["main"])
+
+
+def test_the_command_line_pushes_and_pulls_through_hf_endpoint(tiny_generator: Path, tmp_path: Path) -> None:
+    """Processes of their own, which know the Hub from their environment only."""
+    command = "import sys; from cond_pdiff.training.cli import main; sys.exit(main(sys.argv[1:]))"
+    hub = LoopbackHub()
+    hub.token = TOKEN
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+
+    def call(*arguments: object, **changes: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", command, *map(str, arguments)],
+            env={**environment, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", **changes},
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert TOKEN not in done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    weights = []
+    with hub.running():
+        assert f"at         {hub.endpoint}/owner/x/commit/" in call("push", tiny_generator, "--repo", "owner/x")
+        call("generate", PROMPT, "--generator", "owner/x", "--seed", 5, "--out", tmp_path / "pulled")
+        assert "owner/x at " in call("list")
+    call("generate", PROMPT, "--generator", "owner/x", "--seed", 5, "--out", tmp_path / "offline", HF_HUB_OFFLINE="1")
+    call("generate", PROMPT, "--generator", tiny_generator, "--seed", 5, "--out", tmp_path / "local", HF_HUB_OFFLINE="1")
+    for name in ("pulled", "offline", "local"):
+        weights.append(hashlib.sha256((tmp_path / name / WEIGHTS_FILE).read_bytes()).hexdigest())
+    assert len(set(weights)) == 1
+    assert LoraAdapter.load(tmp_path / "pulled").metadata["generator"]["name"] == "owner/x"
 
 
 def test_save_pretrained_pushes_too(hub: LoopbackHub, tiny_generator: Path, tmp_path: Path) -> None:
