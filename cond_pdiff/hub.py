@@ -28,6 +28,9 @@ PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
 MAX_JSON_BYTES = 4 << 20
 """Of one JSON file of a generator or an adapter; more is refused before it is read."""
 
+MAX_CONFIG_NUMBERS = {"scheduler_config.json": 10**5, "config.json": 10**7}
+"""The largest number in a component's settings: from it, memory is allocated before weights are compared with it."""
+
 EVAL_RESULTS = ".eval_results"
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -287,7 +290,28 @@ def check_generator(folder: Path) -> dict[str, Any]:
             raise HubError(
                 f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
             )
+    for name, limit in MAX_CONFIG_NUMBERS.items():
+        for settings in folder.glob(f"*/{name}"):
+            largest = _largest_number(settings)
+            if largest > limit:
+                raise HubError(f"{settings}: the number {largest} is too large; at most {limit} is accepted")
     return index
+
+
+def _largest_number(path: Path) -> int:
+    """The largest whole number in a JSON file, without its sign."""
+    try:
+        todo = [json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError) as error:
+        raise HubError(f"{path} is not valid JSON: {error}") from error
+    largest = 0
+    while todo:
+        value = todo.pop()
+        if isinstance(value, (dict, list)):
+            todo.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, int):
+            largest = max(largest, abs(value))
+    return largest
 
 
 def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:

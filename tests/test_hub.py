@@ -302,6 +302,22 @@ def test_settings_that_contradict_the_weights_are_refused(copied: Path) -> None:
         CondPDiffPipeline.from_pretrained(copied)
 
 
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**8}),  # would take minutes and gigabytes
+        ("scheduler/scheduler_config.json", {"solver_order": 10**11}),
+        ("condition_index/config.json", {"condition_dim": 10**8}),
+        ("condition_encoder/config.json", {"embedding_dim": 10**8}),
+        ("unet/config.json", {"block_out_channels": [10**300, 2]}),
+    ],
+)
+def test_settings_that_would_take_all_memory_are_refused_at_once(copied: Path, name: str, entry: dict[str, Any]) -> None:
+    change_json(copied / name, **entry)
+    with pytest.raises(HubError, match=rf"{name}: the number 10+ is too large"):
+        CondPDiffPipeline.from_pretrained(copied)
+
+
 def test_a_template_that_makes_no_sense_is_refused(copied: Path) -> None:
     template = json.loads((copied / "template" / "config.json").read_text())
     change_json(copied / "template" / "config.json", lora={**template["lora"], "rank": 0})
