@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
+from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter, LoraSpec
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.generator_info import GeneratorInfo
-from cond_pdiff.hub import bundled, fetch
+from cond_pdiff.hub import fetch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-GENERATOR = "cond-pdiff/minilm-text-tasks"
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path.insert(0, str(TESTS))
+FIXTURE = TESTS / "fixtures" / "generator-0.1.0"
 WEIRD = (b"", b"\x00", b"null", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"x"', b"[[[[[[[[", b"9" * 400, b"\xff\xfe", b'"../../x"', b"true")
 
 
@@ -131,13 +132,21 @@ def files(weights: int, json_files: int) -> None:
             outcomes(
                 json_files // 4, lambda index, name=name, text=text: load(adapter, name, mutate_json(text, rng), LoraAdapter.load, text)
             )  # type: ignore[misc]
-        generator = Path(shutil.copytree(bundled(GENERATOR), Path(parent) / "generator"))
-        for name in ("model_index.json", "template/config.json"):
+        generator = Path(shutil.copytree(FIXTURE, Path(parent) / "generator"))
+        for path in sorted(generator.glob("*/*config.json")):
+            name, text = path.relative_to(generator).as_posix(), path.read_bytes()
             print(f"generator, {name}:")
-            text = (generator / name).read_bytes()
             outcomes(
-                json_files // 4, lambda index, name=name, text=text: load(generator, name, mutate_json(text, rng), GeneratorInfo.read, text)
+                json_files // 20, lambda index, name=name, text=text: load(generator, name, mutate_json(text, rng), read_generator, text)
             )  # type: ignore[misc]
+        name, text = "model_index.json", (generator / "model_index.json").read_bytes()
+        print(f"generator, {name}:")
+        outcomes(json_files // 20, lambda index: load(generator, name, mutate_json(text, rng), read_generator, text))
+
+
+def read_generator(folder: Path) -> None:
+    """Load it as users do."""
+    CondPDiffPipeline.from_pretrained(folder)
 
 
 def fetched(hub: Any, cache: Path) -> dict[str, str] | None:
@@ -223,6 +232,7 @@ def main() -> None:
         commands.add_parser(name).add_argument("--trials", type=int, default=trials)
     arguments = parser.parse_args()
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    disable_progress_bar()
     if arguments.command == "files":
         files(arguments.weights, arguments.json)
     else:
