@@ -35,6 +35,12 @@ from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
+BROKEN_GENERATOR = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError),
+    SafetensorError,
+)
+"""What diffusers and torch raise on settings and weights that make no sense."""
+
 REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
 
@@ -118,7 +124,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             pipe: CondPDiffPipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         except CondPDiffError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
+        except BROKEN_GENERATOR as error:
             raise HubError(
                 f"the generator {str(pretrained_model_name_or_path)!r} cannot be loaded, perhaps it is incomplete: "
                 f"{type(error).__name__}: {error}"

@@ -141,6 +141,7 @@ def test_scaling_factor_makes_unit_variance_and_leaves_the_decoder_alone(family:
         ({"encoder_channels": (4, 4), "decoder_channels": (4,)}, "equally many stages, got 2 and 1"),
         ({"encoder_channels": (), "decoder_channels": ()}, "equally many stages, got 0 and 0"),
         ({"kernel_size": 3, "stride": 4}, "kernel of 3 with stride 4 would skip"),
+        ({"stride": 0}, "use a stride from 1"),
         ({"latent_dim": None, "decoder_bottom_channels": 4}, "needs a linear bottleneck"),
         ({"num_params": 3}, "3 params are too few for 3 stages of stride 4"),
         ({"num_params": 0}, "0 params are too few"),

@@ -72,9 +72,9 @@ class ParamAutoencoder(Component):
         super().__init__()
         if len(encoder_channels) != len(decoder_channels) or not encoder_channels:
             raise CondPDiffError(f"encoder and decoder need equally many stages, got {len(encoder_channels)} and {len(decoder_channels)}")
-        if kernel_size < stride:
+        if not 1 <= stride <= kernel_size:
             raise CondPDiffError(
-                f"a kernel of {kernel_size} with stride {stride} would skip parameters; use a kernel of at least the stride"
+                f"a kernel of {kernel_size} with stride {stride} would skip parameters; use a stride from 1 to the kernel's size"
             )
         if decoder_bottom_channels is not None and latent_dim is None:
             raise CondPDiffError("decoder_bottom_channels needs a linear bottleneck (latent_dim)")
