@@ -56,7 +56,7 @@ def same(first: LoraAdapter, second: LoraAdapter) -> bool:
 def test_saved_and_loaded_it_gives_the_same_bits(pipe: CondPDiffPipeline, tmp_path: Path) -> None:
     expected = params(pipe)
     pipe.save_pretrained(tmp_path / "copy")
-    assert {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "copy").rglob("*") if path.is_file()} == {".json", ".md", ".safetensors"}
     for folder in (tmp_path / "copy", str(tmp_path / "copy")):
         assert torch.equal(params(quiet(CondPDiffPipeline.from_pretrained(folder))), expected)
     assert params(pipe).std() > 0
@@ -436,6 +436,6 @@ def test_fresh_processes_write_the_same_bytes(tiny_generator: Path, tmp_path: Pa
             [sys.executable, "-c", GENERATE, str(tiny_generator), str(folder)], env=environment, check=True, stdout=subprocess.PIPE
         )
         files = sorted(folder.iterdir())
-        assert {path.name for path in files} == {"adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"}
+        assert {path.name for path in files} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"}
         found.add(hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest())
     assert len(found) == 1
