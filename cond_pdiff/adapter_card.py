@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
-from string import Template
 from typing import Any
+
+from cond_pdiff.model_cards import fill_card
 
 FEATURES = "FEATURE_EXTRACTION"
 """peft's task type of adapters for sentence encoders; those for text-to-image models have none."""
@@ -23,13 +23,13 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
     base = str(lora["base_model"] or "an unknown base model")
     template = "text_adapter.md" if lora["task_type"] == FEATURES else "style_adapter.md"
     rows = {name: value for name, value in _facts(lora, num_params, metadata) if value}
-    return Template(files("cond_pdiff.model_cards").joinpath(template).read_text(encoding="utf-8")).substitute(
-        base_yaml=json.dumps(base),  # JSON's strings are YAML's and Python's
-        base_string=json.dumps(base),
-        base_model=_line(base),
-        story=_story(metadata),
-        facts="\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
-    )
+    fields = {
+        "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
+        "base_model": _line(base),
+        "story": _story(metadata),
+        "facts": "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
+    }
+    return fill_card(template, fields)
 
 
 def _story(metadata: Mapping[str, Any]) -> str:

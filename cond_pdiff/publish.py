@@ -7,15 +7,14 @@ import re
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import BUNDLED_NAMESPACE, EVAL_RESULTS, Push, push_folder
+from cond_pdiff.model_cards import fill_card
 
 CARD_FILE = "README.md"
 CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
@@ -43,14 +42,14 @@ def add_card(generator: Path, source: Path | None = None, name: str | None = Non
                 shutil.copyfile(path, target)
         return
     info = GeneratorInfo.read(generator)
-    text = Template(files("cond_pdiff.model_cards").joinpath("generator.md").read_text(encoding="utf-8")).substitute(
-        name=name or generator.absolute().name,
-        makes=info.makes,
-        base_model=info.base.repo_id,
-        base_yaml=json.dumps(info.base.repo_id),
-        facts="\n".join("    " + line for line in str(info).splitlines()[2:]),
-    )
-    write_text(generator / CARD_FILE, text)
+    fields = {
+        "name": name or generator.absolute().name,
+        "makes": info.makes,
+        "base_model": info.base.repo_id,
+        "base_string": json.dumps(info.base.repo_id),
+        "facts": "\n".join("    " + line for line in str(info).splitlines()[2:]),
+    }
+    write_text(generator / CARD_FILE, fill_card("generator.md", fields))
 
 
 def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
@@ -111,9 +110,8 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
         folder = Path(parent)
         shutil.copyfile(app, folder / "app.py")
         (folder / "requirements.txt").write_text(f"cond-pdiff[app]=={version('cond-pdiff')}\n", encoding="utf-8")
-        template = Template(files("cond_pdiff.model_cards").joinpath("space.md").read_text(encoding="utf-8"))
         generators_yaml = f"models:\n{names}preload_from_hub:\n{names}" if names else ""
-        card = template.substitute(gradio=gradio, generators=generators_yaml)
+        card = fill_card("space.md", {"gradio": gradio, "generators": generators_yaml})
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         settings = {"repo_type": "space", "space_sdk": "gradio", "commit_message": "Push the demo"}
         variables = {VARIABLES[makes]: name for makes, name in shown.items()}

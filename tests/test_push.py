@@ -397,10 +397,10 @@ def test_a_hostile_repository_is_refused_and_its_code_never_asked_for(hub: Loopb
     assert not {"evil", "modeling", "pipeline"} & (set(sys.modules) - before)
 
 
-@pytest.mark.parametrize("name", ["../escape.json", "/tmp/escape.json", "unet/../../escape.json", "..\\escape.json"])
+@pytest.mark.parametrize("name", ["../escape.json", "/escape.json", "unet/../../escape.json", "..\\escape.json"])
 def test_names_that_lead_out_of_the_folder_are_refused(hub: LoopbackHub, tiny_generator: Path, tmp_path: Path, name: str) -> None:
     hub.add("owner/evil", {**generator_files(tiny_generator, "x"), name: b'{"escaped": true}'})
     with pytest.raises(HubError):
         CondPDiffPipeline.from_pretrained("owner/evil")
     assert not [path for path in tmp_path.rglob("escape.json") if "snapshots" not in path.parts]
-    assert not Path("/tmp/escape.json").exists()
+    assert not Path("/escape.json").exists()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from torch import nn
 
 from cond_pdiff.atomic import write_text
+from cond_pdiff.model_cards import fill_card
 
 
 def write_card(folder: Path, template: str, fields: Mapping[str, Any]) -> Path:
     """Write `README.md` into a folder from a template of `cond_pdiff.model_cards`; every field of it must be there."""
     path = folder / "README.md"
-    write_text(path, Template(files("cond_pdiff.model_cards").joinpath(template).read_text(encoding="utf-8")).substitute(fields))
+    write_text(path, fill_card(template, fields))
     return path
 
 

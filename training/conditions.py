@@ -27,8 +27,10 @@ CONDITION_ENCODERS = {
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 WORD_DROPOUT = 0.15
 SMALLEST_CROP = 0.4
-PREVIEW_SIDE = 48  # pixels of the small picture of each style that goes with a generator
 """Of a style picture's sides."""
+
+PREVIEW_SIDE = 48
+"""Pixels of the small picture of each style that goes with a generator."""
 
 
 @dataclass(frozen=True)

@@ -20,28 +20,28 @@ SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "image_autoencode
 class CollectConfig:
     """How adapters are fine-tuned into a zoo."""
 
-    tasks: tuple[str, ...] = ()  # tasks that the generator is trained on; none named: all but the unseen
-    unseen: tuple[str, ...] = ()  # tasks kept out; one run each, for comparison
-    kind: str = "text"  # of tasks: "text" or "style"
+    tasks: tuple[str, ...] = ()                     # tasks that the generator is trained on; none named: all but the unseen
+    unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
+    kind: str = "text"                              # of tasks: "text" or "style"
     base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
-    rank: int = 4  # r of ΔW = alpha / r · B · A
+    rank: int = 4                                   # r of ΔW = alpha / r · B · A
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
-    train_lora_a: bool = False  # True: the paper's way; False: one frozen A for the whole zoo
-    runs: int = 3  # runs a task (one of a recoloured style), differing in data, order and rate
-    steps: int = 100  # optimiser steps a run
-    batch_size: int = 16  # texts or pictures a step
-    max_length: int = 48  # tokens a text or caption
-    max_pictures: int = 256  # training pictures of a style
-    time_shift: float = 0.0  # for styles on a flow: see `TransformerConfig`; colours are decided in much noise
+    train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
+    runs: int = 3                                   # runs a task (one of a recoloured style), differing in data, order and rate
+    steps: int = 100                                # optimiser steps a run
+    batch_size: int = 16                            # texts or pictures a step
+    max_length: int = 48                            # tokens a text or caption
+    max_pictures: int = 256                         # training pictures of a style
+    time_shift: float = 0.0                         # for styles on a flow: see `TransformerConfig`; colours are decided in much noise
     learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
-    precision: str = "no"  # "bf16": autocast, about half the time on a CPU that has it
-    warmup: float = 0.1  # share of the steps
-    subset: float = 0.8  # share of the training rows that a run sees
-    last_checkpoints: int = 1  # adapters kept of a run: the last one, and earlier ones …
-    checkpoint_every: int = 5  # … so many steps apart
-    multitask_steps: int = 1500  # steps of the multi-task baseline; 0: none
-    metric_rows: int = 200  # rows of the reported split (or test pictures) for the manifest's metrics
+    precision: str = "no"                           # "bf16": autocast, about half the time on a CPU that has it
+    warmup: float = 0.1                             # share of the steps
+    subset: float = 0.8                             # share of the training rows that a run sees
+    last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
+    checkpoint_every: int = 5                       # … so many steps apart
+    multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
+    metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,14 +63,14 @@ class FitConfig:
 
     steps: int = 2000
     batch_size: int = 32
-    learning_rate: float = 1e-3  # peak; cosine to zero after the warm-up
+    learning_rate: float = 1e-3     # peak; cosine to zero after the warm-up
     warmup_steps: int = 100
     weight_decay: float = 0.0
-    ema_decay: float = 0.995  # of the weights that are kept
+    ema_decay: float = 0.995        # of the weights that are kept
     max_grad_norm: float = 1.0
-    precision: str = "no"  # "bf16" or "fp16": autocast, where the device is faster with it
-    checkpoint_every: int = 200  # steps; a killed run goes on from the last checkpoint
-    log_every: int = 20  # steps a line of metrics.jsonl
+    precision: str = "no"           # "bf16" or "fp16": autocast, where the device is faster with it
+    checkpoint_every: int = 200     # steps; a killed run goes on from the last checkpoint
+    log_every: int = 20             # steps a line of metrics.jsonl
     seed: int = 0
 
 
@@ -78,18 +78,18 @@ class FitConfig:
 class AutoencoderConfig:
     """The autoencoder stage (paper, section 3.2 and appendix B)."""
 
-    model: dict[str, Any] = field(default_factory=dict)  # ParamAutoencoder's arguments, without num_params
+    model: dict[str, Any] = field(default_factory=dict)     # ParamAutoencoder's arguments, without num_params
     fit: FitConfig = FitConfig()
-    normalizer: str = "task"  # ParamNormalizer's mode
-    input_noise: float = 0.001  # standard deviation, in units of normalised params
-    latent_noise: float = 0.1  # standard deviation, in units of the batch's latents (equation 6b)
+    normalizer: str = "task"        # ParamNormalizer's mode
+    input_noise: float = 0.001      # standard deviation, in units of normalised params
+    latent_noise: float = 0.1       # standard deviation, in units of the batch's latents (equation 6b)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """The diffusion stage (paper, section 3.3 and appendix B)."""
 
-    model: dict[str, Any] = field(default_factory=dict)  # ParamUNet1D's arguments, without sizes
+    model: dict[str, Any] = field(default_factory=dict)     # ParamUNet1D's arguments, without sizes
     fit: FitConfig = FitConfig()
     condition_encoder: dict[str, Any] = field(default_factory=lambda: {"type": "SentenceConditionEncoder"})  # and its arguments
     prediction_type: str = "v_prediction"
@@ -98,11 +98,11 @@ class UNetConfig:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     condition_dropout: float = 0.1  # share of samples trained without a condition, for classifier-free guidance
-    condition_noise: float = 0.02  # standard deviation added to condition embeddings
-    variants_per_task: int = 48  # of each task's condition: prompts with other examples, crops of style pictures
-    latent_jitter: float = 0.0  # standard deviation added to training latents (unit variance)
-    noise_draws: int = 1  # noise levels at which a step trains each sample; its condition is embedded once for all of them
-    mixing: float = 0.0  # share of samples that are mixtures of two tasks, condition and latents alike
+    condition_noise: float = 0.02   # standard deviation added to condition embeddings
+    variants_per_task: int = 48     # of each task's condition: prompts with other examples, crops of style pictures
+    latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
+    noise_draws: int = 1            # noise levels at which a step trains each sample; its condition is embedded once for all of them
+    mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
 
 
 Config = TypeVar("Config")
