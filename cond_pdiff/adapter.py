@@ -31,6 +31,7 @@ from cond_pdiff.layout import ParamLayout, check_values
 KEY_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
+PREVIEW_FILE = "preview.png"
 MAX_RANK = 1024
 FACTORS = ("lora_A", "lora_B")
 UNSUPPORTED_OPTIONS = (
@@ -203,34 +204,40 @@ class LoraAdapter:
 
     # --- disk ---------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save(self, folder: str | Path, overwrite: bool = False, preview: bytes | None = None) -> Path:
         """Write the adapter folder, complete or not at all; the same adapter gives the same bytes in every process.
+
+        Args:
+            preview: a PNG file for the card to show, such as `encode_png` makes of what the adapter paints.
 
         Raises:
             OutputExistsError: `folder` is not empty (with `overwrite`: holds files that are not an adapter's).
         """
         target = Path(folder)
-        with atomic_folder(target, ADAPTER_FILES, overwrite) as aside:
+        with atomic_folder(target, (*ADAPTER_FILES, PREVIEW_FILE), overwrite) as aside:
             (aside / CONFIG_FILE).write_text(dump_json(self._peft_config()), encoding="utf-8")
             tensors = {key: self.tensors[key].detach().to("cpu").contiguous() for key in sorted(self.tensors)}
             (aside / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             facts = {**self.metadata, "layout": self.layout.to_json(), "lora": self.spec.to_json()}
             (aside / METADATA_FILE).write_text(dump_json(facts), encoding="utf-8")
-            card = adapter_card(self.spec.to_json(), self.layout.num_adapter_params, self.metadata)
+            card = adapter_card(self.spec.to_json(), self.layout.num_adapter_params, self.metadata, PREVIEW_FILE if preview else None)
             (aside / "README.md").write_text(card, encoding="utf-8")
+            if preview:
+                (aside / PREVIEW_FILE).write_bytes(preview)
         return target
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Push:
+    def push_to_hub(self, repo_id: str, preview: bytes | None = None, **options: Any) -> Push:
         """Push the adapter folder to a Hub repository, which is created if there is none.
 
         Args:
+            preview: see `save`.
             options: as for `cond_pdiff.hub.push_folder`: `private`, `revision`, `token`, `commit_message`, `create_pr`, `dry_run`.
 
         Raises:
             HubError: see `push_folder`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return push_folder(self.save(folder), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+            return push_folder(self.save(folder, preview=preview), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
 
     def _peft_config(self) -> dict[str, Any]:
         # Every field that stock peft needs to rebuild this adapter, and only fields that all its versions know.

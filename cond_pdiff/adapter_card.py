@@ -12,13 +12,14 @@ FEATURES = "FEATURE_EXTRACTION"
 """peft's task type of adapters for sentence encoders; those for text-to-image models have none."""
 
 
-def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]) -> str:
+def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any], preview: str | None = None) -> str:
     """Markdown with the Hub's YAML header.
 
     Args:
         lora: `LoraSpec.to_json()`.
         num_params: numbers in all tensors.
         metadata: the adapter's; what it lacks, or what is not as this package writes it, is left out.
+        preview: name of a picture in the repository that shows what the adapter does.
     """
     base = str(lora["base_model"] or "an unknown base model")
     template = "text_adapter.md" if lora["task_type"] == FEATURES else "style_adapter.md"
@@ -26,7 +27,7 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
     fields = {
         "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
         "base_model": _line(base),
-        "story": _story(metadata),
+        "story": _story(metadata) + (f"\n\n![Without and with the adapter]({preview})" if preview else ""),
         "facts": "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
     }
     return fill_card(template, fields)
@@ -63,10 +64,14 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
         commit = f" at commit `{_line(generator['revision'])}`" if generator.get("revision") else ""
         yield "generator", f"`{_line(generator.get('name'))}`{commit}, sha256 `{_line(generator.get('sha256'))[:12]}`"
     if isinstance(metadata.get("seed"), int):
-        yield "seed", f"{metadata['seed']}; `cond-pdiff verify adapter` makes it again and compares the bytes"
+        again = "" if "refined" in metadata else "; `cond-pdiff verify adapter` makes it again and compares the bytes"
+        yield "seed", f"{metadata['seed']}{again}"
     if "scheduler" in metadata:
         steps, guidance = metadata.get("num_inference_steps"), metadata.get("guidance_scale")
         yield "sampler", f"{_line(metadata['scheduler'])}, {_line(steps)} steps, guidance {_line(guidance)}"
+    refined = metadata.get("refined")
+    if isinstance(refined, Mapping):
+        yield "refined", f"{_line(refined.get('steps'))} steps on labelled examples, learning rate {_line(refined.get('learning_rate'))}"
     nearest = metadata.get("nearest")
     if isinstance(nearest, list):
         pairs = [pair for pair in nearest if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], (int, float))]

@@ -168,6 +168,25 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_preview_can_stand_in_the_card(run: Any, style_generator: Path, picture: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "embers"
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in adapter.iterdir()}
+
+    generate = ["generate", "--image", picture, "--generator", style_generator, "--out", adapter, "--seed", 3]
+    assert run(*generate).status == 0
+    before = files()
+    done = run("preview", adapter, "--prompt", "a red house", "--steps", 2, "--card")
+    assert (done.status, done.out[1:]) == (0, [f"card       {adapter / 'README.md'}"]), done.err
+    after = files()
+    assert "![Without and with the adapter](preview.png)" in after.pop("README.md").decode()
+    assert after.pop("preview.png") == (tmp_path / "embers-preview.png").read_bytes()
+    assert after == {name: data for name, data in before.items() if name != "README.md"}
+    assert run(*generate, "--force").status == 0
+    assert files() == before
+
+
 def test_a_picture_gives_an_adapter_and_previews(run: Any, style_generator: Path, style_zoo: Zoo, picture: Path, tmp_path: Path) -> None:
     done = run("generate", "--image", picture, "--generator", style_generator, "--out", tmp_path / "embers", "--seed", 3)
     assert done.status == 0, done.err

@@ -190,6 +190,8 @@ def test_an_adapter_is_pushed_and_loads_from_its_pulled_folder(hub: LoopbackHub,
     loaded = LoraAdapter.load(fetch("owner/adapter"))
     assert all(torch.equal(loaded.tensors[key], tensor) for key, tensor in out.adapter.tensors.items())
     assert header(hub.files("owner/adapter")["README.md"])["library_name"] == "peft"
+    with_picture = out.adapter.push_to_hub("owner/adapter", preview=b"a picture", dry_run=True)
+    assert set(with_picture.files) == {*ADAPTER_FILES, "preview.png"}
 
 
 def test_a_zoo_is_pushed_as_a_data_set_with_manifest_and_card(hub: LoopbackHub, tiny_zoo: Path, tmp_path: Path) -> None:

@@ -80,10 +80,10 @@ def _condition(arguments: argparse.Namespace) -> TaskPrompt | StyleImage:
 
 def generate(arguments: argparse.Namespace) -> None:
     """Make an adapter from a condition."""
-    from cond_pdiff.adapter import ADAPTER_FILES
+    from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
     from cond_pdiff.atomic import check_output_folder
 
-    check_output_folder(arguments.out, ADAPTER_FILES, arguments.force)
+    check_output_folder(arguments.out, (*ADAPTER_FILES, PREVIEW_FILE), arguments.force)
     condition = _condition(arguments)
     generator = arguments.generator or (DEFAULT_GENERATOR if arguments.image is None else DEFAULT_STYLE_GENERATOR)
     count = arguments.num_adapters if arguments.num_adapters is not None else (20 if arguments.example else 1)
@@ -140,8 +140,12 @@ def preview(arguments: argparse.Namespace) -> None:
     else:
         captions, title = arguments.prompt, "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
         rows = {"base": make_pictures(pipe, captions, (), *settings), title: make_pictures(pipe, captions, adapters, *settings)}
-    write_bytes(out, encode_png(picture_sheet(rows, captions)))
+    sheet = encode_png(picture_sheet(rows, captions))
+    write_bytes(out, sheet)
     print(f"pictures   {out}")
+    if arguments.card:
+        adapters[0][0].save(arguments.adapter, overwrite=True, preview=sheet)
+        print(f"card       {arguments.adapter / 'README.md'}")
 
 
 def _number(text: str, what: str) -> float:
@@ -202,12 +206,13 @@ def info(arguments: argparse.Namespace) -> None:
 
 def push(arguments: argparse.Namespace) -> None:
     """A generator or an adapter → Hub."""
-    from cond_pdiff.adapter import CONFIG_FILE, LoraAdapter
+    from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
     from cond_pdiff.publish import push_generator
 
-    options = _push_options(arguments)
-    if (Path(arguments.folder) / CONFIG_FILE).is_file():
-        print(LoraAdapter.load(arguments.folder).push_to_hub(arguments.repo, **options))
+    options, folder = _push_options(arguments), Path(arguments.folder)
+    if (folder / CONFIG_FILE).is_file():
+        preview = (folder / PREVIEW_FILE).read_bytes() if (folder / PREVIEW_FILE).is_file() else None
+        print(LoraAdapter.load(folder).push_to_hub(arguments.repo, preview, **options))
     else:
         print(push_generator(arguments.folder, arguments.repo, **options))
 
