@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError
 
-Mode = Literal["none", "batch", "task", "tensor"]
+Mode = Literal["none", "batch", "task", "tensor", "soup"]
 EPSILON = 1e-8
 NUM_TASK_STATISTICS = 2
 
@@ -22,6 +22,8 @@ class ParamNormalizer(Component):
     - `none`: values are params.
     - `batch`: one mean and one standard deviation for the whole zoo.
     - `tensor`: a mean and a standard deviation for each of the layout's tensors.
+    - `soup`: the zoo's soup (the mean of every parameter) is taken away, and a standard deviation for each of the layout's tensors
+      divides what is left. For adapters that start from a common one, of which values then have nothing to tell.
     - `task`: the paper's z-score. Each adapter has its own mean and standard deviation. For an unseen request these do not
       exist, so they are statistics that are generated together with the latents, never looked up by a task's name.
       (The authors' code normalises every coordinate by its task's mean, which makes zero decode to the task's soup; one mean
@@ -42,8 +44,9 @@ class ParamNormalizer(Component):
         super().__init__()
         if mode not in get_args(Mode):
             raise CondPDiffError(f"normaliser mode must be one of {get_args(Mode)}, got {mode!r}")
-        size = {"none": 0, "batch": 1, "tensor": len(tensor_sizes), "task": NUM_TASK_STATISTICS}[mode]
-        self.register_buffer("mean", torch.zeros(size))
+        tensors = len(tensor_sizes)
+        size = {"none": 0, "batch": 1, "tensor": tensors, "soup": tensors, "task": NUM_TASK_STATISTICS}[mode]
+        self.register_buffer("mean", torch.zeros(sum(tensor_sizes) if mode == "soup" else size))
         self.register_buffer("std", torch.ones(size))
         # safetensors cannot name an empty file's device; a marker also tells a fitted normaliser from a fresh one.
         self.register_buffer("fitted", torch.zeros(1))
@@ -60,9 +63,10 @@ class ParamNormalizer(Component):
         mode = self.config.mode
         if mode == "batch":
             columns = params.reshape(-1, 1)
-        elif mode == "tensor":
-            pieces = params.split(list(self.config.tensor_sizes), dim=1)
-            self.mean.copy_(torch.stack([piece.mean() for piece in pieces]))
+        elif mode in ("tensor", "soup"):
+            centred = params - params.mean(0) if mode == "soup" else params
+            pieces = centred.split(list(self.config.tensor_sizes), dim=1)
+            self.mean.copy_(params.mean(0) if mode == "soup" else torch.stack([piece.mean() for piece in pieces]))
             self.std.copy_(torch.stack([piece.std(correction=0) for piece in pieces]))
         elif mode == "task":
             columns = self._raw_statistics(params)
@@ -110,7 +114,8 @@ class ParamNormalizer(Component):
         if self.config.mode == "batch":
             return self.mean, self.std
         sizes = torch.tensor(self.config.tensor_sizes, device=values.device)
-        return self.mean.repeat_interleave(sizes), self.std.repeat_interleave(sizes)
+        mean = self.mean if self.config.mode == "soup" else self.mean.repeat_interleave(sizes)
+        return mean, self.std.repeat_interleave(sizes)
 
     @staticmethod
     def _raw_statistics(params: torch.Tensor) -> torch.Tensor:

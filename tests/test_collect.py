@@ -117,6 +117,28 @@ def test_training_both_factors_moves_lora_a(config: CollectConfig, tasks_folder:
     assert not any(torch.equal(moved.factors(name)[0], frozen.factors(name)[0]) for name in moved.modules)
 
 
+def test_runs_can_start_from_the_multitask_adapter(config: CollectConfig, tasks_folder: Path, zoo: Zoo, tmp_path: Path) -> None:
+    small = replace(config, from_multitask=True, runs=1, steps=2, multitask_steps=4, multitask_learning_rate=0.001)
+    with pytest.raises(TrainingError, match="begin with shard 0"):
+        collect(small, tasks_folder, tmp_path / "zoo", (1, 2))
+    collect(small, tasks_folder, tmp_path / "zoo", (0, 2))
+    made = collect(small, tasks_folder, tmp_path / "zoo")
+    multitask, plain, first = made.multitask(), zoo.multitask(), zoo.runs("moods")[0].adapter()
+    assert multitask is not None
+    assert plain is not None
+    assert (multitask.facts["learning_rate"], plain.facts["learning_rate"]) == (0.001, config.learning_rates[0])
+    start = multitask.adapter()
+    for run in all_runs(made):
+        adapter = run.adapter()
+        for name in adapter.modules:
+            (lora_a, lora_b), (start_a, start_b) = adapter.factors(name), start.factors(name)
+            assert torch.equal(lora_a, start_a)
+            assert not torch.equal(lora_a, first.factors(name)[0])
+            assert not torch.equal(lora_b, start_b)
+    with pytest.raises(TrainingError, match="from_multitask needs multitask_steps"):
+        replace(config, from_multitask=True, multitask_steps=0)
+
+
 def test_the_soup_is_the_mean(zoo: Zoo) -> None:
     first, second = (run.adapter() for run in zoo.runs("moods"))
     for key, tensor in soup([first, second]).tensors.items():

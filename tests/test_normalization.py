@@ -9,7 +9,7 @@ from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.normalization import ParamNormalizer, extra_length, join_statistics, split_statistics
 
 SIZES = (6, 10, 24)
-MODES = ["none", "batch", "task", "tensor"]
+MODES = ["none", "batch", "task", "tensor", "soup"]
 
 
 def zoo(seed: int = 0, count: int = 9) -> torch.Tensor:
@@ -51,6 +51,15 @@ def test_batch_mode_standardises_the_zoo_and_tensor_mode_every_tensor() -> None:
     for piece in fitted("tensor").normalize(zoo())[0].split(list(SIZES), dim=1):
         assert abs(piece.mean()) < 1e-5
         assert abs(piece.std(correction=0) - 1) < 1e-4
+
+
+def test_soup_mode_takes_the_soup_away_and_standardises_every_tensor() -> None:
+    normalizer, params = fitted("soup"), zoo(0)
+    values, _ = normalizer.normalize(params)
+    torch.testing.assert_close(values.mean(0), torch.zeros(sum(SIZES)), atol=1e-5, rtol=0)
+    for piece in values.split(SIZES, dim=1):
+        torch.testing.assert_close(piece.square().mean(), torch.tensor(1.0))
+    torch.testing.assert_close(normalizer.denormalize(torch.zeros(1, sum(SIZES)), torch.zeros(1, 0))[0], params.mean(0))
 
 
 def test_none_mode_changes_nothing() -> None:

@@ -83,7 +83,7 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
     jobs = [(name, 0) for name in (*config.tasks, *config.unseen)]
     jobs += [(name, run) for run in range(1, config.runs) for name in config.tasks if name not in made]
     if config.multitask_steps:
-        jobs.append((MULTITASK, 0))
+        jobs.insert(0 if config.from_multitask else len(jobs), (MULTITASK, 0))
     mine = jobs[shard[0] :: shard[1]]
     tuner = _Tuner(tuning, config, zoo, lora_a)
     for name, run in tqdm(mine, desc="collect", unit="adapter"):
@@ -143,13 +143,16 @@ class _Tuner:
         seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}/{run}".encode()).digest()[:4], "big")
         steps = config.multitask_steps if name == MULTITASK else config.steps
         rate = config.learning_rates[run % len(config.learning_rates)]
+        if name == MULTITASK and config.multitask_learning_rate:
+            rate = config.multitask_learning_rate
         torch.manual_seed(seed)
         model = get_peft_model(self.tuning.model, _peft_config(config, self.tuning.task_type))
         try:
-            set_peft_model_state_dict(model, self.lora_a)
+            set_peft_model_state_dict(model, self._start(name))
+            train_lora_a = config.train_lora_a or (config.from_multitask and name == MULTITASK)
             trained = []
             for key, parameter in model.named_parameters():
-                parameter.requires_grad = ".lora_B." in key or (config.train_lora_a and ".lora_A." in key)
+                parameter.requires_grad = ".lora_B." in key or (train_lora_a and ".lora_A." in key)
                 if parameter.requires_grad:
                     trained.append(parameter)
             kept: dict[int, dict[str, torch.Tensor]] = {}
@@ -169,6 +172,17 @@ class _Tuner:
             facts.update(self.tuning.metrics(adapter, tasks[0]))
         facts["seconds"] = round(time.monotonic() - started, 1)
         write_run(folder, adapter, facts, kept)
+
+    def _start(self, name: str) -> dict[str, torch.Tensor]:
+        """What a run's adapter is before its first step: the zoo's `lora_A`, or the multi-task adapter."""
+        if not self.config.from_multitask or name == MULTITASK:
+            return self.lora_a
+        if (start := self.zoo.multitask()) is None:
+            raise TrainingError(
+                f"{self.zoo.folder} has no multi-task adapter yet, from which all runs start; "
+                "begin with shard 0, which trains it, and start the others when it is there"
+            )
+        return start.adapter().tensors
 
     def _train(
         self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int, after_step: Callable[[int], None]

@@ -41,6 +41,8 @@ class CollectConfig:
     last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
     checkpoint_every: int = 5                       # … so many steps apart
     multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
+    multitask_learning_rate: float = 0.0            # of the baseline; 0: the first of `learning_rates`
+    from_multitask: bool = False                    # True: the baseline also trains `lora_A`, and all runs start from its factors
     metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
     seed: int = 0
 
@@ -51,6 +53,8 @@ class CollectConfig:
             raise TrainingError(f"collect: precision must be 'no' or 'bf16', got {self.precision!r}")
         if self.kind not in ("text", "style"):
             raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
+        if self.from_multitask and not self.multitask_steps:
+            raise TrainingError("collect: from_multitask needs multitask_steps")
         if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
             raise TrainingError(
                 f"collect: a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"

@@ -1,7 +1,7 @@
 """A zoo: a folder of adapters collected by fine-tuning, with a manifest.
 
 zoo.json                                the settings and tasks it was collected with
-lora_a.safetensors                      the one `lora_A` that all runs start from
+lora_a.safetensors                      the one `lora_A` that all runs start from; with `from_multitask`, the multi-task run
 tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
 multitask/                              one adapter trained on all zoo tasks, the baseline
 tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept

@@ -39,6 +39,8 @@ class ParamUNet1D(Component):
         bottom_linear: a linear layer over the flattened bottom.
         final_linear: a linear layer over the flattened output; needed for "concat", whose output is longer than the sample.
         act_fn: activation of the convolutions.
+        condition_scale: condition embeddings are multiplied by it. They have unit length; with the square root of `condition_dim`
+            their entries have unit size, which a linear layer learns from sooner.
     """
 
     __module__ = "cond_pdiff"
@@ -56,6 +58,7 @@ class ParamUNet1D(Component):
         bottom_linear: bool = True,
         final_linear: bool = False,
         act_fn: str = "silu",
+        condition_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
@@ -120,6 +123,7 @@ class ParamUNet1D(Component):
         time = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
 
         hidden = sample
+        condition = condition * self.config.condition_scale
         embedding = None
         if self.condition_embedding is not None:
             embedding = self.condition_embedding(condition)

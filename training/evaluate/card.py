@@ -15,6 +15,13 @@ from cond_pdiff.training.evaluate.evaluate import KINDS
 from cond_pdiff.training.evaluate.table import EvaluationTable, part
 from cond_pdiff.training.zoo import Zoo
 
+TUNED = {
+    "both": "both `lora_A` and `lora_B`",
+    "lora_b": "`lora_B` only, from one frozen `lora_A` that all adapters share",
+    "from_multitask": "`lora_B` only, from one adapter that was trained on everything; its `lora_A` all adapters share",
+}
+"""What fine-tuning changes, in a card's words."""
+
 
 def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any], pictures: Path | None = None) -> Path:
     """Write `README.md` into a local generator folder.
@@ -78,9 +85,7 @@ def _generator_fields(generator: Path, zoo: Zoo, evaluation: dict[str, Any]) -> 
         "batch_size": collect["batch_size"],
         "learning_rates": ", ".join(f"{rate:g}" for rate in collect["learning_rates"][: collect["runs"]]),
         "max_length": collect["max_length"],
-        "tuned": "both `lora_A` and `lora_B`"
-        if collect["train_lora_a"]
-        else "`lora_B` only, from one frozen `lora_A` that all adapters share",
+        "tuned": TUNED["both" if collect["train_lora_a"] else "from_multitask" if collect.get("from_multitask") else "lora_b"],
         "samples": evaluation["settings"]["samples"],
         "max_rows": evaluation["settings"]["max_rows"],
     }
