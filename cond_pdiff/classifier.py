@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditioning import Text, check_labels, check_text, label_text
+from cond_pdiff.conditioning import Text, check_examples, check_labels, check_text, label_text
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -16,40 +18,79 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 LOGIT_SCALE = 20.0
 """Cosine similarities are multiplied by this before the softmax, in training and in use."""
 
+NAME_WEIGHT = 2.0
+"""A class's name counts as much in its prototype as so many of its examples."""
+
+
+def leave_one_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Scaled cosine similarities of examples to prototypes that hold all examples but the one that is judged.
+
+    Args:
+        names: embeddings of the label names, shape `(num_labels, embedding_dim)`.
+        examples: their embeddings, shape `(num_examples, embedding_dim)`.
+        targets: index of each example's label, shape `(num_examples,)`.
+
+    Returns:
+        shape `(num_examples, num_labels)`.
+    """
+    sums = _sums(names, examples, targets)
+    logits = examples @ nn.functional.normalize(sums, dim=1).T
+    own = (examples * nn.functional.normalize(sums[targets] - examples, dim=1)).sum(1)
+    return LOGIT_SCALE * torch.where(nn.functional.one_hot(targets, len(names)).bool(), own[:, None], logits)
+
+
+def _sums(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (NAME_WEIGHT * names).index_add(0, targets, examples)
+
 
 class PrototypeClassifier:
     """Classify texts by the nearest class prototype in the embedding space of the adapted base model.
 
-    Each class's prototype is the embedding of its label name, under the same adapter as the texts.
+    Each class's prototype is the embedding of its label name, under the same adapter as the texts; with labelled examples, the
+    direction of the sum of its examples' embeddings and `NAME_WEIGHT` times its name's.
 
     Args:
         backbone: the base model; adapters are attached only while it works.
         labels: label names.
         adapter: None classifies with the base model alone.
         max_length: texts are cut at this many tokens.
+        examples: `(text, label)` pairs.
 
     Raises:
-        ConditionError: fewer than two labels, or two equal ones.
+        ConditionError: fewer than two labels, or two equal ones, or an example of another label.
         AdapterError: the adapter is not for this base model.
     """
 
     def __init__(
-        self, backbone: SentenceBackbone, labels: Sequence[str], adapter: LoraAdapter | None = None, max_length: int = 128
+        self,
+        backbone: SentenceBackbone,
+        labels: Sequence[str],
+        adapter: LoraAdapter | None = None,
+        max_length: int = 128,
+        examples: Sequence[tuple[Text, str]] = (),
     ) -> None:
         self.backbone = backbone
         self.labels = check_labels(labels)
+        self.examples = check_examples(examples, self.labels)
         self.adapter = adapter
         self.max_length = max_length
         if adapter is not None:
             adapter.check_base(backbone.model)
 
     @classmethod
-    def load(cls, folder: str | Path, labels: Sequence[str] | None = None, base: str | None = None) -> PrototypeClassifier:
+    def load(
+        cls,
+        folder: str | Path,
+        labels: Sequence[str] | None = None,
+        base: str | None = None,
+        examples: Sequence[tuple[Text, str]] = (),
+    ) -> PrototypeClassifier:
         """A classifier from an adapter folder that this package wrote.
 
         Args:
             labels: default: the labels recorded with the adapter.
             base: a local folder with the base model; default: found by the recorded reference.
+            examples: `(text, label)` pairs for the prototypes.
         """
         adapter = LoraAdapter.load(folder)
         labels = labels or adapter.metadata.get("labels")
@@ -57,26 +98,41 @@ class PrototypeClassifier:
             raise AdapterError(f"{folder} records no labels; name them (labels=[…], or --label on the command line)")
         reference = adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model}
         backbone = SentenceBackbone.load(Backbone(base) if base else Backbone.from_json(reference))
-        return cls(backbone, labels, adapter)
+        return cls(backbone, labels, adapter, examples=examples)
 
     def with_adapter(self, adapter: LoraAdapter | None) -> PrototypeClassifier:
         """The same classifier with another adapter of an already checked base; for going through many adapters."""
-        other = PrototypeClassifier(self.backbone, self.labels, None, self.max_length)
+        other = PrototypeClassifier(self.backbone, self.labels, None, self.max_length, self.examples)
         other.adapter = adapter
         return other
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Index of each example's label, shape `(num_examples,)`."""
+        return torch.tensor([self.labels.index(label) for _, label in self.examples], dtype=torch.long)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
         """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities."""
         checked = [check_text(text, f"text {index}") for index, text in enumerate(texts, 1)]
-        attachment = self.adapter.attach(self.backbone.model, check=False) if self.adapter else None
-        try:
-            embeddings = self.backbone.embed([*map(label_text, self.labels), *checked], self.max_length)
-            prototypes = embeddings[: len(self.labels)]
-            return LOGIT_SCALE * embeddings[len(self.labels) :] @ prototypes.T
-        finally:
-            if attachment:
-                attachment.detach()
+        with self._attached():
+            # One batch for all, because padding is most of the work for short texts.
+            parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], checked)
+            embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
+        names, examples, asked = embeddings.split([len(part) for part in parts])
+        prototypes = nn.functional.normalize(_sums(names, examples, self.targets.to(names.device)), dim=1)
+        return LOGIT_SCALE * asked @ prototypes.T
+
+    @torch.no_grad()
+    def example_logits(self) -> torch.Tensor:
+        """Scaled cosine similarities of the examples, each judged without itself, shape `(len(examples), len(labels))`."""
+        with self._attached():
+            embeddings = self.backbone.embed([*map(label_text, self.labels), *(text for text, _ in self.examples)], self.max_length)
+        names, examples = embeddings.split([len(self.labels), len(self.examples)])
+        return leave_one_out_logits(names, examples, self.targets.to(names.device))
+
+    def _attached(self) -> contextlib.AbstractContextManager[object]:
+        return self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext()
 
     def predict(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text."""

@@ -65,15 +65,10 @@ class TaskPrompt:
 
     def __post_init__(self) -> None:
         description = _check_string(self.description, "the task description")
-        if not isinstance(self.examples, Iterable):
-            raise ConditionError(f"examples must be a list of (text, label) pairs, got {type(self.examples).__name__}")
-        examples = tuple(_check_example(example, index) for index, example in enumerate(self.examples, 1))
-        labels = check_labels(self.labels) if self.labels else tuple(dict.fromkeys(label for _, label in examples))
-        for index, (_, label) in enumerate(examples, 1):
-            if label not in labels:
-                raise ConditionError(f"example {index} has the label {label!r}, which is not among the labels {list(labels)}")
-        if len({isinstance(text, str) for text, _ in examples}) > 1:
-            raise ConditionError("some examples are single texts and some are pairs; a task has one kind")
+        labels = check_labels(self.labels) if self.labels else None
+        examples = check_examples(self.examples, labels)
+        if labels is None:
+            labels = tuple(dict.fromkeys(label for _, label in examples))
         if examples and len(labels) < 2:
             raise ConditionError(f"all examples have the label {labels[0]!r}; give an example of another label, or name all labels")
         object.__setattr__(self, "description", description)
@@ -121,6 +116,19 @@ def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
 def label_text(label: str) -> str:
     """A label name as words: `not_paraphrase` → `not paraphrase`."""
     return label.replace("_", " ").replace("-", " ").strip()
+
+
+def check_examples(examples: Iterable[tuple[Text, str]], labels: Sequence[str] | None = None) -> tuple[tuple[Text, str], ...]:
+    """Labelled examples, stripped, all single texts or all pairs, of the given labels; `ConditionError` otherwise."""
+    if not isinstance(examples, Iterable):
+        raise ConditionError(f"examples must be a list of (text, label) pairs, got {type(examples).__name__}")
+    checked = tuple(_check_example(example, index) for index, example in enumerate(examples, 1))
+    for index, (_, label) in enumerate(checked, 1):
+        if labels is not None and label not in labels:
+            raise ConditionError(f"example {index} has the label {label!r}, which is not among the labels {list(labels)}")
+    if len({isinstance(text, str) for text, _ in checked}) > 1:
+        raise ConditionError("some examples are single texts and some are pairs; a task has one kind")
+    return checked
 
 
 def _check_example(example: object, index: int) -> tuple[Text, str]:
