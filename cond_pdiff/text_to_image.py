@@ -17,7 +17,7 @@ from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="8788baf63e93870dc04ad110d7d9383b5036c09189e4db1be70a2925fd3d0f3d")
+PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="5f89b7aa30578d55254cdf1964705987df7043d27aafe1461a6a75db7aaf65cf")
 
 
 def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
@@ -44,7 +44,7 @@ def make_pictures(
     adapters: Sequence[tuple[LoraAdapter, float]] = (),
     seed: int = 0,
     num_inference_steps: int = 10,
-    guidance_scale: float = 3.0,
+    guidance_scale: float = 2.0,
 ) -> list[Image.Image]:
     """One picture a prompt, at the base's own size, each from the same noise, so that only prompt and adapters make a difference.
 

@@ -166,7 +166,7 @@ def tiny_generator(tiny_backbone: Backbone, tiny_zoo: Path, tasks_folder: Path, 
 TINY_BASE_FIT = {"steps": 3, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
 TINY_BASE: dict[str, Any] = {
     "image_autoencoder": {
-        "model": {**read_recipe("pixart-mini")["image_autoencoder"]["model"], "block_out_channels": [8, 8, 8]},
+        "model": {**read_recipe("pixart-mini")["image_autoencoder"]["model"], "block_out_channels": [8, 8]},
         "scenes": 6, "fit": TINY_BASE_FIT,
     },
     "transformer": {

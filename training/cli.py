@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: ADAPTER-preview.png)")
     preview.add_argument("--card", action="store_true", help="show the picture in the adapter's card too")
     preview.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
-    preview.add_argument("--guidance-scale", type=float, default=3.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
+    preview.add_argument("--guidance-scale", type=float, default=2.0, metavar="G", help="guidance; 1 is none (default: %(default)s)")
     preview.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     preview.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
     preview.add_argument("--force", action="store_true", help="replace a picture that is already there")

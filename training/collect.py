@@ -182,7 +182,7 @@ class _Tuner:
                 f"{self.zoo.folder} has no multi-task adapter yet, from which all runs start; "
                 "begin with shard 0, which trains it, and start the others when it is there"
             )
-        return start.adapter().tensors
+        return dict(start.adapter().tensors)
 
     def _train(
         self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int, after_step: Callable[[int], None]

@@ -31,7 +31,6 @@ class TransformerConfig:
     text_encoder: dict[str, Any] = field(default_factory=dict)  # T5Config's arguments, without those of the vocabulary
     fit: FitConfig = field(default_factory=FitConfig)
     scenes: int = 40_000            # rendered scenes, encoded once
-    restyled_share: float = 0.0     # of the scenes, shown with `effects` and captioned "restyled …": the base learns to draw strokes
     max_length: int = 32            # tokens of a caption in training
     caption_dropout: float = 0.1    # share of samples with the empty caption, for classifier-free guidance
     unknown_words: float = 0.05     # share of captions with a word that the vocabulary lacks, put in anywhere
@@ -53,6 +52,6 @@ class SampleConfig:
 
     scenes: int = 256               # held-out scenes
     steps: int = 10                 # of the sampler
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     batch_size: int = 32
     seed: int = 0

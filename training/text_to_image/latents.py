@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.text_to_image.drawing import render
-from cond_pdiff.training.text_to_image.pictures import effects
+from cond_pdiff.training.text_to_image.pictures import to_input
 from cond_pdiff.training.text_to_image.scenes import Scene, scene_stream
 
 PART = 2048
@@ -33,43 +32,33 @@ class SceneLatents:
         scenes: what the pictures show; captions are drawn from these.
         latents: scaled to unit variance, float32 of shape `(num_scenes, channels, side, side)`.
         sha256: of the latents.
-        restyled: indices of the scenes whose pictures were changed by `effects`.
     """
 
     scenes: list[Scene]
     latents: torch.Tensor
     sha256: str
-    restyled: frozenset[int] = frozenset()
 
     @classmethod
-    def make(cls, autoencoder: AutoencoderKL, count: int, seed: int, folder: Path, restyled_share: float = 0.0) -> SceneLatents:
+    def make(cls, autoencoder: AutoencoderKL, count: int, seed: int, folder: Path) -> SceneLatents:
         """Render and encode the first `count` scenes of a stream, part by part; parts that `folder` has already are read.
-
-        Args:
-            restyled_share: of the scenes, at random, whose pictures are changed by `effects`.
 
         Raises:
             TrainingError: `folder` holds latents of another autoencoder or stream, or damaged ones.
         """
-        facts = json.loads(json.dumps({"autoencoder": weights_sha256(autoencoder), "count": count, "part": PART, "seed": seed,
-                                       "restyled_share": restyled_share}))  # fmt: skip
+        facts = json.loads(json.dumps({"autoencoder": weights_sha256(autoencoder), "count": count, "part": PART, "seed": seed}))
         path = folder / FACTS_FILE
         if path.exists() and path.read_text(encoding="utf-8") != dump_json(facts):
             raise TrainingError(f"{folder} holds the latents of another autoencoder or of other scenes; delete it to make them again")
         write_text(path, dump_json(facts))
         stream = scene_stream(seed)
-        lots = random.Random(f"restyled/{seed}")
-        restyled = frozenset(index for index in range(count) if lots.random() < restyled_share)
         scenes: list[Scene] = []
         parts: list[torch.Tensor] = []
         for start in range(0, count, PART):
             found = list(islice(stream, min(PART, count - start)))
             scenes += [scene for scene, _ in found]
-            changed = [index in restyled for index in range(start, start + len(found))]
-            rng = torch.Generator().manual_seed(lots.getrandbits(63))
-            parts.append(_part(folder / f"part-{start // PART:04d}.safetensors", autoencoder, found, changed, rng))
+            parts.append(_part(folder / f"part-{start // PART:04d}.safetensors", autoencoder, found))
         latents = torch.cat(parts)
-        return cls(scenes, latents.float(), hashlib.sha256(latents.numpy().tobytes()).hexdigest(), restyled)
+        return cls(scenes, latents.float(), hashlib.sha256(latents.numpy().tobytes()).hexdigest())
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
@@ -81,7 +70,7 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 
 @torch.no_grad()
-def _part(path: Path, autoencoder: AutoencoderKL, found: list, changed: list[bool], rng: torch.Generator) -> torch.Tensor:
+def _part(path: Path, autoencoder: AutoencoderKL, found: list) -> torch.Tensor:
     """Latents in half precision, from the file or made now."""
     if path.exists():
         try:
@@ -90,12 +79,8 @@ def _part(path: Path, autoencoder: AutoencoderKL, found: list, changed: list[boo
             raise TrainingError(f"{path} is damaged ({error}); delete it to make it again") from error
     latents = []
     for start in range(0, len(found), 32):
-        rendered = np.stack([render(scene, scene_rng) for scene, scene_rng in found[start : start + 32]])
-        pictures = torch.from_numpy(rendered).permute(0, 3, 1, 2).float() / 255
-        picks = torch.tensor(changed[start : start + 32]).nonzero()[:, 0]
-        if len(picks):
-            pictures[picks] = effects(pictures[picks], rng)
-        mean = autoencoder.encode(pictures * 2 - 1).latent_dist.mean
+        pictures = np.stack([render(scene, rng) for scene, rng in found[start : start + 32]])
+        mean = autoencoder.encode(to_input(torch.from_numpy(pictures).permute(0, 3, 1, 2))).latent_dist.mean
         latents.append((mean * autoencoder.config["scaling_factor"]).half())
     part = torch.cat(latents).contiguous()  # a convolution may leave them in another memory order
     write_bytes(path, save({"latents": part}))

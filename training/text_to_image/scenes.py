@@ -69,9 +69,6 @@ RELATIONS: dict[str, tuple[str, ...]] = {
 """Where the main object stands, seen from the second; `beside` is either side."""
 
 OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a painting of ", "a drawing of ", "a scene with ", "there is ")
-RESTYLED = "restyled"
-"""The first word of captions of pictures that were changed (see `cond_pdiff.training.text_to_image.pictures.effects`)."""
-
 HELD_OUT_SHARE = 0.1
 ATTRIBUTES = ("object", "colour", "place", "time", "second", "second_colour", "relation")
 
@@ -149,7 +146,7 @@ def caption_words() -> list[str]:
     """Every word that a caption may hold, sorted: the vocabulary of the tokenizer."""
     phrases: list[Iterable[str]] = [
         *OBJECTS.values(), *PLACES.values(), *TIMES.values(), *RELATIONS.values(), OBJECTS, COLOURS, PLACES, TIMES, OPENINGS,
-        ("a", "an", "the", RESTYLED),
+        ("a", "an", "the"),
     ]  # fmt: skip
     return sorted({word for group in phrases for phrase in group for word in phrase.split()})
 

@@ -50,13 +50,7 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
     autoencoder = ImageAutoencoderStage(autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / autoencoder.name, tensorboard)
     autoencoder.fit_latent_statistics()
-    data = SceneLatents.make(
-        autoencoder.autoencoder,
-        transformer_config.scenes,
-        transformer_config.fit.seed,
-        run_folder / "latents",
-        transformer_config.restyled_share,
-    )
+    data = SceneLatents.make(autoencoder.autoencoder, transformer_config.scenes, transformer_config.fit.seed, run_folder / "latents")
     transformer = TransformerStage(data, transformer_config)
     fit(transformer, transformer_config.fit, run_folder / transformer.name, tensorboard)
     folder = run_folder / "pipeline"

@@ -18,7 +18,7 @@ from cond_pdiff.training.config import build
 from cond_pdiff.training.objectives import denoising_loss, draw_noise_levels, flow_pair
 from cond_pdiff.training.text_to_image.config import TransformerConfig
 from cond_pdiff.training.text_to_image.latents import SceneLatents
-from cond_pdiff.training.text_to_image.scenes import RESTYLED, caption_words
+from cond_pdiff.training.text_to_image.scenes import caption_words
 from cond_pdiff.training.text_to_image.tokenizer import build_tokenizer
 
 TRAIN_TIMESTEPS = 1000
@@ -102,8 +102,6 @@ class TransformerStage:
         if rng.random() < self.config.caption_dropout:
             return ""
         words = self.data.scenes[index].caption(rng).split()
-        if index in self.data.restyled:
-            words.insert(0, RESTYLED)
         if rng.random() < self.config.unknown_words:
             words.insert(rng.randint(0, len(words)), UNKNOWN_WORD)
         return " ".join(words)
