@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
             keep: False where a sample is trained without its condition, shape `(draws * batch, 1)`.
         """
         if self.encoder is not None:
-            condition = self.encoder(condition.to(noisy.dtype) / 255)
+            condition = self.encoder(condition.to(noisy.dtype) / 255).to(noisy.dtype)  # autocast may have made it half
         length = condition.norm(dim=1, keepdim=True)
         length = torch.lerp(length, length[partner], ratio)
         condition = torch.lerp(condition, condition[partner], ratio)
