@@ -254,7 +254,7 @@ def test_the_card_tells_what_was_measured(tiny_run: Path) -> None:
         assert row.split(" | ")[1:] == [f"{100 * result[column][name]:.1f}" + (" |" if column == "shuffled" else "") for column in columns]
         assert 0 <= value <= 1
     assert "house, tree, boat" in text
-    assert "latents 8×16×16 |" in text
+    assert "latents 4×32×32 |" in text
     assert '"cond-pdiff/run"' in text
     with Image.open(tiny_run / "samples.png") as sheet:
         assert sheet.width > sheet.height > 2 * 128
