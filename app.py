@@ -33,7 +33,8 @@ NEW_HEADLINES = "the bank raised its forecast\ncoach praises young team\na vacci
 TASK_EXAMPLES = [[DESCRIPTION, EXAMPLES, SENTENCES], ["Decide what a headline is about.", HEADLINES, NEW_HEADLINES]]
 GALLERY: dict[str, Any] = {"columns": 2, "object_fit": "contain", "elem_classes": "gallery", "height": "auto"}
 CSS = """.gallery img, .near-style {image-rendering: pixelated} .near {background: #1a7f37} .far {background: #9a6700}
-.near-style {display: inline; width: 72px; margin: 6px} .badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}"""
+.near-style {display: inline; width: 72px; margin: 6px} .badge {color: white; border-radius: 6px; padding: 2px 8px; margin-right: 6px}
+.neighbour {display: inline-block; margin-right: 16px}"""
 
 _text_to_image = functools.cache(load_text_to_image)
 PROGRESS, model = gr.Progress(), threading.Lock()
@@ -77,9 +78,10 @@ def _badge(report: Any, index: Any) -> str:
     lines = [f'<span class="badge {sign[0]}">{sign[1]}</span> nearest (threshold {report.threshold:.2f}):<br>']
     for neighbour in report.nearest:
         picture = index.preview(neighbour.task)
-        if picture:
-            lines.append(f'<img class="near-style" src="data:image/png;base64,{base64.b64encode(encode_png(picture)).decode()}">')
-        lines.append(f"<b>{html.escape(neighbour.task.replace('_', ' '))}</b> {neighbour.similarity:.2f} &emsp;")
+        data = base64.b64encode(encode_png(picture)).decode() if picture else ""
+        shown = f'<img class="near-style" src="data:image/png;base64,{data}">' if data else ""
+        name = html.escape(neighbour.task.replace("_", " "))
+        lines.append(f'<span class="neighbour">{shown}<b>{name}</b> {neighbour.similarity:.2f}</span> ')
     return "".join(lines)
 
 
