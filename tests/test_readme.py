@@ -37,7 +37,7 @@ def test_the_named_generators_are_bundled() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(PYTHON_BLOCKS) == 3
+    assert len(PYTHON_BLOCKS) == 4
     for block in PYTHON_BLOCKS:
         # Where the Hub is out of reach, the base model comes from the package that carries it.
         exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
@@ -46,7 +46,8 @@ def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in report] == ["request", "nearest", "chosen", "labels"]
     with Image.open("house.png") as house:
         assert house.size == (256, 256)
-    assert {path.name for path in (inside / "my-adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    for name in ("my-adapter", "refined-adapter"):
+        assert {path.name for path in (inside / name).iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_generate_and_classify_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
