@@ -116,7 +116,6 @@ class PrototypeClassifier:
         """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities."""
         checked = [check_text(text, f"text {index}") for index, text in enumerate(texts, 1)]
         with self._attached():
-            # One batch for all, because padding is most of the work for short texts.
             parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], checked)
             embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
         names, examples, asked = embeddings.split([len(part) for part in parts])
