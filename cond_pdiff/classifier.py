@@ -114,24 +114,22 @@ class PrototypeClassifier:
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
         """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities."""
-        checked = [check_text(text, f"text {index}") for index, text in enumerate(texts, 1)]
-        with self._attached():
-            parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], checked)
-            embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
-        names, examples, asked = embeddings.split([len(part) for part in parts])
+        names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
         prototypes = nn.functional.normalize(_sums(names, examples, self.targets.to(names.device)), dim=1)
         return LOGIT_SCALE * asked @ prototypes.T
 
     @torch.no_grad()
     def example_logits(self) -> torch.Tensor:
         """Scaled cosine similarities of the examples, each judged without itself, shape `(len(examples), len(labels))`."""
-        with self._attached():
-            embeddings = self.backbone.embed([*map(label_text, self.labels), *(text for text, _ in self.examples)], self.max_length)
-        names, examples = embeddings.split([len(self.labels), len(self.examples)])
+        names, examples, _ = self._embed([])
         return leave_one_out_logits(names, examples, self.targets.to(names.device))
 
-    def _attached(self) -> contextlib.AbstractContextManager[object]:
-        return self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext()
+    def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
+        """Embeddings of the label names, the examples and the texts, under the adapter."""
+        parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], texts)
+        with self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext():
+            embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
+        return embeddings.split([len(part) for part in parts])
 
     def predict(self, texts: Sequence[Text]) -> list[str]:
         """The label of each text."""

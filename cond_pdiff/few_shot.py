@@ -42,10 +42,10 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
         raise CondPDiffError(f"steps must be at least 1, got {steps}")
     if int(classifier.targets.bincount().max() if len(classifier.targets) else 0) < 2:
         raise ConditionError("refining needs two examples of at least one class: each is told apart by the others of its class")
-    start = {key: tensor.detach().clone() for key, tensor in classifier.adapter.tensors.items()}
+    start = classifier.adapter.tensors
     backbone = classifier.backbone
     device = next(backbone.model.parameters()).device
-    moving = {key: tensor.to(device).float().requires_grad_() for key, tensor in start.items() if ".lora_B." in key}
+    moving = {key: tensor.to(device, torch.float32, copy=True).requires_grad_() for key, tensor in start.items() if ".lora_B." in key}
     optimizer = torch.optim.AdamW(moving.values(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / steps, total_iters=steps - 1)
     rng = random.Random(seed)
