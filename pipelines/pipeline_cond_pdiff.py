@@ -296,7 +296,7 @@ class CondPDiffPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
                 scaled = self.scheduler.scale_model_input(latents, timestep)
-                prediction = self._predict(scaled, timestep, condition_embeddings)
+                prediction = guided_prediction(self.unet, scaled, timestep, condition_embeddings, guidance_scale)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "condition_embeddings": condition_embeddings}
@@ -327,13 +327,6 @@ class CondPDiffPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
-
-    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        if self.guidance_scale == 1.0:
-            return self.unet(latents, timestep, condition).sample
-        both = self.unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
-        without, with_condition = both.chunk(2)
-        return torch.lerp(without, with_condition, self.guidance_scale)
 
     def _to_output(
         self,
@@ -415,6 +408,24 @@ class CondPDiffPipeline(DiffusionPipeline):
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         return self.condition_encoder.condition_type.of(condition)
+
+
+def guided_prediction(
+    unet: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance_scale: float
+) -> torch.Tensor:
+    """A U-Net's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
+
+    Args:
+        latents: noisy, shape `(batch, channels, length)`.
+        timestep: one for all.
+        condition: embeddings, shape `(batch, condition_dim)`.
+    """
+    if guidance_scale == 1.0:
+        prediction: torch.Tensor = unet(latents, timestep, condition).sample
+        return prediction
+    both = unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
+    without, with_condition = both.chunk(2)
+    return torch.lerp(without, with_condition, guidance_scale)
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:

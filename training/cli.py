@@ -134,6 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
     train.set_defaults(run=commands.train)
 
+    tune = add("tune", help="go on training a text generator on what its adapters are for: the loss of its tasks (resumable)")
+    tune.add_argument("generator", help="bundled name, folder, or Hub repository")
+    tune.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file (default: %(default)s)")
+    tune.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
+    tune.add_argument("--out", required=True, type=Path, help="run folder to create or continue")
+    tune.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
+    tune.set_defaults(run=commands.tune)
+
     styles = add("make-styles", help="make style folders from pictures by a style-transfer network (resumable)")
     styles.add_argument("--images", required=True, type=Path, help="folder of PNG, JPEG or WebP pictures")
     styles.add_argument("--out", required=True, type=Path, help="folder to create or continue")

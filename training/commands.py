@@ -284,6 +284,18 @@ def train(arguments: argparse.Namespace) -> None:
     print(f"generator  {train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)}")
 
 
+def tune(arguments: argparse.Namespace) -> None:
+    """Generator → generator, by task loss."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.tune import tune
+
+    diffusers_logging.disable_progress_bar()
+    recipe = read_recipe(arguments.recipe)
+    print(f"generator  {tune(recipe, arguments.generator, arguments.tasks, arguments.out, arguments.tensorboard)}")
+
+
 def make_styles(arguments: argparse.Namespace) -> None:
     """Style pictures → style folders."""
     from cond_pdiff.training.make_styles import make_styles

@@ -13,7 +13,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples")
+SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "tune", "image_autoencoder", "transformer", "scene_classifier", "samples")
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,25 @@ class UNetConfig:
     latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
     noise_draws: int = 1            # noise levels at which a step trains each sample; its condition is embedded once for all of them
     mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """The third stage: task loss. A step's batch is of episodes."""
+
+    fit: FitConfig = FitConfig()
+    examples: int = 24              # of an episode, all its classes together
+    most_labels: int = 6            # classes of an episode
+    whole_tasks: float = 0.6        # share of episodes with as many classes as their task has (up to `most_labels`)
+    shown: float = 0.5              # share of an episode's examples that the condition holds; the loss is on all
+    without_examples: float = 0.25  # share of conditions with description and label names only
+    max_length: int = 48            # tokens a text
+    num_inference_steps: int = 4    # denoising steps, all with gradients
+    guidance_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.most_labels < 2 or self.examples < 4 or self.num_inference_steps < 1:
+            raise TrainingError("tune: an episode needs two labels and four examples at least, and a denoising step")
 
 
 Config = TypeVar("Config")

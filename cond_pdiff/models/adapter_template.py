@@ -60,16 +60,20 @@ class AdapterTemplate(Component):
             template.constant_bits.copy_(flat.view(torch.int32))
         return template
 
-    def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
-        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+    def to_tensors(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Params, shape `(num_params,)` → an adapter's tensors, of the params' type and on their device, with their gradients."""
         constants, offset = {}, 0
-        values = self.constant_bits.cpu().view(torch.float32)
+        values = self.constant_bits.view(torch.float32).to(params)
         for key in self.layout.constants:
             shape = self.layout.shapes[key]
             size = torch.Size(shape).numel()
             constants[key] = values[offset : offset + size].reshape(shape)
             offset += size
-        tensors = self.layout.unflatten(params.detach().to("cpu", torch.float32), constants)
+        return self.layout.unflatten(params, constants)
+
+    def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
+        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+        tensors = self.to_tensors(params.detach().to("cpu", torch.float32))
         return LoraAdapter(self.spec, tensors, {"base": self.base.to_json(), **(metadata or {})})
 
     def to_params(self, adapter: LoraAdapter) -> torch.Tensor:

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_FIT, interrupt_at, refused
+
+from cond_pdiff import CondPDiffPipeline, TaskPrompt
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.training.config import TuneConfig, parse
+from cond_pdiff.training.loop import step_generator
+from cond_pdiff.training.tasks import Task, load_tasks, write_task
+from cond_pdiff.training.tune import TuneStage, tune
+
+SECTION: dict[str, Any] = {"fit": {**TINY_FIT, "steps": 30, "batch_size": 2, "learning_rate": 1e-2}, "examples": 12}
+
+
+@pytest.fixture
+def pipe(tiny_generator: Path) -> CondPDiffPipeline:
+    pipe = CondPDiffPipeline.from_pretrained(tiny_generator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tasks(tasks_folder: Path) -> list[Task]:
+    return load_tasks(tasks_folder, ["moods", "animals"])
+
+
+@pytest.fixture
+def stage(pipe: CondPDiffPipeline, tasks: list[Task]) -> TuneStage:
+    return TuneStage(pipe, tasks, parse(TuneConfig, SECTION, "tune"))
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_generator: Path, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tune({"tune": copy.deepcopy(SECTION)}, tiny_generator, tasks_folder, tmp_path_factory.mktemp("tune"))
+
+
+def weights(generator: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(generator)): path.read_bytes() for path in sorted(generator.rglob("*.safetensors"))}
+
+
+def test_only_the_unet_is_trained(tuned: Path, tiny_generator: Path) -> None:
+    before, after = weights(tiny_generator), weights(tuned)
+    assert list(before) == list(after)
+    assert [name for name in before if before[name] != after[name]] == ["unet/diffusion_pytorch_model.safetensors"]
+    assert (tuned / "README.md").is_file()
+
+
+def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneStage, tasks: list[Task]) -> None:
+    after = TuneStage(CondPDiffPipeline.from_pretrained(tuned), tasks, stage.config)
+    with torch.no_grad():
+        losses = [
+            sum(float(one.loss(one.module, one.draw(2, rng), rng)) for rng in (step_generator(1, step) for step in range(10)))
+            for one in (stage, after)
+        ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_an_adapter_of_the_stage_is_the_one_that_the_pipeline_makes(stage: TuneStage) -> None:
+    prompt = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the bad meal", "negative")])
+    own = stage._generate(stage.module, prompt, torch.Generator().manual_seed(3))
+    steps, guidance = stage.config.num_inference_steps, stage.config.guidance_scale
+    made = stage.pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(3)).adapter
+    assert all(torch.equal(own.tensors[key], tensor) for key, tensor in made.tensors.items())
+    assert all(tensor.requires_grad == (".lora_B." in key) for key, tensor in own.tensors.items())
+
+
+def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(stage: TuneStage) -> None:
+    episodes = [episode for step in range(60) for episode in stage.draw(2, step_generator(0, step))]
+    assert {episode.task.name for episode in episodes} == {"moods", "animals"}
+    assert {len(episode.prompt.labels) for episode in episodes if episode.task.name == "animals"} == {2, 3}
+    for episode in episodes:
+        rows = {(text, episode.task.labels[label]) for text, label in episode.task.rows("train")}
+        own = {(text, episode.prompt.labels[place]) for text, place in zip(episode.texts, episode.targets.tolist(), strict=True)}
+        assert own <= rows
+        assert set(episode.prompt.examples) <= own
+        assert episode.targets.bincount().min() >= 2
+    shown = [len(episode.prompt.examples) / len(episode.texts) for episode in episodes]
+    assert 0.1 < sum(share == 0 for share in shown) / len(shown) < 0.45
+    assert 0.25 < sum(shown) / len(shown) < 0.5
+
+
+def test_the_base_model_is_as_before(stage: TuneStage) -> None:
+    before = {key: tensor.clone() for key, tensor in stage.base.model.state_dict().items()}
+    rng = step_generator(0, 0)
+    stage.loss(stage.module, stage.draw(2, rng), rng).backward()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stage.base.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in stage.base.model.parameters())
+    assert not any(module._forward_hooks for module in stage.base.model.modules())
+
+
+@pytest.mark.parametrize("calls", [1, 21, 30])
+def test_an_interrupted_run_ends_in_the_same_bits(tuned: Path, tiny_generator: Path, tasks_folder: Path, tmp_path: Path, calls: int) -> None:
+    recipe = {"tune": copy.deepcopy(SECTION)}
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, "torch.optim.AdamW.step", calls)
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, tiny_generator, tasks_folder, tmp_path)
+    assert weights(tune(recipe, tiny_generator, tasks_folder, tmp_path)) == weights(tuned)
+
+
+def test_refusals(tiny_generator: Path, style_generator: Path, tasks_folder: Path, tuned: Path, tmp_path: Path, run: Any) -> None:
+    recipe = {"tune": copy.deepcopy(SECTION)}
+    with pytest.raises(TrainingError, match="text adapters"):
+        tune(recipe, style_generator, tasks_folder, tmp_path)
+    with pytest.raises(TrainingError, match="needs two labels"):
+        tune({"tune": {**SECTION, "most_labels": 1}}, tiny_generator, tasks_folder, tmp_path)
+    with pytest.raises(TrainingError, match="generator differ"):
+        tune(recipe, tuned, tasks_folder, tuned.parent)
+    for name in ("moods", "animals"):
+        rows = [("a", 0), ("b", 0), ("c", 1)]
+        write_task(tmp_path / "few" / name, "Which?", ["one", "two"], {"train": rows, "test": rows})
+    refused(run("tune", tiny_generator, "--tasks", tmp_path / "few", "--out", tmp_path / "run"), "two classes with at least two training rows")
+    assert not (tmp_path / "run").exists()

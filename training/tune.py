@@ -1,0 +1,165 @@
+"""`tune`: stage three. A text generator learns what its adapters are for: the loss of the base model with them, over many tasks.
+
+The diffusion of stage two reconstructs trained adapters, which says little about tasks that were not trained on. Here latents are
+denoised by the few-step sampler with gradients, decoded, and the base model with the adapter is asked to tell examples of a task
+apart; the U-Net learns from its mistakes. (Text-to-LoRA found such training to generalise better than reconstruction.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.classifier import LOGIT_SCALE, leave_one_out_logits
+from cond_pdiff.conditioning import TaskPrompt, Text, label_text
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline, guided_prediction
+from cond_pdiff.training.conditions import WORD_DROPOUT
+from cond_pdiff.training.config import TuneConfig, parse
+from cond_pdiff.training.evaluate.measure import weights_sha256
+from cond_pdiff.training.loop import fit
+from cond_pdiff.training.tasks import Task, load_tasks
+from cond_pdiff.training.train import save_generator
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A small task: some of a task's classes, with a few examples of each.
+
+    Args:
+        task: where it is from.
+        prompt: what the adapter is generated from: some words of the description, the classes' names, some of the examples.
+        texts: all examples.
+        targets: the class of each, shape `(len(texts),)`.
+    """
+
+    task: Task
+    prompt: TaskPrompt
+    texts: list[Text]
+    targets: torch.Tensor
+
+
+class TuneStage:
+    """See `cond_pdiff.training.loop.Stage`.
+
+    Args:
+        pipe: a text generator; its U-Net is trained in place.
+        tasks: whose training rows the episodes are drawn from.
+    """
+
+    name = "tune"
+
+    def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
+        self.pipe, self.tasks, self.config = pipe, list(tasks), config
+        self.base: SentenceBackbone = pipe.base_model()
+        self.module: nn.Module = pipe.unet.requires_grad_(True)
+        self.rows = [_texts_by_class(task) for task in tasks]
+        self.identity: dict[str, Any] = {
+            "config": asdict(config),
+            "generator": weights_sha256(pipe),
+            "tasks": [task.name for task in tasks],
+        }
+
+    def draw(self, batch_size: int, rng: torch.Generator) -> list[Episode]:
+        """`batch_size` episodes of tasks that are all equally likely."""
+        choice = random.Random(int(torch.randint(2**31, (1,), generator=rng)))
+        return [self._episode(choice, index) for index in choice.choices(range(len(self.tasks)), k=batch_size)]
+
+    def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
+        """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
+        losses = []
+        for episode in batch:
+            adapter = self._generate(module, episode.prompt, rng)
+            names = [label_text(label) for label in episode.prompt.labels]
+            with adapter.attached(self.base.model, check=False):
+                embeddings = self.base.forward([*names, *episode.texts], self.config.max_length)
+            prototypes, examples = embeddings.split([len(names), len(episode.texts)])
+            targets = episode.targets.to(examples.device)
+            by_name = nn.functional.cross_entropy(LOGIT_SCALE * examples @ prototypes.T, targets)
+            by_others = nn.functional.cross_entropy(leave_one_out_logits(prototypes, examples, targets), targets)
+            losses.append((by_name + by_others) / 2)
+        return torch.stack(losses).mean()
+
+    def describe(self, batch: list[Episode]) -> str:
+        """Names of the episodes' tasks."""
+        return ", ".join(episode.task.name for episode in batch)
+
+    def _episode(self, rng: random.Random, index: int) -> Episode:
+        task, by_class, config = self.tasks[index], self.rows[index], self.config
+        most = min(len(by_class), config.most_labels)
+        # Tasks with few classes are mostly asked as they are; of many classes, any few make a task.
+        count = most if rng.random() < config.whole_tasks else rng.randint(2, most)
+        classes = sorted(rng.sample(sorted(by_class), count))
+        each = max(2, config.examples // count)
+        picked: list[tuple[Text, int]] = []
+        for place, label in enumerate(classes):
+            picked += [(text, place) for text in rng.sample(by_class[label], min(each, len(by_class[label])))]
+        labels = [task.labels[label] for label in classes]
+        shown = [(text, labels[place]) for text, place in picked if rng.random() < config.shown]
+        if rng.random() < config.without_examples:
+            shown = []
+        words = task.description.split()
+        description = " ".join([word for word in words if rng.random() >= WORD_DROPOUT] or words)
+        texts, targets = [text for text, _ in picked], torch.tensor([place for _, place in picked])
+        return Episode(task, TaskPrompt(description, shown, labels), texts, targets)
+
+    def _generate(self, module: nn.Module, prompt: TaskPrompt, rng: torch.Generator) -> LoraAdapter:
+        """An adapter whose tensors carry gradients to the U-Net: the pipeline's own steps, fewer of them."""
+        pipe, config = self.pipe, self.config
+        pipe.to(next(module.parameters()).device)
+        condition, _ = pipe.encode_condition(prompt, 1)
+        latents = pipe.prepare_latents(1, rng, None)
+        pipe.scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
+        for timestep in pipe.scheduler.timesteps:
+            prediction = guided_prediction(module, latents, timestep, condition, config.guidance_scale)
+            latents = pipe.scheduler.step(prediction, timestep, latents).prev_sample
+        return LoraAdapter(pipe.template.spec, pipe.template.to_tensors(pipe.decode(latents)[0]))
+
+
+def tune(recipe: dict[str, Any], generator: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False) -> Path:
+    """Train a finished text generator on the loss of its own tasks.
+
+    Args:
+        recipe: its `tune` section (see `TuneConfig`).
+        generator: bundled name, folder, or Hub repository.
+        tasks_folder: a task collection with the tasks that the generator was trained on.
+        run_folder: gets `tune/` (checkpoints, metrics.jsonl) and `generator/`.
+        tensorboard: also write tensorboard events.
+
+    Returns:
+        The tuned generator's folder. Its U-Net is stored in half precision (and loaded in float32 by default).
+
+    Raises:
+        TrainingError: the generator is not of text adapters, or the run folder holds a run with other settings.
+        TaskDataError: a task is missing or malformed.
+    """
+    run_folder = Path(run_folder)
+    config = parse(TuneConfig, recipe.get("tune", {}), "tune")
+    pipe = CondPDiffPipeline.from_pretrained(generator)
+    if pipe.condition_encoder.condition_type is not TaskPrompt:
+        raise TrainingError("tune needs a generator of text adapters; this one makes them from pictures")
+    stage = TuneStage(pipe, load_tasks(tasks_folder, list(pipe.condition_index.config.tasks)), config)
+    fit(stage, config.fit, run_folder / "tune", tensorboard)
+    if PartialState().is_main_process:
+        save_generator(pipe, run_folder / "generator")
+    return run_folder / "generator"
+
+
+def _texts_by_class(task: Task) -> dict[int, list[Text]]:
+    """The training texts of each class that has at least two."""
+    by_class: dict[int, list[Text]] = {}
+    for text, label in task.rows("train"):
+        by_class.setdefault(label, []).append(text)
+    found = {label: texts for label, texts in by_class.items() if len(texts) > 1}
+    if len(found) < 2:
+        raise TrainingError(f"{task.folder}: tune needs two classes with at least two training rows each")
+    return found
