@@ -95,7 +95,9 @@ def test_the_base_model_is_as_before(stage: TuneStage) -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 21, 30])
-def test_an_interrupted_run_ends_in_the_same_bits(tuned: Path, tiny_generator: Path, tasks_folder: Path, tmp_path: Path, calls: int) -> None:
+def test_an_interrupted_run_ends_in_the_same_bits(
+    tuned: Path, tiny_generator: Path, tasks_folder: Path, tmp_path: Path, calls: int
+) -> None:
     recipe = {"tune": copy.deepcopy(SECTION)}
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, "torch.optim.AdamW.step", calls)
@@ -115,5 +117,6 @@ def test_refusals(tiny_generator: Path, style_generator: Path, tasks_folder: Pat
     for name in ("moods", "animals"):
         rows = [("a", 0), ("b", 0), ("c", 1)]
         write_task(tmp_path / "few" / name, "Which?", ["one", "two"], {"train": rows, "test": rows})
-    refused(run("tune", tiny_generator, "--tasks", tmp_path / "few", "--out", tmp_path / "run"), "two classes with at least two training rows")
+    done = run("tune", tiny_generator, "--tasks", tmp_path / "few", "--out", tmp_path / "run")
+    refused(done, "two classes with at least two training rows")
     assert not (tmp_path / "run").exists()

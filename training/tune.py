@@ -125,7 +125,9 @@ class TuneStage:
         return LoraAdapter(pipe.template.spec, pipe.template.to_tensors(pipe.decode(latents)[0]))
 
 
-def tune(recipe: dict[str, Any], generator: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False) -> Path:
+def tune(
+    recipe: dict[str, Any], generator: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False
+) -> Path:
     """Train a finished text generator on the loss of its own tasks.
 
     Args:
