@@ -1,95 +1,249 @@
-"""A few labelled examples of a task that the generator has not seen: what each way of using them reaches, and how long it takes.
+"""Tasks that the generator has never seen: what each way of using a few labelled examples reaches, and how long it takes.
 
-    python benchmarks/few_shot.py --tasks tasks --name stance_hillary --name clickbait … [--shots 8] [--seeds 1]
+    python benchmarks/few_shot.py --tasks tasks --zoo zoo --out results [--seeds 3] [--shots 8] [--task scicite …]
 
-Every column has the same examples, `--shots` of each class, drawn from the training split; accuracy is on up to 200 rows of the
-reported split, on which nothing is selected. *base* knows the label names only. *base+*: they and the examples in the prototypes;
-*probe*: logistic regression on the base model's embeddings; *generated+*: the best of eight generated adapters, by the loss of
-examples left out one by one; *refined*: `refine` from it; *cold*: `refine` from an adapter of zeros.
+Measures the zoo's unseen tasks one after the other into `<out>/<task>.json` and prints a table; a measured task is not measured
+again. Accuracy on up to 200 rows of each task's reported split, on which nothing is selected; every column of a half has the same
+knowledge. Without examples (description and label names): the base model, the generated adapter, one multi-task LoRA, the adapter
+of the nearest trained task (retrieval), the adapter trained on the task itself, and one generated for another task's prompt
+(shuffled). With `--shots` examples a class, drawn from the training split: the same with the examples in the class prototypes, and
+
+- probe: logistic regression on the base model's embeddings;
+- SetFit, where the package is installed: its defaults;
+- generated: the best of eight candidates, chosen by the pipeline on the examples; generated, one: the first of them;
+- refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
+
+*share* is (column − base) / (trained − base) of the means, with the same examples for everybody.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.linear_model import LogisticRegression
-from torch import nn
 
-from cond_pdiff import CondPDiffPipeline, PrototypeClassifier
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
+from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.classifier import prototype_logits
+from cond_pdiff.conditioning import label_text
 from cond_pdiff.few_shot import refine
 from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.zoo import Zoo, soup
 
-GENERATOR, CANDIDATES = "cond-pdiff/minilm-text-tasks", 8
+CANDIDATES = 8
+ROWS = 200
+NAMES_ONLY = ("base", "generated", "multi-task", "retrieval", "trained", "shuffled")
+WITH_EXAMPLES = (*NAMES_ONLY, "one", "probe", "setfit", "refined", "cold")
 
 
-def left_out_loss(classifier: PrototypeClassifier) -> float:
-    return float(nn.functional.cross_entropy(classifier.example_logits(), classifier.targets))
+class Bench:
+    """A generator and the adapters that it is compared with."""
+
+    def __init__(self, generator: str, zoo: Zoo) -> None:
+        self.pipe = CondPDiffPipeline.from_pretrained(generator)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.zoo, self.base = zoo, self.pipe.base_model()
+        found = zoo.multitask()
+        self.multitask = found.adapter() if found else None
+
+    def measure(self, task: Task, other: Task, shots: int, seeds: int) -> dict[str, Any]:
+        """Accuracies without examples, and with them for every seed, with seconds and what the pipeline predicted.
+
+        Args:
+            other: whose prompt the shuffled adapter is generated from.
+        """
+        rows = task.report_rows(ROWS)
+        texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
+        prompt = TaskPrompt(task.description, labels=task.labels)
+        output = self.generate(prompt, 1)
+        retrieved = [run.adapter() for run in self.zoo.runs(output.report.nearest[0].task)]
+        adapters = {
+            "base": None,
+            "generated": output.adapter,
+            "multi-task": self.multitask,
+            "retrieval": soup(retrieved) if retrieved else None,
+            "trained": self.zoo.runs(task.name)[0].adapter(),
+            "shuffled": self.generate(TaskPrompt(other.description, labels=other.labels), 1).adapter,
+        }
+        found = {name: self.classifier(task, adapter).logits(texts) for name, adapter in adapters.items()}
+        names_only = {name: accuracy(logits, targets) for name, logits in found.items()}
+        fixed = {name: adapters[name] for name in ("base", "multi-task", "retrieval", "trained")}
+        embedded = {name: self.embed(adapter, texts) for name, adapter in fixed.items()}
+        seeded = []
+        for seed in range(seeds):
+            known = task.prompt(f"shots/{seed}", shots * len(task.labels))
+            columns = self.with_examples(task, known, other, texts, targets)
+            for name, adapter in fixed.items():
+                logits = self.prototypes(task, known, adapter, embedded[name])
+                columns["accuracy"][name] = accuracy(logits, targets)
+            seeded.append(columns)
+        return {"task": task.name, "retrieved": output.report.nearest[0].task, "names only": names_only, "with examples": seeded}
+
+    def with_examples(self, task: Task, prompt: TaskPrompt, other: Task, texts: list[Any], targets: torch.Tensor) -> dict[str, Any]:
+        """Accuracies and seconds of the columns that are made for a draw of examples."""
+        values: dict[str, float] = {}
+        seconds: dict[str, float] = {}
+
+        def add(name: str, adapter: LoraAdapter | None, started: float) -> PrototypeClassifier:
+            seconds[name] = time.perf_counter() - started
+            classifier = self.classifier(task, adapter, prompt)
+            values[name] = accuracy(classifier.logits(texts), targets)
+            return classifier
+
+        started = time.perf_counter()
+        output = self.generate(prompt, CANDIDATES)
+        generated = add("generated", output.adapter, started)
+        started = time.perf_counter()
+        add("refined", refine(generated), started - seconds["generated"])
+        add("one", self.generate(prompt, 1).adapter, time.perf_counter())
+        zeros = {key: torch.zeros_like(value) if ".lora_B." in key else value for key, value in output.adapter.tensors.items()}
+        started = time.perf_counter()
+        add("cold", refine(generated.with_adapter(dataclasses.replace(output.adapter, tensors=zeros, metadata={}))), started)
+        wrong = TaskPrompt(other.description, other.prompt("shots/0", len(prompt.examples)).examples, other.labels)
+        add("shuffled", self.generate(wrong, 1).adapter, time.perf_counter())
+        given = [text for text, _ in prompt.examples]
+        classes = [prompt.labels.index(label) for _, label in prompt.examples]
+        started = time.perf_counter()
+        probe = LogisticRegression(max_iter=1000).fit(self.embed(None, given).numpy(), classes)
+        seconds["probe"] = time.perf_counter() - started
+        values["probe"] = round(float(probe.score(self.embed(None, texts).numpy(), targets)), 4)
+        if importlib.util.find_spec("setfit"):
+            started = time.perf_counter()
+            values["setfit"], seconds["setfit"] = setfit(self.base_folder(), given, classes, texts, targets)
+        return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(output)}
+
+    def base_folder(self) -> str:
+        """Where the base model is."""
+        return str(self.base.model.name_or_path)
+
+    def generate(self, prompt: TaskPrompt, count: int) -> Any:
+        """Candidates with the seeds 0, 1, 2 …"""
+        return self.pipe(prompt, num_adapters=count, generator=[torch.Generator().manual_seed(seed) for seed in range(count)])
+
+    def classifier(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> PrototypeClassifier:
+        """Of a task, with a prompt's examples in its prototypes."""
+        return PrototypeClassifier(self.base, task.labels, adapter, examples=prompt.examples if prompt else ())
+
+    def embed(self, adapter: LoraAdapter | None, texts: Sequence[Any]) -> torch.Tensor:
+        """Embeddings under an adapter."""
+        if adapter is None:
+            return self.base.embed(texts, 128)
+        with adapter.attached(self.base.model):
+            return self.base.embed(texts, 128)
+
+    def prototypes(self, task: Task, prompt: TaskPrompt, adapter: LoraAdapter | None, embedded: torch.Tensor) -> torch.Tensor:
+        """Logits of rows whose embeddings are known."""
+        parts = self.embed(adapter, [*map(label_text, task.labels), *(text for text, _ in prompt.examples)])
+        names, examples = parts.split([len(task.labels), len(prompt.examples)])
+        targets = torch.tensor([task.labels.index(label) for _, label in prompt.examples])
+        return prototype_logits(names, examples, targets, embedded)
 
 
-def measure(pipe: CondPDiffPipeline, task: Task, shots: int, seed: int, steps: int, rate: float) -> dict[str, tuple[float, float]]:
-    """Column → accuracy and seconds."""
-    prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
-    rows = task.report_rows(200)
-    texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
-    plain = PrototypeClassifier(pipe.base_model(), task.labels)
-    known = PrototypeClassifier(pipe.base_model(), task.labels, examples=prompt.examples)
-    columns: dict[str, tuple[float, float]] = {}
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return round(float((logits.argmax(1) == targets).float().mean()), 4)
 
-    def add(name: str, classifier: PrototypeClassifier, started: float) -> None:
-        seconds = time.perf_counter() - started
-        columns[name] = (float((classifier.logits(texts).argmax(1) == targets).float().mean()), seconds)
 
-    add("base", plain, time.perf_counter())
-    add("base+", known, time.perf_counter())
+def report_facts(output: Any) -> dict[str, Any]:
+    choice = output.report.choice
+    return {
+        "similarity": output.report.nearest[0].similarity,
+        "predicted_gain": choice.predicted_gain,
+        "strength": choice.strength,
+        "examples": {"base": choice.base.accuracy, "chosen": choice.scores[choice.index].accuracy},
+    }
+
+
+def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], targets: torch.Tensor) -> tuple[float, float]:
+    """Accuracy and seconds of SetFit with its defaults; the texts of a pair are joined."""
+    from datasets import Dataset
+    from setfit import SetFitModel, Trainer, TrainingArguments
+
+    def joined(rows: list[Any]) -> list[str]:
+        return [row if isinstance(row, str) else " [SEP] ".join(row) for row in rows]
+
+    torch.manual_seed(0)
     started = time.perf_counter()
-    probe = LogisticRegression(max_iter=1000).fit(plain.backbone.embed([text for text, _ in prompt.examples]).numpy(), known.targets)
+    model = SetFitModel.from_pretrained(base)
+    arguments = TrainingArguments(report_to="none", show_progress_bar=False, save_strategy="no", seed=0)
+    Trainer(model, arguments, Dataset.from_dict({"text": joined(given), "label": classes})).train()
     seconds = time.perf_counter() - started
-    columns["probe"] = (float(probe.score(plain.backbone.embed(texts).numpy(), targets)), seconds)
-    started = time.perf_counter()
-    adapters = pipe(
-        prompt, num_adapters=CANDIDATES, generator=[torch.Generator().manual_seed(index) for index in range(CANDIDATES)]
-    ).adapters
-    best = min(map(known.with_adapter, adapters), key=left_out_loss)
-    add("generated+", best, started)
-    add("refined", best.with_adapter(refine(best, steps, rate)), started)
-    zeros = {key: torch.zeros_like(tensor) if ".lora_B." in key else tensor for key, tensor in adapters[0].tensors.items()}
-    cold = known.with_adapter(dataclasses.replace(adapters[0], tensors=zeros))
-    started = time.perf_counter()
-    add("cold", known.with_adapter(refine(cold, steps, rate)), started)
-    return columns
+    return round(float((torch.as_tensor(model.predict(joined(texts))) == targets).float().mean()), 4), seconds
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Means over tasks and seeds, and the rank correlation of predicted and real gains."""
+    lines = [f"{'with examples':<24}" + "".join(f"{name:>11}" for name in WITH_EXAMPLES)]
+    means: dict[str, float] = {}
+    for result in results:
+        rows = result["with examples"]
+        cells = [statistics.fmean(row["accuracy"].get(name, float("nan")) for row in rows) for name in WITH_EXAMPLES]
+        lines.append(f"{result['task']:<24}" + "".join(f"{100 * cell:>11.1f}" for cell in cells))
+    seeds = range(min(len(result["with examples"]) for result in results))
+    for name in WITH_EXAMPLES:
+        of_seed = [statistics.fmean(r["with examples"][seed]["accuracy"].get(name, float("nan")) for r in results) for seed in seeds]
+        means[name] = statistics.fmean(of_seed)
+    lines.append(f"{'mean':<24}" + "".join(f"{100 * means[name]:>11.1f}" for name in WITH_EXAMPLES))
+    gap = means["trained"] - means["base"]
+    lines.append(f"{'share of the gap':<24}" + "".join(f"{(means[name] - means['base']) / gap:>11.0%}" for name in WITH_EXAMPLES))
+    times = [[row["seconds"].get(name, float("nan")) for r in results for row in r["with examples"]] for name in WITH_EXAMPLES]
+    lines.append(f"{'seconds, median':<24}" + "".join(f"{statistics.median(column):>11.2f}" for column in times))
+    lines.append(f"{'names only, mean':<24}" + "".join(
+        f"{100 * statistics.fmean(r['names only'][name] for r in results):>11.1f}" for name in NAMES_ONLY
+    ))  # fmt: skip
+    lines.append(gains(results))
+    return "\n".join(lines)
+
+
+def gains(results: list[dict[str, Any]]) -> str:
+    """How well the gain over the base model was predicted, and on which tasks the generated adapter is worse than it."""
+    from scipy.stats import spearmanr
+
+    real, predicted, worse = [], [], []
+    for result in results:
+        rows = result["with examples"]
+        real.append(statistics.fmean(row["accuracy"]["generated"] - row["accuracy"]["base"] for row in rows))
+        predicted.append(statistics.fmean(row["report"]["predicted_gain"] for row in rows))
+        if real[-1] < -0.01:
+            worse.append(f"{result['task']} {100 * real[-1]:.1f}")
+    correlation = float(spearmanr(real, predicted).statistic) if len(real) > 2 else float("nan")
+    mean_real, mean_predicted = 100 * statistics.fmean(real), 100 * statistics.fmean(predicted)
+    return (
+        f"gain: predicted {mean_predicted:.1f}, real {mean_real:.1f} points; rank correlation over tasks {correlation:.2f}; "
+        f"worse than the base by more than a point: {', '.join(worse) or 'none'}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, type=Path)
-    parser.add_argument("--name", action="append", required=True)
+    parser.add_argument("--zoo", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--generator", default="cond-pdiff/minilm-text-tasks")
+    parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--shots", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    pipe = CondPDiffPipeline.from_pretrained(GENERATOR)
-    pipe.set_progress_bar_config(disable=True)
-    found: dict[str, list[dict[str, tuple[float, float]]]] = {}
-    for name in arguments.name:
-        task = Task.load(arguments.tasks / name)
-        found[name] = [
-            measure(pipe, task, arguments.shots, seed, arguments.steps, arguments.learning_rate) for seed in range(arguments.seeds)
-        ]
-        columns = list(found[name][0])
-        if len(found) == 1:
-            print(f"{'task':<24}" + "".join(f"{column:>12}" for column in columns))
-        print(
-            f"{name:<24}" + "".join(f"{statistics.fmean(row[column][0] for row in found[name]):>12.3f}" for column in columns), flush=True
-        )
-    rows = [row for name in found for row in found[name]]
-    for what, place in (("mean accuracy", 0), ("mean seconds", 1)):
-        print(f"{what:<24}" + "".join(f"{statistics.fmean(row[column][place] for row in rows):>12.3f}" for column in columns))
+    zoo = Zoo(arguments.zoo)
+    bench = Bench(arguments.generator, zoo)
+    tasks = [Task.load(arguments.tasks / name) for name in arguments.task or zoo.unseen_names]
+    results = []
+    for index, task in enumerate(tasks):
+        path = arguments.out / f"{task.name}.json"
+        if not path.exists():
+            other = Task.load(arguments.tasks / zoo.unseen_names[(zoo.unseen_names.index(task.name) + 1) % len(zoo.unseen_names)])
+            write_text(path, dump_json(bench.measure(task, other, arguments.shots, arguments.seeds)))
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+        print(f"{index + 1}/{len(tasks)} {task.name}", flush=True)
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -348,6 +348,11 @@ class LoraAdapter:
 
     # --- arithmetic ---------------------------------------------------------------------------------------------
 
+    def scaled(self, strength: float) -> LoraAdapter:
+        """The adapter with ΔW times `strength`, by its `lora_B`."""
+        tensors = {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
+
     def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
         """The adapter at `weight` on the way from this one (0) to `other` (1).
 

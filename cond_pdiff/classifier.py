@@ -95,16 +95,19 @@ class PrototypeClassifier:
         folder: str | Path,
         labels: Sequence[str] | None = None,
         base: str | None = None,
-        examples: Sequence[tuple[Text, str]] = (),
+        examples: Sequence[tuple[Text, str]] | None = None,
     ) -> PrototypeClassifier:
         """A classifier from an adapter folder that this package wrote.
 
         Args:
             labels: default: the labels recorded with the adapter.
             base: a local folder with the base model; default: found by the recorded reference.
-            examples: `(text, label)` pairs for the prototypes.
+            examples: `(text, label)` pairs for the prototypes; default: those recorded with the adapter because they helped
+                when it was chosen or refined, unless other labels are given.
         """
         adapter = LoraAdapter.load(folder)
+        if examples is None:
+            examples = () if labels else adapter.metadata.get("prototype_examples", ())
         labels = labels or adapter.metadata.get("labels")
         if not labels:
             raise AdapterError(f"{folder} records no labels; name them (labels=[…], or --label on the command line)")
@@ -130,10 +133,10 @@ class PrototypeClassifier:
         return prototype_logits(names, examples, self.targets.to(names.device), asked)
 
     @torch.no_grad()
-    def example_logits(self) -> torch.Tensor:
-        """Scaled cosine similarities of the examples, each judged without itself, shape `(len(examples), len(labels))`."""
+    def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of the label names and of the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
         names, examples, _ = self._embed([])
-        return leave_one_out_logits(names, examples, self.targets.to(names.device))
+        return names, examples
 
     def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
         """Embeddings of the label names, the examples and the texts, under the adapter."""

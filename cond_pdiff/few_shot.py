@@ -1,20 +1,104 @@
-"""What a few labelled examples can do beside the condition: class prototypes that hold them, and gradient steps on them."""
+"""What a few labelled examples can do beside the condition: choose an adapter and its strength, and gradient steps on them."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import PrototypeClassifier, leave_one_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, leave_one_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
 REFINE_EXAMPLES = 32
 """Examples of a step at most: with more of them, each step draws anew."""
+
+PRIOR_GAIN, PRIOR_EXAMPLES = 0.05, 16
+"""Before any example is seen a full-strength adapter is believed to gain so much accuracy, as firmly as so many examples say it."""
+
+
+@dataclass(frozen=True)
+class ExampleScore:
+    """How well an adapter tells the examples of a prompt apart.
+
+    Args:
+        accuracy: from 0 to 1.
+        loss: cross-entropy in nats.
+        with_examples: are class prototypes of names and examples (each example judged by the others) better than names alone?
+            Adapters for tasks like the trained ones put texts near the names; with others the examples help.
+    """
+
+    accuracy: float
+    loss: float
+    with_examples: bool
+
+    @classmethod
+    def measure(cls, classifier: PrototypeClassifier) -> ExampleScore:
+        """The better of both kinds of prototypes; of equally accurate ones, names alone."""
+        names, examples = classifier.example_embeddings()
+        targets = classifier.targets.to(names.device)
+        found = []
+        for with_examples in (False, True):
+            logits = leave_one_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
+            accuracy = float((logits.argmax(1) == targets).float().mean())
+            found.append(cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples))
+        return max(found, key=lambda score: score.accuracy)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the examples of a prompt say of generated adapters.
+
+    Args:
+        index: of the adapter that does best.
+        strength: by which its update should be multiplied: 1, 0.5, or 0 where the base model alone is expected to do better.
+        score: of that adapter at that strength.
+        scores: of all adapters, at full strength.
+        base: the base model's.
+        predicted_gain: in accuracy over the base model with the same examples, on texts like them.
+    """
+
+    index: int
+    strength: float
+    score: ExampleScore
+    scores: tuple[ExampleScore, ...]
+    base: ExampleScore
+    predicted_gain: float
+
+
+def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> Choice:
+    """Choose an adapter, and how much of it, by a classifier's examples: nothing else is ever selected on.
+
+    The most accurate adapter is taken, among equals the one with the least loss. What it gains on few examples is chance to a good
+    part, so it is drawn towards what adapters gain in general: with n examples, the predicted gain at strength s is
+    (n · observed + `PRIOR_EXAMPLES` · s · `PRIOR_GAIN`) / (n + `PRIOR_EXAMPLES`), and the strength with the largest is taken.
+
+    Args:
+        classifier: of the task, with its examples.
+        adapters: for its base model.
+
+    Raises:
+        ConditionError: there are no examples.
+    """
+    count = len(classifier.targets)
+    if not count:
+        raise ConditionError("adapters can be compared on labelled examples only; give some")
+    base = ExampleScore.measure(classifier.with_adapter(None))
+    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter)) for adapter in adapters)
+    index = min(range(len(scores)), key=lambda place: (-scores[place].accuracy, scores[place].loss))
+    half = ExampleScore.measure(classifier.with_adapter(adapters[index].scaled(0.5)))
+    options = {1.0: scores[index], 0.5: half, 0.0: base}
+    gains = {
+        strength: (count * (score.accuracy - base.accuracy) + PRIOR_EXAMPLES * strength * PRIOR_GAIN) / (count + PRIOR_EXAMPLES)
+        for strength, score in options.items()
+    }
+    strength = max(gains, key=gains.__getitem__)
+    return Choice(index, strength, options[strength], scores, base, round(gains[strength], 4))
 
 
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:
@@ -30,7 +114,7 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
         seed: of the examples that each step sees.
 
     Returns:
-        The refined adapter; its metadata say `refined`.
+        The refined adapter; its metadata say `refined`, and hold the examples for the prototypes.
 
     Raises:
         ConditionError: too few examples.
@@ -63,4 +147,5 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
         schedule.step()
     tensors = {**start, **{key: tensor.detach().to(start[key].device, start[key].dtype) for key, tensor in moving.items()}}
     settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**classifier.adapter.metadata, "refined": settings})
+    facts = {"refined": settings, "prototype_examples": [list(example) for example in classifier.examples]}
+    return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**classifier.adapter.metadata, **facts})

@@ -86,7 +86,7 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
         num_inference_steps=facts["num_inference_steps"],
         guidance_scale=facts["guidance_scale"],
     )
-    again = output.adapters[facts["candidate"]]
+    again = output.adapters[facts["candidate"]].scaled(facts.get("strength", 1.0))
     adapter.layout.validate(again.tensors)
     largest = max(float(tensor.abs().max()) for tensor in adapter.tensors.values())
     differences = [float((again.tensors[key] - tensor).abs().max()) for key, tensor in adapter.tensors.items()]

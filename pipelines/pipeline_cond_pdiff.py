@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import nn
 
-from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
+from cond_pdiff.few_shot import choose
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
@@ -30,7 +30,7 @@ from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport, best_candidate
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
 from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
@@ -353,13 +353,13 @@ class CondPDiffPipeline(DiffusionPipeline):
                 labels_from = "nearest trained task" if labels else "nowhere"
             metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
-        scores = None
+        choice = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            scores = self._score(adapters, condition)
-        chosen = best_candidate(scores) if scores else 0
+            length = self.template.config.max_length
+            choice = choose(PrototypeClassifier(self.base_model(), labels, adapters[0], length, condition.examples), adapters)
         threshold = round(float(self.condition_index.threshold), 4)
-        report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, tuple(scores) if scores else None)
-        return CondPDiffPipelineOutput(adapters, chosen, report, latents)
+        report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
+        return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
 
     def base_model(self) -> SentenceBackbone:
         """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call."""
@@ -367,18 +367,6 @@ class CondPDiffPipeline(DiffusionPipeline):
             self._base = SentenceBackbone.load(self.template.base)
         self._base.model.to(self._execution_device)
         return self._base
-
-    def _score(self, adapters: Sequence[LoraAdapter], prompt: TaskPrompt) -> list[CandidateScore]:
-        """Accuracy and cross-entropy of each candidate on the prompt's own examples: nothing else is ever selected on."""
-        texts = [text for text, _ in prompt.examples]
-        classifier = PrototypeClassifier(self.base_model(), prompt.labels, adapters[0], self.template.config.max_length)
-        targets = torch.tensor([prompt.labels.index(label) for _, label in prompt.examples], device=self._execution_device)
-        scores = []
-        for adapter in adapters:
-            logits = classifier.with_adapter(adapter).logits(texts)
-            accuracy = (logits.argmax(1) == targets).float().mean()
-            scores.append(CandidateScore(round(float(accuracy), 4), round(float(nn.functional.cross_entropy(logits, targets)), 6)))
-        return scores
 
     def _check_inputs(
         self,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,10 @@ import torch
 from diffusers.utils import BaseOutput
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.few_shot import Choice
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.models.style_encoders import StyleReport
-
-
-@dataclass(frozen=True)
-class CandidateScore:
-    """How one candidate does on the examples of the prompt: accuracy (0 to 1) and cross-entropy (nats)."""
-
-    accuracy: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class GenerationReport:
         condition: what the condition encoder read.
         labels: label names kept with the adapter; none for a style.
         labels_from: "prompt", "nearest trained task" (a prompt without labels that is in-distribution), or "nowhere".
-        scores: of the candidates on the prompt's examples; None where there were none, or only one candidate.
+        choice: what the prompt's examples say of the candidates; None where there were none, or only one candidate.
     """
 
     nearest: tuple[Neighbour, ...]
@@ -44,7 +36,7 @@ class GenerationReport:
     condition: ConditionReport | StyleReport
     labels: tuple[str, ...]
     labels_from: str
-    scores: tuple[CandidateScore, ...] | None
+    choice: Choice | None
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description."""
@@ -57,9 +49,13 @@ class GenerationReport:
             f"request    {where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",
             "nearest    " + ", ".join(f"{neighbour.task} {neighbour.similarity:.2f}" for neighbour in self.nearest),
         ]
-        if self.scores:
-            best = best_candidate(self.scores)
-            lines.append(f"chosen     {best + 1} of {len(self.scores)}, accuracy {self.scores[best].accuracy:.0%} on the given examples")
+        if self.choice:
+            choice = self.choice
+            lines.append(
+                f"chosen     {choice.index + 1} of {len(choice.scores)}, accuracy {choice.score.accuracy:.0%} on the given examples "
+                f"(base model {choice.base.accuracy:.0%})"
+            )
+            lines.append(f"gain       {_gain_in_words(self.choice)}")
         read = self.condition
         if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):
             lines.append(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
@@ -69,9 +65,11 @@ class GenerationReport:
         return "\n".join(lines)
 
 
-def best_candidate(scores: Sequence[CandidateScore]) -> int:
-    """Index of the most accurate candidate, among equals the one with the least loss."""
-    return min(range(len(scores)), key=lambda index: (-scores[index].accuracy, scores[index].loss))
+def _gain_in_words(choice: Choice) -> str:
+    if not choice.strength:
+        return "none expected: the adapter is the base model; fine-tune instead"
+    weakened = "" if choice.strength == 1 else f" at strength {choice.strength:g}, at which the examples speak for it most"
+    return f"{100 * choice.predicted_gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
 
 
 @dataclass
@@ -92,8 +90,14 @@ class CondPDiffPipelineOutput(BaseOutput):
 
     @property
     def adapter(self) -> LoraAdapter:
-        """The chosen adapter."""
-        return self.adapters[self.chosen]
+        """The chosen adapter, weakened if the prompt's examples say so (see `Choice`), with the prototypes that suit it."""
+        adapter, choice = self.adapters[self.chosen], self.report.choice
+        if choice is None:
+            return adapter
+        facts: dict[str, Any] = {"strength": choice.strength}
+        if choice.score.with_examples:
+            facts["prototype_examples"] = adapter.metadata["condition"]["examples"]
+        return replace(adapter.scaled(choice.strength), metadata={**adapter.metadata, **facts})
 
     def save_adapter(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the chosen adapter as a peft adapter folder (see `LoraAdapter.save`)."""

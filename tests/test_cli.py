@@ -36,7 +36,7 @@ def test_generate_writes_an_adapter_and_says_what_to_expect(run: Any, tiny_gener
     done = run("generate", DESCRIPTION, *EXAMPLES, "--out", tmp_path / "a", "--generator", tiny_generator, "--num-adapters", 4, "--seed", 5)
     assert (done.status, done.err) == (0, [])
     report = {line[:11].strip(): line[11:] for line in done.out}
-    assert list(report) == ["request", "nearest", "chosen", "labels", "adapter"]
+    assert list(report) == ["request", "nearest", "chosen", "gain", "labels", "adapter"]
     assert report["request"].startswith("in distribution (similarity 0.")
     assert report["nearest"].startswith("moods 0.")
     assert " of 4, accuracy " in report["chosen"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, leave_one_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
-from cond_pdiff.few_shot import refine
+from cond_pdiff.few_shot import PRIOR_EXAMPLES, PRIOR_GAIN, ExampleScore, choose, refine
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.verify import verify
 
@@ -48,7 +49,7 @@ def test_prototypes_hold_the_examples(classifier: PrototypeClassifier) -> None:
 
 
 def test_each_example_is_judged_by_the_others(classifier: PrototypeClassifier) -> None:
-    logits = classifier.example_logits()
+    logits = leave_one_out_logits(*classifier.example_embeddings(), classifier.targets)
     for index, (text, _) in enumerate(EXAMPLES):
         others = [example for place, example in enumerate(EXAMPLES) if place != index]
         alone = PrototypeClassifier(classifier.backbone, LABELS, classifier.adapter, examples=others)
@@ -57,14 +58,15 @@ def test_each_example_is_judged_by_the_others(classifier: PrototypeClassifier) -
 
 def test_without_examples_prototypes_are_the_names(classifier: PrototypeClassifier) -> None:
     plain = PrototypeClassifier(classifier.backbone, LABELS, classifier.adapter)
-    assert plain.example_logits().shape == (0, len(LABELS))
+    assert plain.example_embeddings()[1].shape[0] == 0
     names, nothing = torch.eye(3), torch.zeros(0, 3)
     assert leave_one_out_logits(names, nothing, torch.zeros(0, dtype=torch.long)).shape == (0, 3)
     assert not torch.equal(plain.logits(["a film"]), classifier.logits(["a film"]))
 
 
 def loss(classifier: PrototypeClassifier, adapter: LoraAdapter | None) -> float:
-    return float(nn.functional.cross_entropy(classifier.with_adapter(adapter).example_logits(), classifier.targets))
+    logits = leave_one_out_logits(*classifier.with_adapter(adapter).example_embeddings(), classifier.targets)
+    return float(nn.functional.cross_entropy(logits, classifier.targets))
 
 
 def test_refining_lowers_the_loss_of_unheld_examples_and_leaves_all_else(classifier: PrototypeClassifier) -> None:
@@ -92,7 +94,52 @@ def test_a_refined_adapter_says_so(classifier: PrototypeClassifier, tmp_path: Pa
         verify(LoraAdapter.load(tmp_path / "adapter"))
 
 
+def test_of_adapters_the_one_that_helps_is_chosen(classifier: PrototypeClassifier) -> None:
+    assert classifier.adapter is not None
+    good = refine(classifier, steps=20, learning_rate=5e-3)
+    choice = choose(classifier, [classifier.adapter, good, classifier.adapter.scaled(5.0)])
+    assert (choice.index, choice.strength, choice.score) == (1, 1.0, choice.scores[1])
+    count, gain = len(EXAMPLES), choice.score.accuracy - choice.base.accuracy
+    assert gain > 0.1
+    assert choice.predicted_gain == pytest.approx((count * gain + PRIOR_EXAMPLES * PRIOR_GAIN) / (count + PRIOR_EXAMPLES), abs=1e-4)
+
+
+def test_an_adapter_that_the_examples_speak_against_is_weakened(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert classifier.adapter is not None
+    many = PrototypeClassifier(classifier.backbone, LABELS, examples=EXAMPLES * 20)
+    for accuracy, strength in (({1.0: 0.2, 0.5: 0.3}, 0.0), ({1.0: 0.2, 0.5: 0.52}, 0.5), ({1.0: 0.495, 0.5: 0.495}, 1.0)):
+        found = iter([0.5, accuracy[1.0], accuracy[0.5]])  # the base model, the adapter, half of it
+        monkeypatch.setattr(ExampleScore, "measure", lambda _, found=found: ExampleScore(next(found), 1.0, True))
+        choice = choose(many, [classifier.adapter])
+        assert choice.strength == strength
+        assert (choice.predicted_gain > 0) == (strength > 0)
+
+
+def test_strength_multiplies_the_update(classifier: PrototypeClassifier) -> None:
+    assert classifier.adapter is not None
+    half = classifier.adapter.scaled(0.5)
+    for module in half.modules:
+        torch.testing.assert_close(half.delta(module), 0.5 * classifier.adapter.delta(module))
+        assert torch.equal(half.factors(module)[0], classifier.adapter.factors(module)[0])
+
+
+def test_examples_that_help_are_served_with_the_adapter(classifier: PrototypeClassifier, tmp_path: Path) -> None:
+    refined = refine(classifier, steps=2).save(tmp_path / "refined")
+    loaded = PrototypeClassifier.load(refined)
+    assert loaded.examples == tuple(EXAMPLES)
+    assert PrototypeClassifier.load(refined, examples=()).examples == ()
+    assert PrototypeClassifier.load(refined, labels=["kind", "unkind"]).examples == ()
+    facts = json.loads((refined / "cond_pdiff.json").read_text())
+    (refined / "cond_pdiff.json").write_text(json.dumps({**facts, "prototype_examples": [["the film", "fine"]]}))
+    with pytest.raises(ConditionError, match="'fine'"):
+        PrototypeClassifier.load(refined)
+    assert classifier.adapter is not None
+    assert PrototypeClassifier.load(classifier.adapter.save(tmp_path / "plain"), labels=LABELS).examples == ()
+
+
 def test_refusals(classifier: PrototypeClassifier) -> None:
+    with pytest.raises(ConditionError, match="labelled examples only"):
+        choose(PrototypeClassifier(classifier.backbone, LABELS), [])
     with pytest.raises(CondPDiffError, match="goes on from an adapter"):
         refine(classifier.with_adapter(None))
     with pytest.raises(CondPDiffError, match="at least 1, got 0"):

@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
+from cond_pdiff.classifier import LOGIT_SCALE, leave_one_out_logits
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -329,18 +330,24 @@ def test_an_index_without_tasks_is_no_reason_to_fail(pipe: CondPDiffPipeline) ->
 
 def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: Path) -> None:
     output = pipe(PROMPT, num_adapters=8, generator=seeds(*range(8)))
-    scores = output.report.scores
-    assert len({score.loss for score in scores}) == 8
-    order = sorted(range(8), key=lambda index: (-scores[index].accuracy, scores[index].loss))
-    assert output.chosen == order[0]
-    assert output.adapter is output.adapters[order[0]]
+    choice = output.report.choice
+    assert len({score.loss for score in choice.scores}) == 8
+    order = sorted(range(8), key=lambda index: (-choice.scores[index].accuracy, choice.scores[index].loss))
+    assert output.chosen == choice.index == order[0]
     # The scores are those that a stranger measures on the saved folder.
     for index in (order[0], order[-1]):
-        classifier = PrototypeClassifier.load(output.adapters[index].save(tmp_path / str(index)))
-        logits = classifier.logits([text for text, _ in EXAMPLES])
-        targets = torch.tensor([classifier.labels.index(label) for _, label in EXAMPLES])
-        assert scores[index].accuracy == pytest.approx(float((logits.argmax(1) == targets).float().mean()), abs=1e-4)
-        assert scores[index].loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)), abs=1e-4)
+        classifier = PrototypeClassifier.load(output.adapters[index].save(tmp_path / str(index)), examples=EXAMPLES)
+        names, examples = classifier.example_embeddings()
+        by_names = LOGIT_SCALE * examples @ names.T
+        by_both = leave_one_out_logits(names, examples, classifier.targets)
+        logits = by_both if choice.scores[index].with_examples else by_names
+        assert choice.scores[index].accuracy == pytest.approx(right(logits, classifier.targets), abs=1e-4)
+        assert choice.scores[index].accuracy == pytest.approx(max(right(x, classifier.targets) for x in (by_names, by_both)), abs=1e-4)
+        assert choice.scores[index].loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, classifier.targets)), abs=1e-4)
+
+
+def right(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    return float((logits.argmax(1) == targets).float().mean())
 
 
 @pytest.mark.parametrize(
@@ -350,7 +357,7 @@ def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: P
 )
 def test_without_a_choice_the_first_is_taken_and_no_base_model_is_loaded(pipe: CondPDiffPipeline, condition: Any, count: int) -> None:
     output = pipe(condition, num_adapters=count)
-    assert (output.chosen, output.report.scores, len(output.adapters)) == (0, None, count)
+    assert (output.chosen, output.report.choice, len(output.adapters)) == (0, None, count)
     assert pipe._base is None
 
 

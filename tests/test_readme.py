@@ -43,7 +43,7 @@ def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[
         exec(compile(block.replace(MINILM.repo_id, str(find_backbone(MINILM))), "README.md", "exec"), {})
     predicted, *report = capsys.readouterr().out.splitlines()
     assert predicted == "['negative', 'positive']"
-    assert [line.split()[0] for line in report] == ["request", "nearest", "chosen", "labels"]
+    assert [line.split()[0] for line in report] == ["request", "nearest", "chosen", "gain", "labels"]
     with Image.open("house.png") as house:
         assert house.size == (256, 256)
     for name in ("my-adapter", "refined-adapter"):
