@@ -14,9 +14,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from PIL import Image
 
 from cond_pdiff import AdapterTemplate, LoraAdapter, LoraSpec, ParamUNet1D
-from cond_pdiff.adapter import FACTORS, KEY_PREFIX, target_linears
+from cond_pdiff.adapter import FACTORS
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import _Run

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
 
-from cond_pdiff.adapter import LoraAdapter, LoraSpec, base_fingerprint
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.lora import LoraSpec, base_fingerprint
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.style_tuning import StyleTuning
