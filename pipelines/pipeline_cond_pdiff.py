@@ -15,22 +15,21 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
-from torch import nn
 
-from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
+from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CandidateScore, CondPDiffPipelineOutput, GenerationReport, best_candidate
+from cond_pdiff.pipelines.candidates import score_candidates
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, best_candidate
 from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
@@ -88,7 +87,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             template=template,
             condition_index=condition_index,
         )
-        self._base: SentenceBackbone | None = None
+        self._base: SentenceBackbone | HeadBackbone | None = None
         self._source: dict[str, str | None] | None = None
         self._card_folder: Path | None = None
         self._guidance_scale = 1.0
@@ -358,34 +357,41 @@ class CondPDiffPipeline(DiffusionPipeline):
             if not labels:
                 labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
                 labels_from = "nearest trained task" if labels else "nowhere"
+            if inside and self.template.spec.modules_to_save:
+                known = tuple(self.condition_index.config.tasks[nearest[0].task]["labels"])
+                labels = known if sorted(known) == sorted(labels) else labels  # a head's outputs stand in its task's order
             metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         scores = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            scores = self._score(adapters, condition)
+            scores = score_candidates(self._load_base(), adapters, condition.examples, labels, self.template.config.max_length)
         chosen = best_candidate(scores) if scores else 0
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, tuple(scores) if scores else None)
         return CondPDiffPipelineOutput(adapters, chosen, report, latents)
 
     def base_model(self) -> SentenceBackbone:
-        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call."""
+        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call.
+
+        Raises:
+            CondPDiffError: the generator's adapters bring a head, so they are for a model with one.
+        """
+        base = self._load_base()
+        if isinstance(base, HeadBackbone):
+            raise CondPDiffError("the adapters bring a trained head: load them with peft on an AutoModelForSequenceClassification")
+        return base
+
+    def _load_base(self) -> SentenceBackbone | HeadBackbone:
         if self._base is None:
-            self._base = SentenceBackbone.load(self.template.base)
+            reference, heads = self.template.base, self.template.spec.modules_to_save
+            self._base = HeadBackbone.load(reference, self._num_labels, heads) if heads else SentenceBackbone.load(reference)
         self._base.model.to(self._execution_device)
         return self._base
 
-    def _score(self, adapters: Sequence[LoraAdapter], prompt: TaskPrompt) -> list[CandidateScore]:
-        """Accuracy and cross-entropy of each candidate on the prompt's own examples: nothing else is ever selected on."""
-        texts = [text for text, _ in prompt.examples]
-        classifier = PrototypeClassifier(self.base_model(), prompt.labels, adapters[0], self.template.config.max_length)
-        targets = torch.tensor([prompt.labels.index(label) for _, label in prompt.examples], device=self._execution_device)
-        scores = []
-        for adapter in adapters:
-            logits = classifier.with_adapter(adapter).logits(texts)
-            accuracy = (logits.argmax(1) == targets).float().mean()
-            scores.append(CandidateScore(round(float(accuracy), 4), round(float(nn.functional.cross_entropy(logits, targets)), 6)))
-        return scores
+    @property
+    def _num_labels(self) -> int:
+        """Of every trained task, where adapters bring a head."""
+        return len(next(iter(self.condition_index.config.tasks.values()))["labels"])
 
     def _check_inputs(
         self,
@@ -414,7 +420,11 @@ class CondPDiffPipeline(DiffusionPipeline):
             raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
-        return self.condition_encoder.condition_type.of(condition)
+        checked = self.condition_encoder.condition_type.of(condition)
+        named = len(checked.labels) if isinstance(checked, TaskPrompt) else 0
+        if self.template.spec.modules_to_save and named not in (0, self._num_labels):
+            raise ConditionError(f"the adapters' heads tell {self._num_labels} labels apart, the prompt names {named}")
+        return checked
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:

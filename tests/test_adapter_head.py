@@ -90,6 +90,12 @@ def test_saved_adapters_come_back_with_their_head(adapter: LoraAdapter, saved: P
     assert "head `classifier`" in (saved / "README.md").read_text()
 
 
+@pytest.mark.parametrize("heads", [[1], [""], [None, "classifier"], 5])
+def test_heads_have_names(adapter: LoraAdapter, heads: Any) -> None:
+    with pytest.raises(AdapterError, match="modules_to_save must name modules|not a LoRA specification"):
+        LoraSpec.from_json({**adapter.spec.to_json(), "modules_to_save": heads})
+
+
 def test_specifications_without_a_head_are_written_as_before(tiny_adapter: LoraAdapter) -> None:
     assert not {"modules_to_save", "fan_in_fan_out"} & set(tiny_adapter.spec.to_json())
     config = tiny_adapter._peft_config()
