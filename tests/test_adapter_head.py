@@ -92,7 +92,7 @@ def test_saved_adapters_come_back_with_their_head(adapter: LoraAdapter, saved: P
 
 @pytest.mark.parametrize("heads", [[1], [""], [None, "classifier"], 5])
 def test_heads_have_names(adapter: LoraAdapter, heads: Any) -> None:
-    with pytest.raises(AdapterError, match="modules_to_save must name modules|not a LoRA specification"):
+    with pytest.raises(AdapterError, match=r"modules_to_save must name modules|not a LoRA specification"):
         LoraSpec.from_json({**adapter.spec.to_json(), "modules_to_save": heads})
 
 
