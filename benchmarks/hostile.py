@@ -28,9 +28,10 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 
 from cond_pdiff import CondPDiffPipeline
-from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter, LoraSpec
+from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.hub import fetch
+from cond_pdiff.lora import LoraSpec
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))

@@ -22,8 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked children must not inheri
 
 import torch
 
-from cond_pdiff.adapter import KEY_PREFIX, LoraAdapter, LoraSpec
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.hub import MINILM
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import fit

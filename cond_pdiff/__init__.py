@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-    from cond_pdiff.adapter import LoraAdapter, LoraSpec
+    from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.classifier import PrototypeClassifier
     from cond_pdiff.conditioning import StyleImage, TaskPrompt
     from cond_pdiff.errors import CondPDiffError
@@ -37,7 +37,7 @@ _WHERE = {
     "CondPDiffPipelineOutput": "cond_pdiff.pipelines.pipeline_output",
     "ConditionIndex": "cond_pdiff.models.condition_index",
     "LoraAdapter": "cond_pdiff.adapter",
-    "LoraSpec": "cond_pdiff.adapter",
+    "LoraSpec": "cond_pdiff.lora",
     "ModelMixin": "diffusers",
     "ParamAutoencoder": "cond_pdiff.models.param_autoencoder",
     "ParamLayout": "cond_pdiff.layout",

@@ -7,9 +7,7 @@ with what peft has no place for (the layout, the base model's fingerprint, label
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,125 +18,37 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.adapter_card import adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
+from cond_pdiff.lora import (
+    KEY_PREFIX,
+    Attachment,
+    HeadHook,
+    LoraSpec,
+    UpdateHook,
+    adapted_module,
+    base_fingerprint,
+    head_linears,
+    target_linears,
+    update_shape,
+)
 
-KEY_PREFIX = "base_model.model."
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
 PREVIEW_FILE = "preview.png"
-MAX_RANK = 1024
 FACTORS = ("lora_A", "lora_B")
 UNSUPPORTED_OPTIONS = (
-    *("use_dora", "use_rslora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "exclude_modules", "target_parameters"),
+    *("use_dora", "use_rslora", "use_qalora", "lora_bias", "exclude_modules", "target_parameters"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
 )
 """Entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
 
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """What all adapters of a zoo share, besides shapes.
-
-    Args:
-        base_model: Hub id of the base model, or None if unknown.
-        rank: r of ΔW = (alpha / rank) · B · A (paper, equation 1).
-        alpha: the scale's numerator.
-        target_modules: suffixes of the adapted modules' names.
-        task_type: peft's task type, or None.
-        base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it).
-    """
-
-    base_model: str | None
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    task_type: str | None = "FEATURE_EXTRACTION"
-    base_fingerprint: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= MAX_RANK:
-            raise AdapterError(f"rank (r) must be a whole number from 1 to {MAX_RANK}, got {self.rank!r}")
-        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= sys.float_info.max:
-            raise AdapterError(f"lora_alpha must be a positive number, got {self.alpha!r}")
-        if not self.target_modules:
-            raise AdapterError("target_modules is empty; name at least one module")
-        # The order means nothing to peft, so specifications that differ only in it are equal.
-        object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
-
-    @property
-    def scale(self) -> float:
-        """Alpha / rank, the factor in front of B · A."""
-        return self.alpha / self.rank
-
-    def targets(self, module_name: str) -> bool:
-        """Is the module with this full name one of the adapted ones (peft's suffix rule)?"""
-        return any(module_name == target or module_name.endswith("." + target) for target in self.target_modules)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_json` reads it back."""
-        return {**self.__dict__, "target_modules": sorted(self.target_modules)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LoraSpec:
-        """Read what `to_json` wrote."""
-        try:
-            return cls(**{**data, "target_modules": tuple(data["target_modules"])})
-        except (KeyError, TypeError) as error:
-            raise AdapterError(f"not a LoRA specification: {error}") from error
-
-
-def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
-    """sha256 over the shape-giving entries of `model.config` and the targeted weights.
-
-    Weights are hashed after rounding to float16, so the same base has one fingerprint in float32 and in float16.
-    """
-    config = getattr(model, "config", {})
-    named = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    digest = hashlib.sha256(json.dumps({name: getattr(config, name, None) for name in named}).encode())
-    for name, module in target_linears(model, spec).items():
-        digest.update(name.encode())
-        digest.update(module.weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
-    """The linear modules of `model` that `spec` targets, sorted by name; `AdapterError` if there are none."""
-    found = {name: module for name, module in model.named_modules() if spec.targets(name)}
-    if not found:
-        raise AdapterError(
-            f"the model ({type(model).__name__}) has no module named {sorted(spec.target_modules)}; "
-            f"these adapters are for {spec.base_model or 'another base model'}"
-        )
-    for name, module in found.items():
-        if not isinstance(module, nn.Linear):
-            raise AdapterError(f"module {name!r} is a {type(module).__name__}, expected a Linear (is an adapter already merged in?)")
-    return {name: module for name, module in sorted(found.items()) if isinstance(module, nn.Linear)}
-
-
-def adapted_module(model: Any) -> nn.Module:
-    """`model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
-    for candidate in (model, getattr(model, "transformer", None), getattr(model, "unet", None)):
-        if isinstance(candidate, nn.Module):
-            return candidate
-    raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")
-
-
-class Attachment:
-    """A live attachment; `detach` removes it. The base model's weights are never written to."""
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def detach(self) -> None:
-        """Remove the adapter from the model; calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+PEFT_HEADS = ("classifier", "score")
+"""What peft adds to `modules_to_save` of every sequence classifier, whether or not the model has it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +57,8 @@ class LoraAdapter:
 
     Args:
         spec: rank, alpha, target modules, base model.
-        tensors: peft key (`base_model.model.<module>.lora_A.weight`, …) → tensor; A is (rank, in), B is (out, rank).
+        tensors: peft key (`base_model.model.<module>.lora_A.weight`, …) → tensor; A is (rank, in), B is (out, rank). Heads, if the
+            specification names any, stand beside them with the model's own names (`base_model.model.classifier.weight`, …).
         metadata: JSON-ready facts kept in `cond_pdiff.json` (labels, condition, seed, …).
 
     Raises:
@@ -173,6 +84,9 @@ class LoraAdapter:
         for target in self.spec.target_modules:
             if not any(name == target or name.endswith("." + target) for name in modules):
                 raise AdapterError(f"target_modules names {target!r}, but no tensor belongs to it")
+        for head in self.spec.modules_to_save:
+            if not any(key.startswith(f"{KEY_PREFIX}{head}.") for key in self.head):
+                raise AdapterError(f"modules_to_save names {head!r}, but there is no tensor {KEY_PREFIX}{head}.…")
         check_values(self.tensors)
 
     @property
@@ -180,6 +94,8 @@ class LoraAdapter:
         """Names of the adapted modules, sorted."""
         names = set()
         for key in self.tensors:
+            if self.spec.saves(key.removeprefix(KEY_PREFIX)):
+                continue
             stem, _, factor = key.removesuffix(".weight").rpartition(".")
             if not key.startswith(KEY_PREFIX) or not key.endswith(".weight") or factor not in FACTORS:
                 raise AdapterError(f"unexpected tensor {key!r}; expected {KEY_PREFIX}<module>.lora_A.weight or .lora_B.weight")
@@ -187,6 +103,11 @@ class LoraAdapter:
         if not names:
             raise AdapterError("the adapter holds no tensors")
         return tuple(sorted(names))
+
+    @property
+    def head(self) -> dict[str, torch.Tensor]:
+        """The tensors of the heads; empty for an adapter without one."""
+        return {key: tensor for key, tensor in self.tensors.items() if self.spec.saves(key.removeprefix(KEY_PREFIX))}
 
     @property
     def layout(self) -> ParamLayout:
@@ -250,10 +171,10 @@ class LoraAdapter:
             "lora_dropout": 0.0,
             "target_modules": sorted(self.spec.target_modules),
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.spec.fan_in_fan_out,
             "init_lora_weights": True,
             "inference_mode": True,
-            "modules_to_save": None,
+            "modules_to_save": list(self.spec.modules_to_save) or None,
         }
 
     @classmethod
@@ -271,14 +192,15 @@ class LoraAdapter:
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterError(f"no adapter folder at {folder}; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
         config = _read_json(folder / CONFIG_FILE)
-        spec = _spec_from_peft(config, folder / CONFIG_FILE)
         tensors = _read_tensors(folder / WEIGHTS_FILE)
+        spec = _spec_from_peft(config, folder / CONFIG_FILE, tensors)
         metadata = _read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).exists() else {}
         if "lora" in metadata:
             recorded = LoraSpec.from_json(metadata.pop("lora"))
-            for name, value in recorded.to_json().items():
-                if name != "base_fingerprint" and spec.to_json()[name] != value:
-                    raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {spec.to_json()[name]!r}, but {METADATA_FILE} records {value!r}")
+            for name, value in recorded.__dict__.items():
+                found = getattr(spec, name)
+                if name != "base_fingerprint" and found != value:
+                    raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {found!r}, but {METADATA_FILE} records {value!r}")
             spec = recorded
         reference = metadata.get("base")
         if isinstance(reference, dict) and reference.get("repo_id") != spec.base_model:
@@ -302,25 +224,44 @@ class LoraAdapter:
             raise AdapterError(f"module {name!r} is in {where}; is this the base {self.spec.base_model!r}?")
         for name, linear in linears.items():
             lora_a, lora_b = self.factors(name)
-            if (lora_b.shape[0], lora_a.shape[1]) != (linear.out_features, linear.in_features):
+            rows, columns = update_shape(linear, self.spec)
+            if (lora_b.shape[0], lora_a.shape[1]) != (rows, columns):
                 raise AdapterError(
-                    f"module {name!r} is {linear.out_features}×{linear.in_features}, "
-                    f"but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}"
+                    f"module {name!r} is {rows}×{columns}, but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}"
                 )
+        self._check_head(module)
         if self.spec.base_fingerprint is not None and base_fingerprint(module, self.spec) != self.spec.base_fingerprint:
             raise AdapterError(
                 f"the model's weights are not those of {self.spec.base_model!r} that this adapter was made for "
                 "(fingerprints differ); load that base model unchanged, in float32 or float16"
             )
 
+    def _check_head(self, module: nn.Module) -> None:
+        wanted = {
+            f"{KEY_PREFIX}{name}.{part}": tuple(parameter.shape)
+            for name, linear in head_linears(module, self.spec).items()
+            for part, parameter in linear.named_parameters()
+        }
+        head = self.head
+        for key in sorted(wanted.keys() | head.keys()):
+            if key not in head or key not in wanted:
+                raise AdapterError(f"{'missing' if key in wanted else 'unexpected'} tensor {key!r} of the head")
+            if tuple(head[key].shape) != wanted[key]:
+                raise AdapterError(
+                    f"tensor {key!r} of the head has shape {tuple(head[key].shape)}, but the model's is {wanted[key]}; "
+                    "was the base loaded with as many labels?"
+                )
+
     def attach(self, model: Any, scale: float = 1.0, check: bool = True) -> Attachment:
         """Add scale · ΔW to the model's targeted linear layers, without touching their weights.
 
-        Several adapters may be attached to one model; their updates add up.
+        Several adapters may be attached to one model; their updates add up. A head is the adapter's own at every strength: it
+        replaces the model's, which in a base that was not trained for the task is random, so there is nothing to go back to.
+        At scale 0 the adapter's head reads what the base model sees. A model has one head, so a second one is refused.
 
         Args:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.
-            scale: 0 is the base model, 1 the adapter at full strength.
+            scale: of ΔW. 0 is the base model (with the adapter's head, if it has one), 1 the adapter at full strength.
             check: verify the base model first (see `check_base`); switch off only where it has just been verified.
 
         Returns:
@@ -329,12 +270,17 @@ class LoraAdapter:
         if check:
             self.check_base(model)
         module = adapted_module(model)
-        hooks = []
+        hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
         for name in self.modules:
             linear = module.get_submodule(name)
             weight = linear.weight
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
-            hooks.append((linear, _lora_hook(lora_a, lora_b * (scale * self.spec.scale))))
+            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
+        for name, head in head_linears(module, self.spec).items():
+            if HeadHook.on(head):
+                raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
+            parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
+            hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
         return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks])
 
     @contextlib.contextmanager
@@ -359,6 +305,7 @@ class LoraAdapter:
         Args:
             space: "delta" interpolates ΔW = B · A: exactly where both share `lora_A`, else by the best approximation of
                 the same rank (truncated SVD). "factors" interpolates A and B separately, as averaging checkpoints does.
+                Heads are interpolated as they are: their layers are linear in their weights.
         """
         same_dtypes = all(other.tensors[key].dtype == tensor.dtype for key, tensor in self.tensors.items() if key in other.tensors)
         if self.layout != other.layout or self.spec != other.spec or not same_dtypes:
@@ -369,7 +316,7 @@ class LoraAdapter:
         if space == "factors" or shared_a:
             tensors = {key: torch.lerp(tensor, other.tensors[key], weight) for key, tensor in self.tensors.items()}
         else:
-            tensors = {}
+            tensors = {key: torch.lerp(tensor, other.tensors[key], weight) for key, tensor in self.head.items()}
             for name in self.modules:
                 delta = torch.lerp(self.delta(name), other.delta(name), weight) / self.spec.scale
                 left, values, right = torch.linalg.svd(delta, full_matrices=False)
@@ -378,13 +325,6 @@ class LoraAdapter:
                 tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = (root[:, None] * right[: self.spec.rank]).to(lora_a.dtype)
                 tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = (left[:, : self.spec.rank] * root).to(lora_b.dtype)
         return replace(self, tensors=tensors, metadata={})
-
-
-def _lora_hook(lora_a: torch.Tensor, lora_b: torch.Tensor) -> Any:
-    def add_update(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output + nn.functional.linear(nn.functional.linear(args[0], lora_a), lora_b)
-
-    return add_update
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -401,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _spec_from_peft(config: Mapping[str, Any], path: Path) -> LoraSpec:
+def _spec_from_peft(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torch.Tensor]) -> LoraSpec:
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     for name in UNSUPPORTED_OPTIONS:
@@ -409,12 +349,21 @@ def _spec_from_peft(config: Mapping[str, Any], path: Path) -> LoraSpec:
             raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias is {config['bias']!r}, expected 'none'")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) and target for target in targets):
-        raise AdapterError(f"{path}: target_modules must be a list of module names, got {targets!r:.80}")
+    named = {name: config.get(name) or [] for name in ("target_modules", "modules_to_save")}
+    for name, modules in named.items():
+        if not isinstance(modules, list) or not all(isinstance(module, str) and module for module in modules):
+            raise AdapterError(f"{path}: {name} must be a list of module names, got {modules!r:.80}")
+    heads = set(named["modules_to_save"])
+    found = {head for head in heads if any(key.startswith(f"{KEY_PREFIX}{head}.") for key in tensors)}
     try:
         return LoraSpec(
-            config.get("base_model_name_or_path"), config["r"], config["lora_alpha"], tuple(sorted(targets)), config.get("task_type")
+            config.get("base_model_name_or_path"),
+            config["r"],
+            config["lora_alpha"],
+            tuple(named["target_modules"]),
+            config.get("task_type"),
+            modules_to_save=tuple(heads - set(PEFT_HEADS) | found or heads),
+            fan_in_fan_out=config.get("fan_in_fan_out") or False,
         )
     except KeyError as error:
         raise AdapterError(f"{path}: the field {error} is missing") from error

@@ -8,8 +8,8 @@ from typing import Any
 
 from cond_pdiff.model_cards import fill_card
 
-FEATURES = "FEATURE_EXTRACTION"
-"""peft's task type of adapters for sentence encoders; those for text-to-image models have none."""
+TEMPLATES = {"FEATURE_EXTRACTION": "text_adapter.md", "SEQ_CLS": "head_adapter.md"}
+"""Card of an adapter by peft's task type; adapters for text-to-image models have none."""
 
 
 def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any], preview: str | None = None) -> str:
@@ -22,15 +22,15 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
         preview: name of a picture in the repository that shows what the adapter does.
     """
     base = str(lora["base_model"] or "an unknown base model")
-    template = "text_adapter.md" if lora["task_type"] == FEATURES else "style_adapter.md"
     rows = {name: value for name, value in _facts(lora, num_params, metadata) if value}
     fields = {
         "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
         "base_model": _line(base),
+        "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": _story(metadata) + (f"\n\n![Without and with the adapter]({preview})" if preview else ""),
         "facts": "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
     }
-    return fill_card(template, fields)
+    return fill_card(TEMPLATES.get(str(lora["task_type"]), "style_adapter.md"), fields)
 
 
 def _story(metadata: Mapping[str, Any]) -> str:
@@ -56,7 +56,8 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
         revision = f" at revision `{_line(base['revision'])}`" if base.get("revision") else ""
         yield "base model", f"`{_line(base.get('repo_id'))}`{revision}"
     targets = ", ".join(f"`{_line(name)}`" for name in lora["target_modules"])
-    yield "adapter", f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}: {num_params:,} numbers"
+    heads = "".join(f", head `{_line(name)}`" for name in lora.get("modules_to_save", ()))
+    yield "adapter", f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}{heads}: {num_params:,} numbers"
     labels = metadata.get("labels")
     if isinstance(labels, list) and labels:
         yield "labels", ", ".join(f"`{_line(label)}`" for label in labels)

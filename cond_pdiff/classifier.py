@@ -86,6 +86,11 @@ class PrototypeClassifier:
         self.examples = check_examples(examples, self.labels)
         self.adapter = adapter
         self.max_length = max_length
+        if adapter is not None and adapter.spec.modules_to_save:
+            raise AdapterError(
+                f"the adapter brings a trained head ({', '.join(adapter.spec.modules_to_save)}), so it needs no prototypes: "
+                "attach it to an AutoModelForSequenceClassification, or load it there with peft"
+            )
         if adapter is not None:
             adapter.check_base(backbone.model)
 

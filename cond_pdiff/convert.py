@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from cond_pdiff.adapter import KEY_PREFIX, LoraAdapter
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import atomic_folder, write_bytes
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
+from cond_pdiff.lora import KEY_PREFIX
 from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS
 
 SENTENCE_WEIGHTS = "model.safetensors"
@@ -57,6 +58,7 @@ def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False
         OutputExistsError: there is such a file.
         AdapterError: the adapter is not for a PixArt.
     """
+    _refuse_heads(adapter)
     file = Path(file)
     if file.exists() and not overwrite:
         raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
@@ -71,6 +73,14 @@ def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False
     return file
 
 
+def _refuse_heads(adapter: LoraAdapter) -> None:
+    if adapter.spec.modules_to_save or adapter.spec.fan_in_fan_out:
+        raise AdapterError(
+            "adapters of sequence classifiers, with a head or transposed weights, cannot be converted; load the adapter with peft "
+            "onto an AutoModelForSequenceClassification, then merge_and_unload() and save_pretrained()"
+        )
+
+
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second.detach().to("cpu"))
 
@@ -83,9 +93,10 @@ def save_merged(adapter: LoraAdapter, folder: str | Path, base: Backbone | None 
 
     Raises:
         HubError: the base is not to be had.
-        AdapterError: the adapter does not fit it.
+        AdapterError: the adapter does not fit it, or brings a head.
         OutputExistsError: `folder` is not empty.
     """
+    _refuse_heads(adapter)
     reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
     weights = TRANSFORMER_WEIGHTS if all(".attn" in module for module in adapter.modules) else SENTENCE_WEIGHTS
     source, folder = find_backbone(reference, weights), Path(folder)

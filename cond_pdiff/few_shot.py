@@ -12,8 +12,9 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, leave_one_out_logits
-from cond_pdiff.conditioning import label_text
+from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
+from cond_pdiff.models.head_backbone import HeadBackbone
 
 REFINE_EXAMPLES = 32
 """Examples of a step at most: with more of them, each step draws anew."""
@@ -45,9 +46,14 @@ class ExampleScore:
         found = []
         for with_examples in (False, True):
             logits = leave_one_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
-            accuracy = float((logits.argmax(1) == targets).float().mean())
-            found.append(cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples))
+            found.append(cls.of(logits, targets, with_examples))
         return max(found, key=lambda score: score.accuracy)
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
+        """From logits, shape `(num_examples, num_labels)`, and the right labels' indices, shape `(num_examples,)`."""
+        accuracy = float((logits.argmax(1) == targets).float().mean())
+        return cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples)
 
 
 @dataclass(frozen=True)
@@ -59,16 +65,16 @@ class Choice:
         strength: by which its update should be multiplied: 1, 0.5, or 0 where the base model alone is expected to do better.
         score: of that adapter at that strength.
         scores: of all adapters, at full strength.
-        base: the base model's.
-        predicted_gain: in accuracy over the base model with the same examples, on texts like them.
+        base: the base model's; None for adapters that bring a head, without which there is nothing to compare.
+        predicted_gain: in accuracy over the base model with the same examples, on texts like them; None for those adapters.
     """
 
     index: int
     strength: float
     score: ExampleScore
     scores: tuple[ExampleScore, ...]
-    base: ExampleScore
-    predicted_gain: float
+    base: ExampleScore | None
+    predicted_gain: float | None
 
 
 def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> Choice:
@@ -90,7 +96,7 @@ def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> 
         raise ConditionError("adapters can be compared on labelled examples only; give some")
     base = ExampleScore.measure(classifier.with_adapter(None))
     scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter)) for adapter in adapters)
-    index = min(range(len(scores)), key=lambda place: (-scores[place].accuracy, scores[place].loss))
+    index = _best(scores)
     half = ExampleScore.measure(classifier.with_adapter(adapters[index].scaled(0.5)))
     options = {1.0: scores[index], 0.5: half, 0.0: base}
     gains = {
@@ -99,6 +105,32 @@ def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> 
     }
     strength = max(gains, key=gains.__getitem__)
     return Choice(index, strength, options[strength], scores, base, round(gains[strength], 4))
+
+
+def choose_with_head(
+    base: HeadBackbone, labels: Sequence[str], examples: Sequence[tuple[Text, str]], adapters: Sequence[LoraAdapter], max_length: int
+) -> Choice:
+    """Choose among adapters that bring a trained head, by its logits of the examples; always at full strength.
+
+    Args:
+        base: what the adapters are for.
+        labels: in the order of the logits.
+        examples: `(text, label)` pairs of these labels.
+        max_length: texts are cut at this many tokens.
+    """
+    adapters[0].check_base(base.model)
+    targets = torch.tensor([labels.index(label) for _, label in examples])
+    scores = []
+    for adapter in adapters:
+        with adapter.attached(base.model, check=False):
+            scores.append(ExampleScore.of(base.logits([text for text, _ in examples], max_length).cpu(), targets, False))
+    index = _best(scores)
+    return Choice(index, 1.0, scores[index], tuple(scores), None, None)
+
+
+def _best(scores: Sequence[ExampleScore]) -> int:
+    """Index of the most accurate, among equals of the one with the least loss."""
+    return min(range(len(scores)), key=lambda place: (-scores[place].accuracy, scores[place].loss))
 
 
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.adapter import LoraSpec
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
 from cond_pdiff.layout import ParamLayout
+from cond_pdiff.lora import LoraSpec
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
 
 STYLE_ENCODERS = tuple(encoder.__name__ for encoder in (StyleCnnConditionEncoder, BackboneStyleConditionEncoder))
@@ -82,12 +82,13 @@ class GeneratorInfo:
         """For people."""
         spec, layout = self.spec, self.layout
         modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
+        heads = [f"head {name}" for name in spec.modules_to_save]
         lines = [
             f"generator  {self.name}" + (f" at {self.revision}" if self.revision else ""),
             f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
             f"makes      {self.makes} adapters for {self.base.repo_id}"
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
-            f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join(spec.target_modules)}: "
+            f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*spec.target_modules, *heads])}: "
             f"{layout.num_adapter_params:,} numbers in {len(layout.shapes)} tensors{modelled}",
             f"{'styles' if self.makes == 'style' else 'tasks':<10} {len(self.tasks)}: {', '.join(self.tasks)}",
         ]

@@ -15,18 +15,19 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
-from torch import nn
 
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.conditioning import StyleImage, TaskPrompt
+from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.few_shot import choose
+from cond_pdiff.few_shot import Choice, choose, choose_with_head
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
+from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.models.param_unet_1d import ParamUNet1D
+from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
@@ -88,7 +89,7 @@ class CondPDiffPipeline(DiffusionPipeline):
             template=template,
             condition_index=condition_index,
         )
-        self._base: SentenceBackbone | None = None
+        self._base: SentenceBackbone | HeadBackbone | None = None
         self._source: dict[str, str | None] | None = None
         self._card_folder: Path | None = None
         self._guidance_scale = 1.0
@@ -351,22 +352,46 @@ class CondPDiffPipeline(DiffusionPipeline):
             if not labels:
                 labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
                 labels_from = "nearest trained task" if labels else "nowhere"
+            if inside and self.template.spec.modules_to_save:
+                known = tuple(self.condition_index.config.tasks[nearest[0].task]["labels"])
+                labels = known if sorted(known) == sorted(labels) else labels  # a head's outputs stand in its task's order
             metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            length = self.template.config.max_length
-            choice = choose(PrototypeClassifier(self.base_model(), labels, adapters[0], length, condition.examples), adapters)
+            choice = self._choose(adapters, labels, condition.examples)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
 
     def base_model(self) -> SentenceBackbone:
-        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call."""
+        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call.
+
+        Raises:
+            CondPDiffError: the generator's adapters bring a head, so they are for a model with one.
+        """
+        base = self._load_base()
+        if isinstance(base, HeadBackbone):
+            raise CondPDiffError("the adapters bring a trained head: load them with peft on an AutoModelForSequenceClassification")
+        return base
+
+    def _load_base(self) -> SentenceBackbone | HeadBackbone:
         if self._base is None:
-            self._base = SentenceBackbone.load(self.template.base)
+            reference, heads = self.template.base, self.template.spec.modules_to_save
+            self._base = HeadBackbone.load(reference, self._num_labels, heads) if heads else SentenceBackbone.load(reference)
         self._base.model.to(self._execution_device)
         return self._base
+
+    def _choose(self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]]) -> Choice:
+        base, length = self._load_base(), self.template.config.max_length
+        if isinstance(base, HeadBackbone):
+            return choose_with_head(base, labels, examples, adapters, length)
+        return choose(PrototypeClassifier(base, labels, adapters[0], length, examples), adapters)
+
+    @property
+    def _num_labels(self) -> int:
+        """Of every trained task, where adapters bring a head."""
+        return len(next(iter(self.condition_index.config.tasks.values()))["labels"])
 
     def _check_inputs(
         self,
@@ -395,25 +420,11 @@ class CondPDiffPipeline(DiffusionPipeline):
             raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
-        return self.condition_encoder.condition_type.of(condition)
-
-
-def guided_prediction(
-    unet: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
-    """A U-Net's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
-
-    Args:
-        latents: noisy, shape `(batch, channels, length)`.
-        timestep: one for all.
-        condition: embeddings, shape `(batch, condition_dim)`.
-    """
-    if guidance_scale == 1.0:
-        prediction: torch.Tensor = unet(latents, timestep, condition).sample
-        return prediction
-    both = unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
-    without, with_condition = both.chunk(2)
-    return torch.lerp(without, with_condition, guidance_scale)
+        checked = self.condition_encoder.condition_type.of(condition)
+        named = len(checked.labels) if isinstance(checked, TaskPrompt) else 0
+        if self.template.spec.modules_to_save and named not in (0, self._num_labels):
+            raise ConditionError(f"the adapters' heads tell {self._num_labels} labels apart, the prompt names {named}")
+        return checked
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:

@@ -51,11 +51,11 @@ class GenerationReport:
         ]
         if self.choice:
             choice = self.choice
-            lines.append(
-                f"chosen     {choice.index + 1} of {len(choice.scores)}, accuracy {choice.score.accuracy:.0%} on the given examples "
-                f"(base model {choice.base.accuracy:.0%})"
-            )
-            lines.append(f"gain       {_gain_in_words(self.choice)}")
+            beside = f" (base model {choice.base.accuracy:.0%})" if choice.base else ""
+            place = f"{choice.index + 1} of {len(choice.scores)}"
+            lines.append(f"chosen     {place}, accuracy {choice.score.accuracy:.0%} on the given examples{beside}")
+            if choice.predicted_gain is not None:
+                lines.append(f"gain       {_gain_in_words(choice.predicted_gain, choice.strength)}")
         read = self.condition
         if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):
             lines.append(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
@@ -65,11 +65,11 @@ class GenerationReport:
         return "\n".join(lines)
 
 
-def _gain_in_words(choice: Choice) -> str:
-    if not choice.strength:
+def _gain_in_words(gain: float, strength: float) -> str:
+    if not strength:
         return "none expected: the adapter is the base model; fine-tune instead"
-    weakened = "" if choice.strength == 1 else f" at strength {choice.strength:g}, at which the examples speak for it most"
-    return f"{100 * choice.predicted_gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
+    weakened = "" if strength == 1 else f" at strength {strength:g}, for which the examples speak most"
+    return f"{100 * gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
 
 
 @dataclass

@@ -22,8 +22,9 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from cond_pdiff.adapter import FACTORS, KEY_PREFIX, LoraAdapter, LoraSpec, base_fingerprint, target_linears
+from cond_pdiff.adapter import FACTORS, LoraAdapter
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.cli import main
 from cond_pdiff.training.collect import collect

@@ -17,9 +17,10 @@ from conftest import TARGETS, fingerprint, make_adapter, make_bert
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
-from cond_pdiff.adapter import ADAPTER_FILES, LoraAdapter, LoraSpec, base_fingerprint
+from cond_pdiff.adapter import ADAPTER_FILES, LoraAdapter
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LoraSpec, base_fingerprint
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 TEXTS = ["the kitten purr", "good film", "the room was bad, the meal even worse, and the song awful"]
@@ -64,7 +65,7 @@ def test_save_and_load_keep_everything(tiny_adapter: LoraAdapter, saved: Path) -
 
 SAVE_SCRIPT = """
 import sys, torch
-from cond_pdiff.adapter import LoraAdapter, LoraSpec
+from cond_pdiff import LoraAdapter, LoraSpec
 
 modules = {f"layer.{index}.{target}" for index in range(3) for target in ("query", "key", "value", "attention.output.dense")}
 tensors = {}

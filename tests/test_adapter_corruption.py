@@ -11,9 +11,10 @@ import torch
 from conftest import TARGETS, fingerprint
 from safetensors.torch import load_file, save_file
 
-from cond_pdiff.adapter import CONFIG_FILE, MAX_RANK, METADATA_FILE, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.layout import ParamLayout
+from cond_pdiff.lora import MAX_RANK
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
@@ -110,7 +111,7 @@ CONFIG_CORRUPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha pattern": ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
     "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
     "whole modules": ({"modules_to_save": ["pooler"]}, "modules_to_save"),
-    "transposed weights": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "transposed weights": ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be true or false, got 'yes'"),
 }
 
 

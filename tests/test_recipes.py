@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from PIL import Image
 
 from cond_pdiff import AdapterTemplate, LoraAdapter, LoraSpec, ParamUNet1D
-from cond_pdiff.adapter import FACTORS, KEY_PREFIX, target_linears
+from cond_pdiff.adapter import FACTORS
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import _Run
@@ -79,6 +81,33 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path, text: str, messag
         read_recipe("nonsense")
     with pytest.raises(TrainingError, match="no recipe"):
         read_recipe(tmp_path / "missing.json")
+
+
+def test_variants_replace_entries(tmp_path: Path) -> None:
+    variants = {"wide": {"collect": {"rank": 2}}, "loud": {"collect": {"alpha": 16}, "unet": {}}}
+    path = tmp_path / "my.recipe.json"
+    path.write_text(json.dumps({"collect": {"rank": 1, "alpha": 8}, "variants": variants}))
+    assert read_recipe(path) == {"collect": {"rank": 1, "alpha": 8}}
+    assert read_recipe(f"{path}+wide+loud") == {"collect": {"rank": 2, "alpha": 16}, "unet": {}}
+    path.rename(tmp_path / "one+two.json")
+    assert read_recipe(tmp_path / "one+two.json")["collect"]["rank"] == 1
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({}, r"has no variant 'wide'; there are \[\]"),
+        ({"narrow": {}}, r"has no variant 'wide'; there are \['narrow'\]"),
+        (1, "variants must be a JSON object"),
+        ({"wide": []}, "variant 'wide' must hold a JSON object of sections"),
+        ({"wide": {"colect": {}}}, "variant 'wide': unknown section 'colect'"),
+        ({"wide": {"collect": 2}}, "variant 'wide': collect must be a JSON object"),
+    ],
+)
+def test_variants_that_are_none_are_refused(tmp_path: Path, variants: Any, message: str) -> None:
+    (tmp_path / "my.json").write_text(json.dumps({"collect": {}, "variants": variants}))
+    with pytest.raises(TrainingError, match=message):
+        read_recipe(tmp_path / "my.json+wide")
 
 
 @pytest.mark.parametrize(

@@ -120,14 +120,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=commands.demo)
 
     collect = add("collect", help="fine-tune adapters for a folder of tasks into a zoo (resumable)")
-    collect.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file (default: %(default)s)")
+    collect.add_argument("--recipe", default="minilm-text-tasks", help="recipe name[+VARIANT] or JSON file (default: %(default)s)")
     collect.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
     collect.add_argument("--zoo", required=True, type=Path, help="folder to create or continue")
     collect.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th job beginning with I")
     collect.set_defaults(run=commands.collect)
 
     train = add("train", help="train a generator on a zoo (resumable)")
-    train.add_argument("--recipe", default="minilm-text-tasks", help="recipe name or JSON file (default: %(default)s)")
+    train.add_argument("--recipe", default="minilm-text-tasks", help="recipe name[+VARIANT] or JSON file (default: %(default)s)")
     train.add_argument("--zoo", required=True, type=Path, help="made by collect")
     train.add_argument("--tasks", required=True, type=Path, help="folder of task folders, for prompts")
     train.add_argument("--out", required=True, type=Path, help="run folder to create or continue")

@@ -18,24 +18,26 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
 
-from cond_pdiff.adapter import LoraAdapter, LoraSpec, base_fingerprint
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.lora import LoraSpec, base_fingerprint
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.head_tuning import HeadTuning
 from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
 from cond_pdiff.training.zoo import RUN_FILE, Zoo, write_run
 
 MULTITASK = "multitask"
-TUNINGS: dict[str, type] = {"text": TextTuning, "style": StyleTuning}
+TUNINGS: dict[str, type] = {"text": TextTuning, "head": HeadTuning, "style": StyleTuning}
 
 
 class Tuning(Protocol):
     """A base model, and how an adapter for it learns a kind of task. Tasks have a `name`."""
 
     model: nn.Module
-    """What adapters are attached to."""
+    """What adapters are attached to; there once tasks are loaded."""
     task_type: str | None
     """peft's."""
 
@@ -96,12 +98,20 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
 
 def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning: Tuning) -> tuple[Zoo, dict[str, torch.Tensor]]:
     """Create the zoo's settings and its `lora_A`, or check that they are the ones asked for."""
-    spec = LoraSpec(str(config.base["repo_id"]), config.rank, config.alpha, tuple(sorted(config.target_modules)), tuning.task_type)
+    spec = LoraSpec(
+        str(config.base["repo_id"]),
+        config.rank,
+        config.alpha,
+        config.target_modules,
+        tuning.task_type,
+        modules_to_save=config.modules_to_save,
+        fan_in_fan_out=config.fan_in_fan_out,
+    )
     spec = dataclasses.replace(spec, base_fingerprint=base_fingerprint(tuning.model, spec))
     facts = {
         "base": config.base,
         "lora": spec.to_json(),
-        "collect": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("tasks", "unseen", "base")},
+        "collect": config.record(),
         "tasks": {name: tuning.facts(tasks[name]) for name in config.tasks},
         "unseen": {name: tuning.facts(tasks[name]) for name in config.unseen},
     }
@@ -113,7 +123,7 @@ def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         model = get_peft_model(tuning.model, _peft_config(config, tuning.task_type))
-        lora_a = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_A." in key}
+        lora_a = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_B." not in key}
         write_bytes(folder / "lora_a.safetensors", save({key: value.contiguous() for key, value in lora_a.items()}))
         model.unload()
         write_text(folder / "zoo.json", dump_json(facts))
@@ -127,7 +137,16 @@ def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning
 def _peft_config(config: CollectConfig, task_type: str | None) -> LoraConfig:
     # peft declares lora_alpha as a whole number, and works with any.
     alpha: Any = config.alpha
-    return LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=list(config.target_modules), task_type=task_type)
+    # Only what peft adds is in training mode: with lora_dropout, the base model's own dropouts stay off.
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,
+        target_modules=list(config.target_modules),
+        task_type=task_type,
+        modules_to_save=list(config.modules_to_save) or None,
+        fan_in_fan_out=config.fan_in_fan_out,
+        lora_dropout=config.lora_dropout,
+    )
 
 
 class _Tuner:
@@ -150,9 +169,10 @@ class _Tuner:
         try:
             set_peft_model_state_dict(model, self._start(name))
             train_lora_a = config.train_lora_a or (config.from_multitask and name == MULTITASK)
+            parts = (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
             trained = []
             for key, parameter in model.named_parameters():
-                parameter.requires_grad = ".lora_B." in key or (train_lora_a and ".lora_A." in key)
+                parameter.requires_grad = any(part in key for part in parts)
                 if parameter.requires_grad:
                     trained.append(parameter)
             kept: dict[int, dict[str, torch.Tensor]] = {}
@@ -174,7 +194,7 @@ class _Tuner:
         write_run(folder, adapter, facts, kept)
 
     def _start(self, name: str) -> dict[str, torch.Tensor]:
-        """What a run's adapter is before its first step: the zoo's `lora_A`, or the multi-task adapter."""
+        """What a run's adapter is before its first step: the zoo's `lora_A` and head, or the multi-task adapter."""
         if not self.config.from_multitask or name == MULTITASK:
             return self.lora_a
         if (start := self.zoo.multitask()) is None:
@@ -189,7 +209,7 @@ class _Tuner:
     ) -> float:
         """Train for `steps` steps, calling `after_step` with the number of steps that are done; the mean of the last losses."""
         config = self.config
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
         warmup = max(1, round(config.warmup * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

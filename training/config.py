@@ -13,7 +13,10 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "tune", "image_autoencoder", "transformer", "scene_classifier", "samples")
+SECTIONS = (
+    *("name", "about", "variants", "collect", "autoencoder", "unet", "tune"),
+    *("image_autoencoder", "transformer", "scene_classifier", "samples"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class CollectConfig:
 
     tasks: tuple[str, ...] = ()                     # tasks that the generator is trained on; none named: all but the unseen
     unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
-    kind: str = "text"                              # of tasks: "text" or "style"
+    kind: str = "text"                              # of tuning: "text" (class prototypes), "head" (a classification head) or "style"
     base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
     rank: int = 4                                   # r of ΔW = alpha / r · B · A
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
+    modules_to_save: tuple[str, ...] = ()           # the heads, trained whole: full names, such as "classifier"
+    fan_in_fan_out: bool = False                    # the targets' weights lie as (in, out): GPT-2's
     train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
     runs: int = 3                                   # runs a task (one of a recoloured style), differing in data, order and rate
     steps: int = 100                                # optimiser steps a run
@@ -37,6 +42,8 @@ class CollectConfig:
     learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
     precision: str = "no"                           # "bf16": autocast, about half the time on a CPU that has it
     warmup: float = 0.1                             # share of the steps
+    weight_decay: float = 0.0                       # AdamW's, on all that is trained
+    lora_dropout: float = 0.0                       # share of an adapted module's inputs that its update does not see in training
     subset: float = 0.8                             # share of the training rows that a run sees
     last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
     checkpoint_every: int = 5                       # … so many steps apart
@@ -51,14 +58,29 @@ class CollectConfig:
             raise TrainingError("collect: name at least one learning rate")
         if self.precision not in ("no", "bf16"):
             raise TrainingError(f"collect: precision must be 'no' or 'bf16', got {self.precision!r}")
-        if self.kind not in ("text", "style"):
-            raise TrainingError(f"collect: kind must be 'text' or 'style', got {self.kind!r}")
+        if self.kind not in ("text", "head", "style"):
+            raise TrainingError(f"collect: kind must be 'text', 'head' or 'style', got {self.kind!r}")
+        if (self.kind == "head") != bool(self.modules_to_save):
+            raise TrainingError(f"collect: modules_to_save names the heads of kind 'head', got {self.modules_to_save!r} for {self.kind!r}")
+        if not 0 <= self.lora_dropout < 1 or self.weight_decay < 0:
+            raise TrainingError(
+                f"collect: lora_dropout must be in [0, 1) and weight_decay not negative, got {self.lora_dropout} and {self.weight_decay}"
+            )
         if self.from_multitask and not self.multitask_steps:
             raise TrainingError("collect: from_multitask needs multitask_steps")
         if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
             raise TrainingError(
                 f"collect: a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"
             )
+
+    def record(self) -> dict[str, Any]:
+        """What a zoo keeps of these settings, beside its tasks and base.
+
+        Words that came after the first zoos are left out where they say nothing, so that older zoos can be continued.
+        """
+        later = ("modules_to_save", "fan_in_fan_out", "weight_decay", "lora_dropout")
+        kept = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("tasks", "unseen", "base")}
+        return {name: value for name, value in kept.items() if value or name not in later}
 
 
 @dataclass(frozen=True)
@@ -133,10 +155,17 @@ Network = TypeVar("Network")
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by name (one of the shipped ones) or by path, as a dict of sections."""
-    path = Path(name)
+    """A recipe by name (one of the shipped ones) or by path, as a dict of sections.
+
+    Its section `variants` names entries that replace some of its own: `paper-language-half+roberta+rank4` is the recipe with two of
+    its variants, one after the other.
+    """
+    path, variants = Path(name), []
+    if "+" in path.name and not path.is_file():
+        stem, *variants = path.name.split("+")
+        path = path.with_name(stem or "+")
     if not path.suffix:
-        path = RECIPES_FOLDER / f"{name}.json"
+        path = RECIPES_FOLDER / f"{path}.json"
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -144,12 +173,27 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise TrainingError(f"no recipe {str(name)!r}; there are {known}, or give the path of a JSON file") from error
     except ValueError as error:
         raise TrainingError(f"{path} is not valid JSON: {error}") from error
+    _check_sections(recipe, f"{path}")
+    known = recipe.pop("variants", {})
+    if not isinstance(known, dict):
+        raise TrainingError(f"{path}: variants must be a JSON object")
+    for variant in variants:
+        if variant not in known:
+            raise TrainingError(f"{path} has no variant {variant!r}; there are {sorted(known)}")
+        _check_sections(known[variant], f"{path}, variant {variant!r}")
+        for section, entries in known[variant].items():
+            if not isinstance(entries, dict) or not isinstance(recipe.get(section, {}), dict):
+                raise TrainingError(f"{path}, variant {variant!r}: {section} must be a JSON object, to replace entries of another")
+            recipe[section] = {**recipe.get(section, {}), **entries}
+    return recipe
+
+
+def _check_sections(recipe: object, where: str) -> None:
     if not isinstance(recipe, dict):
-        raise TrainingError(f"{path} must hold a JSON object of sections")
+        raise TrainingError(f"{where} must hold a JSON object of sections")
     unknown = sorted(set(recipe) - set(SECTIONS))
     if unknown:
-        raise TrainingError(f"{path}: unknown section {unknown[0]!r}; known are {list(SECTIONS)}")
-    return recipe
+        raise TrainingError(f"{where}: unknown section {unknown[0]!r}; known are {list(SECTIONS)}")
 
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:

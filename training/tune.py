@@ -21,8 +21,9 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, leave_one_out_logits
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.models.param_unet_1d import guided_prediction
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline, guided_prediction
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.conditions import WORD_DROPOUT
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256

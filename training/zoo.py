@@ -1,7 +1,7 @@
 """A zoo: a folder of adapters collected by fine-tuning, with a manifest.
 
 zoo.json                                the settings and tasks it was collected with
-lora_a.safetensors                      the one `lora_A` that all runs start from; with `from_multitask`, the multi-task run
+lora_a.safetensors                      the one `lora_A` (and new head) that all runs start from; with `from_multitask`, the multi-task run
 tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
 multitask/                              one adapter trained on all zoo tasks, the baseline
 tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept
@@ -100,7 +100,7 @@ class Zoo:
 
     @property
     def kind(self) -> str:
-        """Of its tasks: "text" or "style". Zoos of text tasks that were collected before there were styles do not name it."""
+        """Of its tuning: "text", "head" or "style". Zoos of text tasks that were collected before there were styles do not name it."""
         return str(self.facts["collect"].get("kind", "text"))
 
     @property

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from cond_pdiff.adapter import LoraAdapter, LoraSpec
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.component import Component
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.layout import ParamLayout
+from cond_pdiff.lora import LoraSpec
 
 
 class AdapterTemplate(Component):
@@ -48,6 +49,12 @@ class AdapterTemplate(Component):
         """
         first = adapters[0]
         for adapter in adapters[1:]:
+            other, shapes = adapter.layout.shapes, first.layout.shapes
+            for key in sorted(key for key in adapter.head.keys() & first.head.keys() if other[key] != shapes[key]):
+                raise AdapterError(
+                    f"the adapters of a zoo must have heads of one shape: {key!r} is {other[key]} in one and {shapes[key]} in another; "
+                    "collect tasks with as many labels each"
+                )
             if adapter.layout != first.layout or adapter.spec != first.spec:
                 raise AdapterError("the adapters of a zoo must share layout, rank, alpha and base model")
         constants = [key for key in first.tensors if all(torch.equal(adapter.tensors[key], first.tensors[key]) for adapter in adapters)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, measure_all
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.evaluate.styles import StyleEvaluator
@@ -39,6 +40,8 @@ def evaluate(
         The evaluation, or None while tasks of other shards are missing.
     """
     out, zoo = Path(out), Zoo(zoo_folder)
+    if zoo.kind not in KINDS:
+        raise TrainingError(f"{zoo_folder} is a zoo of kind {zoo.kind!r}; only those of {' and '.join(KINDS)} can be evaluated yet")
     evaluator_class, table = KINDS[zoo.kind]
     evaluator = evaluator_class(generator, zoo, config, out)
     results = measure_all(evaluator, evaluator.load_tasks(tasks_folder), shard)

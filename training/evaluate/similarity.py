@@ -1,4 +1,8 @@
-"""Distances between adapters in ΔW, for routing and novelty."""
+"""Distances between adapters in ΔW, for routing and novelty.
+
+Heads do not count: what a head's numbers mean depends on the ΔW below it, there is no common zero to measure them from, and a head
+of a few thousand numbers of size one would drown the update.
+"""
 
 from __future__ import annotations
 

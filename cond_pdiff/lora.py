@@ -1,0 +1,205 @@
+"""What the adapters of a zoo share besides shapes, and the modules of a base model that they act on.
+
+Two kinds of modules: those that get an update ΔW (`target_modules`), and heads (`modules_to_save`), which the adapter brings
+whole, as peft does for a classification head that the base model does not have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from cond_pdiff.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+
+KEY_PREFIX = "base_model.model."
+MAX_RANK = 1024
+HEAD_TASK = "SEQ_CLS"
+"""peft's task type of adapters for `AutoModelForSequenceClassification`."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What all adapters of a zoo share, besides shapes.
+
+    Args:
+        base_model: Hub id of the base model, or None if unknown.
+        rank: r of ΔW = (alpha / rank) · B · A (paper, equation 1).
+        alpha: the scale's numerator.
+        target_modules: suffixes of the adapted modules' names.
+        task_type: peft's task type, or None.
+        base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it).
+        modules_to_save: full names of the modules that the adapter brings whole: its heads.
+        fan_in_fan_out: the adapted modules keep their weights as (in, out), as GPT-2's Conv1D does. ΔW is (out, in) all the same.
+    """
+
+    base_model: str | None
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    task_type: str | None = "FEATURE_EXTRACTION"
+    base_fingerprint: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= MAX_RANK:
+            raise AdapterError(f"rank (r) must be a whole number from 1 to {MAX_RANK}, got {self.rank!r}")
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= sys.float_info.max:
+            raise AdapterError(f"lora_alpha must be a positive number, got {self.alpha!r}")
+        if not self.target_modules:
+            raise AdapterError("target_modules is empty; name at least one module")
+        if not isinstance(self.fan_in_fan_out, bool):
+            raise AdapterError(f"fan_in_fan_out must be true or false, got {self.fan_in_fan_out!r}")
+        if not all(isinstance(head, str) and head for head in self.modules_to_save):
+            raise AdapterError(f"modules_to_save must name modules, got {self.modules_to_save!r:.80}")
+        # The order means nothing to peft, so specifications that differ only in it are equal.
+        object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
+        object.__setattr__(self, "modules_to_save", tuple(sorted(self.modules_to_save)))
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank, the factor in front of B · A."""
+        return self.alpha / self.rank
+
+    def targets(self, module_name: str) -> bool:
+        """Is the module with this full name one of the adapted ones (peft's suffix rule; never a part of a head)?"""
+        return not self.saves(module_name) and any(
+            module_name == target or module_name.endswith("." + target) for target in self.target_modules
+        )
+
+    def saves(self, name: str) -> bool:
+        """Is the module or parameter with this full name a head, or a part of one?"""
+        return any(name == head or name.startswith(head + ".") for head in self.modules_to_save)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready description; `from_json` reads it back. Without heads it is what it was before there were any."""
+        facts = {**self.__dict__, "target_modules": list(self.target_modules), "modules_to_save": list(self.modules_to_save)}
+        return {name: value for name, value in facts.items() if value or name not in ("modules_to_save", "fan_in_fan_out")}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LoraSpec:
+        """Read what `to_json` wrote."""
+        try:
+            lists = {name: tuple(data.get(name, ())) for name in ("target_modules", "modules_to_save")}
+            return cls(**{**data, **lists})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"not a LoRA specification: {error}") from error
+
+
+def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
+    """sha256 over the shape-giving entries of `model.config` and the targeted weights; heads are the adapter's own.
+
+    Weights are hashed after rounding to float16, so the same base has one fingerprint in float32 and in float16.
+    """
+    config = getattr(model, "config", {})
+    named = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    digest = hashlib.sha256(json.dumps({name: getattr(config, name, None) for name in named}).encode())
+    for name, module in target_linears(model, spec).items():
+        digest.update(name.encode())
+        digest.update(module.weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Conv1D]:
+    """The linear modules of `model` that `spec` targets, sorted by name; `AdapterError` if there are none."""
+    found = {name: module for name, module in sorted(model.named_modules()) if spec.targets(name)}
+    if not found:
+        raise AdapterError(
+            f"the model ({type(model).__name__}) has no module named {sorted(spec.target_modules)}; "
+            f"these adapters are for {spec.base_model or 'another base model'}"
+        )
+    kind: Any = nn.Linear
+    if spec.fan_in_fan_out:
+        from transformers.pytorch_utils import Conv1D as kind
+    linears = {name: module for name, module in found.items() if isinstance(module, kind)}
+    for name in sorted(found.keys() - linears.keys()):
+        raise AdapterError(
+            f"module {name!r} is a {type(found[name]).__name__}, expected a {kind.__name__} "
+            f"(is an adapter already merged in? fan_in_fan_out is {spec.fan_in_fan_out})"
+        )
+    return linears
+
+
+def update_shape(module: nn.Linear | Conv1D, spec: LoraSpec) -> tuple[int, int]:
+    """(out, in) of a targeted module, which is the shape of its ΔW."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if spec.fan_in_fan_out else (rows, columns)
+
+
+def head_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
+    """The linear layers that the heads of `model` consist of, by full name; `AdapterError` if a head is missing or of another kind."""
+    linears = {}
+    for head in spec.modules_to_save:
+        try:
+            module = model.get_submodule(head)
+        except AttributeError as error:
+            raise AdapterError(
+                f"the model ({type(model).__name__}) has no module {head!r}, for which the adapter brings a head; "
+                "load the base with AutoModelForSequenceClassification.from_pretrained(…, num_labels=…)"
+            ) from error
+        for name, part in module.named_modules(prefix=head):
+            if isinstance(part, nn.Linear):
+                linears[name] = part
+            elif next(part.parameters(recurse=False), None) is not None:
+                raise AdapterError(f"module {name!r} is a {type(part).__name__}; only heads of Linear layers are supported")
+    return linears
+
+
+def adapted_module(model: Any) -> nn.Module:
+    """`model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
+    for candidate in (model, getattr(model, "transformer", None), getattr(model, "unet", None)):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")
+
+
+class Attachment:
+    """A live attachment; `detach` removes it. The base model's weights are never written to."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self._handles = handles
+
+    def detach(self) -> None:
+        """Remove the adapter from the model; calling it again does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateHook:
+    """Adds B · A · x to a linear layer's output."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The forward hook."""
+        return output + nn.functional.linear(nn.functional.linear(args[0], self.lora_a), self.lora_b)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadHook:
+    """Puts another layer's output in the place of a linear layer's."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The forward hook."""
+        return nn.functional.linear(args[0], self.weight, self.bias)
+
+    @staticmethod
+    def on(module: nn.Module) -> bool:
+        """Has the layer such a hook?"""
+        return any(isinstance(hook, HeadHook) for hook in module._forward_hooks.values())

@@ -1,0 +1,92 @@
+"""TextBackbone: a frozen transformers model that reads texts, with its tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from cond_pdiff.conditioning import Text
+from cond_pdiff.errors import HubError
+from cond_pdiff.hub import Backbone, find_backbone
+
+
+def load_frozen(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
+    """A model in evaluation mode, float32, on the CPU, its tokenizer, and the names of weights that the files lack.
+
+    Args:
+        auto_model: one of transformers' `AutoModel…`.
+        options: for its `from_pretrained`.
+
+    Raises:
+        HubError: not to be had, or not such a model.
+    """
+    folder = find_backbone(backbone)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = auto_model.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise HubError(f"{folder} cannot be loaded as {backbone.repo_id}: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    return model.requires_grad_(False).eval(), tokenizer, set(info["missing_keys"])
+
+
+class TextBackbone(ABC):
+    """Texts (or pairs of texts) → one row of numbers each.
+
+    Args:
+        model: a transformers model.
+        tokenizer: its fast tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input that both model and tokenizer are made for: RoBERTa has two more positions than it can use."""
+        return min(int(self.model.config.max_position_embeddings), self.tokenizer.model_max_length)  # type: ignore[union-attr, arg-type]
+
+    def count_tokens(self, text: Text) -> int:
+        """The number of tokens of one text or pair, special tokens included, before any cut."""
+        return len(self.tokenizer([text], verbose=False)["input_ids"][0])
+
+    def tokenize(self, texts: Sequence[Text], max_length: int) -> BatchEncoding:
+        """A padded batch on the model's device. Longer texts are cut at `max_length` tokens."""
+        # A pair is cut at its longer half first ("longest_first"), so the shorter text of a pair is never lost.
+        cut = min(max_length, self.max_tokens)
+        batch = self.tokenizer(list(texts), padding=True, truncation="longest_first", max_length=cut, return_tensors="pt")
+        return batch.to(next(self.model.parameters()).device)
+
+    @abstractmethod
+    def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
+        """One batch, with gradients if any are wanted, shape `(len(texts), size of a row)`."""
+
+    @torch.no_grad()
+    def rows(self, texts: Sequence[Text], max_length: int, batch_size: int) -> torch.Tensor:
+        """At least one text, without gradients; batches are formed by length, the order is kept."""
+        order = sorted(range(len(texts)), key=lambda index: -text_length(texts[index]))
+        pieces = [
+            self.forward([texts[index] for index in order[start : start + batch_size]], max_length)
+            for start in range(0, len(order), batch_size)
+        ]
+        rows = torch.cat(pieces)
+        return rows[torch.tensor(order).argsort().to(rows.device)]
+
+
+def text_length(text: Text) -> int:
+    """Characters of a text or a pair, for sorting by length."""
+    return len(text) if isinstance(text, str) else sum(map(len, text))

@@ -1,0 +1,52 @@
+"""Fine-tuning with a classification head, as the paper's language half does; the head is part of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.conditioning import Text
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import HEAD_TASK
+from cond_pdiff.models.head_backbone import HeadBackbone
+from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.text_tuning import TaskTuning
+
+
+class HeadTuning(TaskTuning):
+    """A sequence classifier learns its tasks; all of them have as many labels, so that their heads have one shape."""
+
+    task_type = HEAD_TASK
+    backbone: HeadBackbone
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
+        """The named tasks, or all, and the base model with a new head for them.
+
+        Raises:
+            TaskDataError: tasks of different numbers of labels.
+        """
+        tasks = super().load_tasks(folder, names)
+        first, count = tasks[0], len(tasks[0].labels)
+        for task in tasks:
+            if len(task.labels) != count:
+                raise TaskDataError(
+                    f"{task.name} has {len(task.labels)} labels, but {first.name} has {count}; the heads of one zoo have one shape: "
+                    "name tasks with as many labels each"
+                )
+        torch.manual_seed(self.config.seed)  # of the new head
+        self.backbone = HeadBackbone.load(Backbone.from_json(self.config.base), count, self.config.modules_to_save)
+        self.model = self.backbone.model
+        return tasks
+
+    def batch_logits(self, texts: list[Text], task: Task) -> torch.Tensor:
+        """The head's."""
+        return self.backbone.forward(texts, self.config.max_length)
+
+    def logits(self, texts: list[Text], task: Task, adapter: LoraAdapter) -> torch.Tensor:
+        """The adapter's head's."""
+        with adapter.attached(self.model):
+            return self.backbone.logits(texts, self.config.max_length)
