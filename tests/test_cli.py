@@ -47,6 +47,27 @@ def test_generate_writes_an_adapter_and_says_what_to_expect(run: Any, tiny_gener
     assert adapter.metadata["condition"]["examples"] == [["the good film", "positive"], ["the awful meal", "negative"]]
 
 
+def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
+    examples = [*EXAMPLES, "--example", "the lovely room=positive", "--example", "the dull book=negative"]
+    base = ["generate", DESCRIPTION, *examples, "--generator", tiny_generator, "--num-adapters", 3]
+    plain, refined = (run(*base, "--out", tmp_path / name, *more) for name, more in (("plain", []), ("refined", ["--refine", 4])))
+    assert (plain.status, refined.status, refined.err) == (0, 0, [])
+    assert [line for line in refined.out if line not in plain.out] == [
+        "refined    4 steps on 4 examples",
+        f"adapter    {tmp_path / 'refined'}",
+    ]
+    start, end = LoraAdapter.load(tmp_path / "plain"), LoraAdapter.load(tmp_path / "refined")
+    assert end.metadata["refined"]["steps"] == 4
+    assert len(end.metadata["prototype_examples"]) == 4
+    changed = [key for key, tensor in start.tensors.items() if not torch.equal(tensor, end.tensors[key])]
+    assert changed == [key for key in start.tensors if ".lora_B." in key]
+    out = ["--out", tmp_path / "no", "--generator", tiny_generator]
+    refused(run("generate", DESCRIPTION, "--refine", 4, *out), "give some with --example")
+    refused(run("generate", DESCRIPTION, *EXAMPLES, "--refine", 4, *out), "two examples of at least one class")
+    refused(run("generate", DESCRIPTION, *examples, "--refine", -1, *out), "at least 1, got -1")
+    assert not (tmp_path / "no").exists()
+
+
 def test_seed_steps_and_guidance_reach_the_pipeline(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
     variants = [[], ["--seed", 1], ["--steps", 3], ["--guidance-scale", 2], []]
     for index, options in enumerate(variants):

@@ -49,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
     generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="guidance; 1 is none (default: %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="candidate i uses seed + i (default: %(default)s)")
+    generate.add_argument(
+        "--refine", type=int, default=0, metavar="STEPS", help="go on from the chosen adapter with so many steps on the examples, say 12"
+    )
     generate.add_argument("--force", action="store_true", help="replace an adapter that is already there")
     generate.set_defaults(run=commands.generate)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
 if TYPE_CHECKING:
+    from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 
@@ -85,12 +86,30 @@ def generate(arguments: argparse.Namespace) -> None:
 
     check_output_folder(arguments.out, (*ADAPTER_FILES, PREVIEW_FILE), arguments.force)
     condition = _condition(arguments)
+    if arguments.refine and not arguments.example:
+        raise ConditionError("--refine takes its steps on labelled examples; give some with --example")
     generator = arguments.generator or (DEFAULT_GENERATOR if arguments.image is None else DEFAULT_STYLE_GENERATOR)
     count = arguments.num_adapters if arguments.num_adapters is not None else (20 if arguments.example else 1)
     output = _run_generator(condition, generator, count, arguments.seed, arguments.steps, arguments.guidance_scale)
-    output.save_adapter(arguments.out, overwrite=arguments.force)
+    adapter = output.adapter
+    if arguments.refine:
+        adapter = _refine(adapter, condition, arguments.refine)
+    adapter.save(arguments.out, overwrite=arguments.force)
     print(output.report)
+    if arguments.refine:
+        print(f"refined    {arguments.refine} steps on {len(arguments.example)} examples")
     print(f"adapter    {arguments.out}")
+
+
+def _refine(adapter: LoraAdapter, condition: TaskPrompt | StyleImage, steps: int) -> LoraAdapter:
+    from cond_pdiff import PrototypeClassifier, TaskPrompt
+    from cond_pdiff.few_shot import refine
+    from cond_pdiff.hub import Backbone
+    from cond_pdiff.models.sentence_backbone import SentenceBackbone
+
+    assert isinstance(condition, TaskPrompt)  # only prompts have examples
+    backbone = SentenceBackbone.load(Backbone.from_json(adapter.metadata["base"]))
+    return refine(PrototypeClassifier(backbone, condition.labels, adapter, examples=condition.examples), steps)
 
 
 def classify(arguments: argparse.Namespace) -> None:
