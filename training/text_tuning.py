@@ -1,9 +1,10 @@
-"""Fine-tuning on text tasks: a sentence encoder learns to put texts near the name of their class."""
+"""Fine-tuning on text tasks: a sentence encoder learns to put texts near the name of their class, or the closer the more alike they are."""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,40 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
-from cond_pdiff.conditioning import label_text
+from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone, text_length
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.metrics import measure, metric_names
+from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.tasks import Row, Task, load_tasks
+
+
+def read_texts(task: Task, texts: Sequence[Text], embed: Callable[[Sequence[Text]], torch.Tensor]) -> torch.Tensor:
+    """What a sentence encoder says of texts.
+
+    Args:
+        embed: texts → unit-length embeddings, shape `(len(texts), embedding_dim)`.
+
+    Returns:
+        Of a classification task scaled cosine similarities to the label names, shape `(len(texts), len(task.labels))`; of a
+        regression task scores, shape `(len(texts),)`: the cosine similarity of the two texts, on the label range (orthogonal
+        texts have the lowest score).
+    """
+    if task.label_range is not None:
+        low, high = task.label_range
+        first, second = embed([text[0] for text in texts]), embed([text[1] for text in texts])
+        return low + (high - low) * (first * second).sum(1)
+    prototypes = embed([label_text(label) for label in task.labels])
+    return LOGIT_SCALE * embed(texts) @ prototypes.T
+
+
+def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch.Tensor:
+    """Cross-entropy, or of a regression task the mean squared error in units of the label range."""
+    if task.label_range is not None:
+        low, high = task.label_range
+        return nn.functional.mse_loss(outputs / (high - low), torch.tensor(labels, dtype=torch.float32) / (high - low))
+    return nn.functional.cross_entropy(outputs, torch.tensor(labels))
 
 
 class TextTuning:
@@ -54,14 +84,29 @@ class TextTuning:
             yield from batches
 
     def loss(self, batch: list[Row], task: Task) -> torch.Tensor:
-        """Cross-entropy over cosine similarities to the label names' embeddings."""
-        prototypes = self.backbone.forward([label_text(label) for label in task.labels], self.config.max_length)
-        embeddings = self.backbone.forward([text for text, _ in batch], self.config.max_length)
-        return nn.functional.cross_entropy(LOGIT_SCALE * embeddings @ prototypes.T, torch.tensor([label for _, label in batch]))
+        """Cross-entropy over cosine similarities to the label names' embeddings; see `read_texts` for regression tasks."""
+        outputs = read_texts(task, [text for text, _ in batch], lambda texts: self.backbone.forward(texts, self.config.max_length))
+        return task_loss(task, outputs, [label for _, label in batch])
+
+    @torch.no_grad()
+    def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
+        """`read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
+
+        def embed(texts: Sequence[Text]) -> torch.Tensor:
+            precision = self.config.precision
+            with torch.autocast("cpu", torch.bfloat16, precision == "bf16"), attention_backend(precision, "cpu"):
+                return self.backbone.embed(texts, self.config.max_length).float()
+
+        with adapter.attached(self.model, check=False) if adapter else contextlib.nullcontext():
+            return read_texts(task, texts, embed)
 
     def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
-        """Accuracy on rows of the reported split."""
+        """Accuracy on rows of the reported split; of a regression task its own metric."""
         rows = task.report_rows(self.config.metric_rows)
+        if task.label_range is not None:
+            scores = self.outputs(adapter, task, [text for text, _ in rows])
+            labels = torch.tensor([label for _, label in rows])
+            return {**{name: round(measure(name, scores, labels), 4) for name in metric_names(task)}, "split": task.report_split}
         classifier = PrototypeClassifier(self.backbone, task.labels, adapter, self.config.max_length)
         predicted = classifier.logits([text for text, _ in rows]).argmax(-1)
         accuracy = float((predicted == torch.tensor([label for _, label in rows])).float().mean())
