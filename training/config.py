@@ -13,7 +13,8 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples")
+SECTIONS = ("name", "about", "collect", "autoencoder", "unet", "image_autoencoder", "transformer", "scene_classifier", "samples",
+            "reproduce", "ablation", "quick")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -305,4 +305,4 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         if labelled:
             splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
     origin = {} if Path(dataset).exists() else {"dataset": dataset}
-    return write_task(folder, description, labels, splits, **origin)
+    return write_task(folder, description, labels, splits, None, **origin)

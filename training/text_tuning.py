@@ -52,7 +52,7 @@ def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch
 class TextTuning:
     """See `cond_pdiff.training.collect.Tuning`."""
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type: str | None = "FEATURE_EXTRACTION"
 
     def __init__(self, config: CollectConfig) -> None:
         self.config = config
