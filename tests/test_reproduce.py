@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import NOUNS, interrupt_at, refused, tiny_recipe
+from PIL import Image
 
+from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce.config import Settings, merge
 from cond_pdiff.training.reproduce.reproduce import reproduce
+from cond_pdiff.training.reproduce.variants import PrincipalCode
 from cond_pdiff.training.tasks import write_task
 
 ROWS = 12
@@ -45,7 +48,21 @@ def recipe(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
             "checkpoints": {"runs": 1, "train_lora_a": True, "last_checkpoints": 4, "checkpoint_every": 1, "multitask_steps": 0},
         },
         "table_ways": ["runs", "checkpoints"], "max_rows": ROWS, "samples": 3, "reported_samples": 2, "selection_rows": 6,
-        "num_inference_steps": 2, "figure_rank": 2,
+        "num_inference_steps": 2, "figure_rank": 2, "noise_sizes": [0, 1],
+        "distribution_tasks": ["moods"], "performance_tasks": ["animals"],
+    }  # fmt: skip
+    recipe["ablation"] = {
+        "tasks": ["moods", "closeness"], "seeds": 2, "samples": 2, "max_rows": 6, "unet": {"fit": {"steps": 3}},
+        "variants": [
+            {"group": "all", "name": "as it is"},
+            {"group": "generator", "name": "diffusion"},
+            {"group": "checkpoints", "name": "1", "way": "checkpoints", "adapters": 1},
+            {"group": "condition", "name": "one-hot", "condition": ["one-hot"]},
+            {"group": "condition", "name": "examples", "condition": ["examples"], "num_inference_steps": 1},
+            {"group": "code", "name": "pca", "pca": True},
+            {"group": "blocks", "name": "half", "blocks": 0.5, "guidance_scale": 1.0},
+            *({"group": "generator", "name": name, "sampler": name} for name in ("gaussian", "retrieval", "conditional mean")),
+        ],
     }  # fmt: skip
     recipe["quick"] = {"reproduce": {"ranks": [1], "max_rows": 4}}
     path = tmp_path_factory.mktemp("recipe") / "tiny.json"
@@ -81,6 +98,73 @@ def test_table1_has_every_rank_way_task_and_column(out: Path) -> None:
     assert text.count("closeness") == 4
 
 
+def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, out: Path) -> None:
+    result = reproduce("table3", tasks, out, recipe)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 10
+    for row in rows.values():
+        assert math.isclose(row["mean"], (row["moods"] + row["closeness"]) / 2, abs_tol=1e-4)
+        assert row["mean_deviation"] >= 0
+        assert 0 <= row["routing"] <= 1
+    assert {name: rows["as it is"][name] for name in ("moods", "mean")} == {name: rows["diffusion"][name] for name in ("moods", "mean")}
+    assert rows["retrieval"]["routing"] == 1.0
+    assert len(list((out / "cells" / "table3").iterdir())) == 2 * 9  # two variants share their cells
+    assert len(list((out / "variants").iterdir())) == 2 * 5  # and so do trained generators
+    assert (out / "table3.md").read_text().count("±") == 10 * 3 + 1
+    with Image.open(out / "table3.png") as picture:
+        assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Path) -> None:
+    result = reproduce("figures", tasks, out, recipe)
+    points = result["performance"]["animals"]["points"]
+    assert {kind: len(found) for kind, found in points.items()} == {"original": 2, "generated": 3, "soup": 1, "noise": 2}
+    assert all(-1 <= similarity <= 1 for found in points.values() for similarity, _ in found)
+    assert {kind: len(found) for kind, found in result["distribution"]["moods"].items()} == {"original": 4, "generated": 3, "soup": 1}
+    ways = result["trajectories"]["moods"]["trajectories"]
+    assert [len(way) for way in ways] == [2] * 5
+    assert [row["size"] for row in result["noise"]["animals"]] == [0, 1]
+    text = (out / "figures.md").read_text()
+    for name in ("figure3e", "figure3f", "figure4a", "errors", "noise", "table1"):
+        path = out / f"{name}.png"
+        assert path.stat().st_size <= 150_000
+        assert name == "table1" or f"({name}.png)" in text
+        with Image.open(path) as picture:
+            assert picture.getpixel((0, 0)) == (255, 255, 255, 255)  # opaque: legible on a dark page too
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"sampler": "magic"}, "sampler must be one of"),
+        ({"condition": ["title"]}, "condition must be some of"),
+        ({"condition": []}, "condition must be some of"),
+        ({"blocks": 0.0}, "blocks must be above 0"),
+        ({"autoencoder": {"model": {"latent_dims": 4}}}, "latent_dims"),
+        ({"wey": "runs"}, "ablation, variants, 1: unknown entry 'wey'"),
+        ({"way": "walk"}, "no way 'walk' of collecting"),
+    ],
+)
+def test_variants_that_mean_nothing_are_refused(
+    recipe: Path, tasks: Path, tmp_path: Path, entries: dict[str, Any], message: str
+) -> None:
+    changed = json.loads(recipe.read_text())
+    changed["ablation"]["variants"] = [{"group": "a", "name": "b", **entries}]
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(TrainingError, match=message):
+        reproduce("table3", tasks, tmp_path / "out", tmp_path / "changed.json", quick=True)
+
+
+def test_principal_components_keep_a_zoo_that_they_can_span() -> None:
+    values = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    code = PrincipalCode(values, most=8)
+    code.fit_scaling_factor(values)
+    latents = code.encode(values)
+    assert latents.shape == (4, *code.latent_shape) == (4, 1, 3)
+    assert math.isclose(float(latents.square().mean()), 1.0, rel_tol=1e-5)
+    torch.testing.assert_close(code.decode(latents), values, rtol=0, atol=1e-5)
+
+
 def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
     recipe: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,11 +196,11 @@ def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
         ({"reproduce": {"rank": 1}}, "reproduce: unknown entry 'rank'"),
         ({"reproduce": {"reported_samples": 9}}, "reported_samples must be from 1 to samples (3), got 9"),
         ({"reproduce": {"ranks": [2, 3]}}, "alphas must name every rank; 3 is missing of ['1', '2']"),
-        ({"reproduce": {"table_ways": ["walks"]}}, "table_ways names 'walks'; the ways of collecting are"),
+        ({"reproduce": {"table_ways": ["walks"]}}, "no way 'walks' of collecting; there are"),
         ({"reproduce": {"ways": {"runs": {"stepz": 5}}}}, "reproduce, ways, runs: unknown entry 'stepz'"),
         ({"reproduce": {"figure_rank": 8}}, "alphas must name every rank; 8 is"),
         ({"reproduce": {"performance_tasks": ["gone"]}}, "'gone' is to be measured, but it is not among the tasks"),
-        ({"collect": {"tasks": ["gone"]}}, "gone is not a task folder"),
+        ({"collect": {"tasks": ["moods", "animals", "closeness", "gone"]}}, "gone is not a task folder"),
         ({"unet": {"steps": 5}}, "unet: unknown entry 'steps'"),
     ],
 )

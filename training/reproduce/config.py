@@ -28,8 +28,10 @@ class ReproduceConfig:
     guidance_scale: float = 1.5
     seed: int = 0
     figure_rank: int = 4
-    distribution_tasks: tuple[str, ...] = ()        # of figures 3(e) and 4(a)
-    performance_tasks: tuple[str, ...] = ()         # of figure 3(f), errors and noise
+    distribution_way: str = "checkpoints"           # of the zoo of figures 3(e) and 4(a) …
+    distribution_tasks: tuple[str, ...] = ()        # … and their tasks
+    performance_way: str = "runs"                   # of figure 3(f), errors and noise
+    performance_tasks: tuple[str, ...] = ()
     noise_sizes: tuple[float, ...] = (0.0, 1.0)     # of isotropic noise, in units of the update
 
 
@@ -42,7 +44,8 @@ class AblationConfig:
     seeds: int = 3
     samples: int = 3                                # generated a task and seed
     max_rows: int = 400
-    fit: dict[str, Any] = field(default_factory=dict)           # stage → entries of its `fit`
+    autoencoder: dict[str, Any] = field(default_factory=dict)   # changes of the stage, of all variants
+    unet: dict[str, Any] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()       # see `cond_pdiff.training.reproduce.variants.Variant`
 
 
@@ -79,7 +82,9 @@ class Settings:
         return settings
 
     def collect(self, way: str, rank: int) -> CollectConfig:
-        """How adapters of a rank are collected in one of the ways."""
+        """How adapters of a rank are collected in one of the ways; `TrainingError` if there is no such way."""
+        if way not in self.reproduce.ways:
+            raise TrainingError(f"there is no way {way!r} of collecting; there are {sorted(self.reproduce.ways)}")
         lora = {"rank": rank, "alpha": self.reproduce.alphas[str(rank)]}
         return parse(CollectConfig, {**self.recipe.get("collect", {}), **lora, **self.reproduce.ways[way]}, f"reproduce, ways, {way}")
 
@@ -102,9 +107,7 @@ class Settings:
         for rank in (*config.ranks, config.figure_rank, self.ablation.rank):
             if str(rank) not in config.alphas:
                 raise TrainingError(f"reproduce: alphas must name every rank; {rank} is missing of {sorted(config.alphas)}")
-        for way in config.table_ways:
-            if way not in config.ways:
-                raise TrainingError(f"reproduce: table_ways names {way!r}; the ways of collecting are {sorted(config.ways)}")
+        for way in (*config.ways, *config.table_ways, config.distribution_way, config.performance_way):
             for rank in config.ranks:
                 self.collect(way, rank)
         self.autoencoder(), self.unet()

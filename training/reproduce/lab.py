@@ -42,7 +42,7 @@ class Lab:
         self.tasks_folder, self.out = tasks_folder, out
         self.collect = settings.collect(self.config.table_ways[0], self.config.ranks[0])
         self.tasks = {task.name: task for task in load_tasks(tasks_folder, self.collect.tasks)}
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[tuple[str, int], list[Row]] = {}
         self._bench: Bench | None = None
 
     @cached_property
@@ -52,24 +52,24 @@ class Lab:
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
-    def rows(self, task: Task) -> list[Row]:
-        """The rows that numbers are reported on; nothing is selected on them."""
-        if task.name not in self._rows:
-            self._rows[task.name] = task.report_rows(self.config.max_rows or None)
-        return self._rows[task.name]
+    def rows(self, task: Task, limit: int = 0) -> list[Row]:
+        """The rows that numbers are reported on, all or a fixed random choice; nothing is selected on them."""
+        limit = limit or self.config.max_rows
+        if (task.name, limit) not in self._rows:
+            self._rows[task.name, limit] = task.report_rows(limit or None)
+        return self._rows[task.name, limit]
 
-    def labels(self, task: Task, limit: int | None = None) -> torch.Tensor:
-        """The labels of the first `limit` reported rows."""
-        return torch.tensor([label for _, label in self.rows(task)[:limit]])
+    def labels(self, task: Task, limit: int = 0) -> torch.Tensor:
+        """The labels of `rows`."""
+        return torch.tensor([label for _, label in self.rows(task, limit)])
 
-    def predict(self, task: Task, adapter: LoraAdapter | None, limit: int | None = None) -> torch.Tensor:
-        """Class indices or scores of the (first `limit`) reported rows, shape `(rows,)`; None: the base model."""
-        return predictions(task, self.tuning.outputs(adapter, task, [text for text, _ in self.rows(task)[:limit]]))
+    def predict(self, task: Task, adapter: LoraAdapter | None, limit: int = 0) -> torch.Tensor:
+        """Class indices or scores of `rows`, shape `(rows,)`; None: the base model."""
+        return predictions(task, self.tuning.outputs(adapter, task, [text for text, _ in self.rows(task, limit)]))
 
-    def score(self, task: Task, predicted: torch.Tensor) -> dict[str, float]:
-        """The task's metrics of predictions of its (first) reported rows."""
-        labels = self.labels(task, len(predicted))
-        return {name: round(measure(name, predicted, labels), 4) for name in metric_names(task)}
+    def score(self, task: Task, predicted: torch.Tensor, limit: int = 0) -> dict[str, float]:
+        """The task's metrics of predictions for `rows`."""
+        return {name: round(measure(name, predicted, self.labels(task, limit)), 4) for name in metric_names(task)}
 
     def training_loss(self, task: Task, adapter: LoraAdapter) -> float:
         """The loss on a few training rows: what the best of several adapters is chosen by."""

@@ -9,12 +9,15 @@ from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.training.reproduce import table1
+from cond_pdiff.training.reproduce import figures, table1, table3
 from cond_pdiff.training.reproduce.cells import Plan, open_folder, run_cells
 from cond_pdiff.training.reproduce.config import Settings
 from cond_pdiff.training.reproduce.lab import Lab
+from cond_pdiff.training.reproduce.pictures import draw_figures, draw_table1, draw_table3
 
 DEFAULT_RECIPE = "reproduce-minilm"
+SECTIONS = ("collect", "autoencoder", "unet", "reproduce")
+"""Of a recipe, that all reproductions depend on: they share zoos and generators."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,20 @@ class Reproduction:
         summarize: their values → the JSON that is published.
         to_markdown: that JSON and a paragraph on how it was made → the document.
         draw: that JSON → pictures in a folder.
-        sections: of the recipe, that its cells depend on.
+        sections: of the recipe, that its cells depend on beside `SECTIONS`.
     """
 
     plan: Callable[[Lab], Plan]
     summarize: Callable[[Lab, Mapping[str, Any]], dict[str, Any]]
     to_markdown: Callable[[Mapping[str, Any], str], str]
     draw: Callable[[Mapping[str, Any], Path], None]
-    sections: tuple[str, ...] = ("collect", "autoencoder", "unet", "reproduce")
+    sections: tuple[str, ...] = ()
 
 
 REPRODUCTIONS = {
-    "table1": Reproduction(table1.plan, table1.summarize, table1.to_markdown, lambda result, folder: None),
+    "table1": Reproduction(table1.plan, table1.summarize, table1.to_markdown, draw_table1),
+    "table3": Reproduction(table3.plan, table3.summarize, table3.to_markdown, draw_table3, ("ablation",)),
+    "figures": Reproduction(figures.plan, figures.summarize, figures.to_markdown, draw_figures),
 }
 
 
@@ -60,7 +65,7 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path = DEF
     made = REPRODUCTIONS[name]
     settings = Settings.read(recipe, quick)
     lab = Lab(settings, tasks_folder, out)
-    open_folder(out, {section: settings.recipe[section] for section in made.sections if section in settings.recipe})
+    open_folder(out, {section: settings.recipe[section] for section in (*SECTIONS, *made.sections) if section in settings.recipe})
     values = run_cells(out / "cells", made.plan(lab), name)
     result = {"command": command(name, recipe, quick), "quick": quick, **made.summarize(lab, values)}
     write_text(out / f"{name}.json", dump_json(result))
