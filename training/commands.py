@@ -339,8 +339,11 @@ def reproduce(arguments: argparse.Namespace) -> None:
     """A table or the figures of the paper, with their baselines."""
     import warnings
 
+    from diffusers.utils import logging as diffusers_logging
+
     from cond_pdiff.training.reproduce.reproduce import reproduce
 
+    diffusers_logging.disable_progress_bar()
     # As in `collect`.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     reproduce(arguments.name, arguments.tasks, arguments.out, arguments.recipe, arguments.quick)

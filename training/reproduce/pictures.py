@@ -35,7 +35,7 @@ def draw_table1(result: Mapping[str, Any], folder: Path) -> None:
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in result["means"]:
         ways.setdefault(row["way"], []).append(row)
-    _panels(folder / "table1.png", ways, _ranks, {})
+    _panels(folder / "table1.png", ways, _ranks, {}, sharey=True)
 
 
 def draw_table3(result: Mapping[str, Any], folder: Path) -> None:
@@ -105,17 +105,18 @@ def _errors(path: Path, cells: Mapping[str, Any]) -> None:
     _save(figure, path)
 
 
-def _panels(path: Path, cells: Mapping[str, Any], draw: Any, metrics: Mapping[str, str]) -> None:
+def _panels(path: Path, cells: Mapping[str, Any], draw: Any, metrics: Mapping[str, str], sharey: bool = False) -> None:
     """One panel a cell, with one legend below them."""
     if not cells:
         return
     pyplot = _pyplot()
-    figure, panels = pyplot.subplots(1, len(cells), figsize=(max(5, 3.2 * len(cells)), 3.6), layout="constrained", squeeze=False)
+    size = (max(5, 3.2 * len(cells)), 3.8)
+    figure, panels = pyplot.subplots(1, len(cells), figsize=size, layout="constrained", squeeze=False, sharey=sharey)
     for axes, (name, cell) in zip(panels[0], cells.items(), strict=True):
         draw(axes, cell, metrics.get(name, ""))
         axes.set_title(name)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 + len(cells)))
     _save(figure, path)
 
 
