@@ -16,11 +16,12 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce.config import Settings, merge
-from cond_pdiff.training.reproduce.reproduce import reproduce
+from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, reproduce
 from cond_pdiff.training.reproduce.variants import PrincipalCode
 from cond_pdiff.training.tasks import write_task
 
 ROWS = 12
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +249,39 @@ def test_the_shipped_recipe_can_be_used(quick: bool) -> None:
     assert settings.reproduce.table_ways == ("runs", "checkpoints")
     assert list(settings.reproduce.ranks) == ([4] if quick else [4, 1, 2, 16])
     assert settings.reproduce.max_rows == (100 if quick else 0)
+
+
+# --- docs/paper.md -----------------------------------------------------------------------------------------------------------
+
+
+def missing_from(document: str, name: str, results: Path) -> list[str]:
+    """Lines that a document should have: the tables of a result, or that there is none yet."""
+    path, unmeasured = results / f"{name}.json", f"`results/{name}.json`: not measured yet"
+    if not path.exists():
+        return [] if unmeasured in document else [unmeasured]
+    result = json.loads(path.read_text())
+    assert not result["quick"]
+    made = REPRODUCTIONS[name].to_markdown(result, "").splitlines()
+    lines = document.splitlines()
+    return [line for line in made if line.startswith("|") and line not in lines] + ([unmeasured] if unmeasured in document else [])
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_the_document_has_the_numbers_of_the_results(name: str) -> None:
+    assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, ROOT / "results") == []
+
+
+def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:
+    text, result = (out / "table1.md").read_text(), json.loads((out / "table1.json").read_text())
+    (tmp_path / "table1.json").write_text(json.dumps(result))
+    assert missing_from(text, "table1", tmp_path) == []
+    result["means"][0]["soup"] += 0.01
+    (tmp_path / "table1.json").write_text(json.dumps(result))
+    (line,) = missing_from(text, "table1", tmp_path)
+    assert line.startswith("| 1 | runs |")
+    assert missing_from(text, "figures", tmp_path) == ["`results/figures.json`: not measured yet"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*")), ids=lambda path: path.name)
+def test_results_are_small(path: Path) -> None:
+    assert path.stat().st_size <= (150_000 if path.suffix == ".png" else 100_000)
