@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import interrupt_at, tiny_recipe
+from conftest import NOUNS, interrupt_at, tiny_recipe
+from torch import nn
 
 from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
@@ -19,7 +21,9 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
-from cond_pdiff.training.tasks import Row, Task
+from cond_pdiff.training.metrics import measure
+from cond_pdiff.training.tasks import Row, Task, write_task
+from cond_pdiff.training.text_tuning import TextTuning
 from cond_pdiff.training.zoo import Zoo, ZooRun, soup
 
 JOBS = [("moods", 0), ("animals", 0), ("likeness", 0), ("moods", 1), ("animals", 1)]
@@ -287,3 +291,17 @@ def test_runs_come_in_their_order(copied: Zoo) -> None:
         (folder / "run.json").write_text(json.dumps({**first.facts, "run": number}))
     assert [run.facts["run"] for run in copied.runs("moods")] == [0, 1, 2, 10, 11]
     assert copied.runs("nothing") == []
+
+
+def test_a_regression_task_is_learnt_as_a_cosine(config: CollectConfig, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [((f"the {a}", f"the {b}"), 5.0 if a == b else 0.0) for a, b in ((rng.choice(NOUNS), rng.choice(NOUNS)) for _ in range(80))]
+    task = write_task(tmp_path / "tasks" / "closeness", "Are they the same?", (), {"train": rows, "test": rows[:40]}, label_range=(0, 5))
+    small = replace(config, tasks=("closeness",), unseen=(), runs=1, multitask_steps=0, metric_rows=40)
+    (run,) = all_runs(collect(small, tmp_path / "tasks", tmp_path / "zoo"))
+    tuning = TextTuning(small)
+    texts, labels = [text for text, _ in rows], torch.tensor([label for _, label in rows])
+    before, after = (tuning.outputs(adapter, task, texts) for adapter in (None, run.adapter()))
+    assert nn.functional.mse_loss(after, labels) < 0.5 * nn.functional.mse_loss(before, labels)
+    assert run.facts["spearman"] == round(measure("spearman", after[:40], labels[:40]), 4) > 0.4
+    assert "accuracy" not in run.facts

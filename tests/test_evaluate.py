@@ -235,6 +235,14 @@ def test_a_zoo_of_other_tasks_is_refused(tiny_generator: Path, tiny_zoo: Path, t
         evaluate(tiny_generator, tmp_path / "zoo", tasks_folder, tmp_path / "out", CONFIG)
 
 
+def test_a_regression_task_is_refused(tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tasks_folder, tmp_path / "tasks")
+    meta = tmp_path / "tasks" / "likeness" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "task_type": "pair-regression", "label_range": [0, 1]}))
+    with pytest.raises(TaskDataError, match="likeness is a regression task, which has no accuracy"):
+        evaluate(tiny_generator, tiny_zoo, tmp_path / "tasks", tmp_path / "out", CONFIG)
+
+
 @pytest.mark.parametrize("change", [{"samples": 0}, {"max_rows": 0}, {"max_rows": -1}, {"num_inference_steps": 0}, {"guidance_scale": -1}])
 def test_settings_out_of_range_are_refused(
     tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, change: dict[str, Any]

@@ -143,6 +143,7 @@ SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
     "paper-style-half": (PIXART, 1152, 1, 516_096, (1, 256), 256),
     "pixart-mini-continuum": (PIXART[:64], 160, 4, 81_920, (1, 96), 256),
     "pixart-mini-styles": (PIXART[:64], 160, 4, 40_960, (1, 96), 256),
+    "reproduce-minilm": (BERT[:24], 384, 4, 36_864, (1, 96), 1152),
 }
 
 
@@ -218,7 +219,7 @@ def test_recipes_build_their_networks_and_train(
     section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
     unet = UNetStage(autoencoder, tasks, parse(UNetConfig, section, "unet"))
     channels, length = latent_shape
-    statistics = {"minilm-text-tasks": 2, "paper-language-half": 1}.get(name, 0)
+    statistics = {"minilm-text-tasks": 2, "paper-language-half": 1, "reproduce-minilm": 2}.get(name, 0)
     assert unet.latents.shape == (4, channels, length + statistics)
     one_step(unet, tmp_path)
 

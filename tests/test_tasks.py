@@ -48,6 +48,54 @@ def test_what_is_written_is_read_back(tmp_path: Path, rows: list[Row], task_type
     assert json.loads((written.folder / "meta.json").read_text())["task_type"] == task_type
 
 
+SCORED: list[Row] = [(("one", "two"), 0.0), (("drei", "четыре"), 4.6), (("five", "six"), 2.5), (("same", "same"), 5.0)]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Task:
+    """A regression task."""
+    return write_task(tmp_path / "likeness", "How alike are they?", (), {"train": SCORED, "validation": SCORED[:2]}, label_range=(0, 5))
+
+
+def test_a_regression_task_is_read_back_and_only_by_its_name(scored: Task) -> None:
+    assert Task.load(scored.folder) == scored
+    assert (scored.labels, scored.label_range) == ((), (0.0, 5.0))
+    assert scored.rows("train") == SCORED
+    assert [task.name for task in load_tasks(scored.folder.parent, ["likeness"])] == ["likeness"]
+    with pytest.raises(TaskDataError, match="no classification tasks"):
+        load_tasks(scored.folder.parent)
+
+
+def test_the_examples_of_a_regression_task_have_whole_scores(scored: Task) -> None:
+    prompt = scored.prompt(0, 4)
+    assert prompt.labels == ("0", "1", "2", "3", "4", "5")
+    assert dict(prompt.examples) == {("one", "two"): "0", ("drei", "четыре"): "5", ("five", "six"): "2", ("same", "same"): "5"}
+    assert scored.prompt(0, 0).examples == ()
+
+
+@pytest.mark.parametrize("value", [None, [0], [0, "5"], [5, 0], [0, 0.5], "05", [True, 5]])
+def test_ranges_that_are_none_are_refused(scored: Task, value: Any) -> None:
+    replace_meta(scored, label_range=value)
+    with pytest.raises(TaskDataError, match="label_range"):
+        Task.load(scored.folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text_a": "a", "text_b": "b", "label": 5.1}, "label 5.1 is not a number from 0 to 5"),
+        ({"text_a": "a", "text_b": "b", "label": "3"}, "label '3' is not a number"),
+        ({"text_a": "a", "text_b": "b", "label": True}, "label True is not a number"),
+        ({"text_a": "a", "text_b": " ", "label": 3}, "texts must be non-empty strings"),
+        ({"text": "a", "label": 3}, "KeyError: 'text_a'"),
+    ],
+)
+def test_bad_rows_of_a_regression_task_are_refused(scored: Task, row: dict[str, Any], message: str) -> None:
+    replace_rows(scored, json.dumps(row))
+    with pytest.raises(TaskDataError, match=message):
+        scored.rows("train")
+
+
 def test_plain_jsonl_is_read_too(task: Task) -> None:
     packed = task.folder / "train.jsonl.gz"
     (task.folder / "train.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))

@@ -189,6 +189,14 @@ def _parser() -> argparse.ArgumentParser:
     recover.add_argument("--out", required=True, type=Path, help="folder for continuum.json and continuum.png")
     recover.set_defaults(run=commands.evaluate_continuum)
 
+    reproduce = add("reproduce", help="measure a table or the figures of the paper anew (resumable)")
+    reproduce.add_argument("name", help="table1, table3 or figures")
+    reproduce.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
+    reproduce.add_argument("--out", required=True, type=Path, help="folder to create or continue; all of them can share one")
+    reproduce.add_argument("--recipe", default="reproduce-minilm", help="recipe name or JSON file (default: %(default)s)")
+    reproduce.add_argument("--quick", action="store_true", help="few steps and few rows: some minutes instead of hours")
+    reproduce.set_defaults(run=commands.reproduce)
+
     import_task = add("import-task", help="convert a data set (Hub name or local CSV/JSON/Parquet folder) to a task folder")
     import_task.add_argument("dataset", help="Hub name, or a folder with train.csv, test.csv, … (or .json, .parquet)")
     import_task.add_argument("--description", required=True, help="what to decide, in a sentence or two")

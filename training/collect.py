@@ -182,7 +182,7 @@ class _Tuner:
                 if rest == 0 and back < config.last_checkpoints:
                     kept[step] = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
 
-            loss = self._train(trained, tasks, steps, rate, seed, keep)
+            loss = optimise(self.tuning, config, trained, tasks, steps, rate, seed, keep)
         finally:
             model.unload()
         adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": config.base, "task": name})
@@ -204,31 +204,51 @@ class _Tuner:
             )
         return dict(start.adapter().tensors)
 
-    def _train(
-        self, parameters: list[nn.Parameter], tasks: Sequence[Any], steps: int, rate: float, seed: int, after_step: Callable[[int], None]
-    ) -> float:
-        """Train for `steps` steps, calling `after_step` with the number of steps that are done; the mean of the last losses."""
-        config = self.config
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
-        warmup = max(1, round(config.warmup * steps))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)),
-        )
-        rng = random.Random(seed)
-        streams = [(task, self.tuning.batches(task, rng)) for task in tasks]
-        recent: list[float] = []
-        for step in range(steps):
-            task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
-            with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"), attention_backend(config.precision, "cpu"):
-                loss = self.tuning.loss(next(batches), task)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"{task.name}: the loss is {loss.item()} at step {step}; lower the learning rate ({rate})")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            after_step(step + 1)
-            recent = [*recent[-19:], loss.item()]
-        return sum(recent) / len(recent)
+
+def optimise(
+    tuning: Tuning,
+    config: CollectConfig,
+    parameters: Sequence[nn.Parameter],
+    tasks: Sequence[Any],
+    steps: int,
+    rate: float,
+    seed: int,
+    after_step: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Train parameters of the base model, or of what is attached to it, with the settings of a run; the mean of the last 20 losses.
+
+    Args:
+        tuning: the base model and how it learns a task.
+        config: batch size, precision, warm-up and weight decay.
+        parameters: what moves.
+        tasks: one of them a step, drawn at random.
+        steps: of AdamW; `rate` rises linearly in the warm-up and falls by a cosine.
+        seed: of the batches.
+        after_step: is told the number of steps that are done.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
+    warmup = max(1, round(config.warmup * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)),
+    )
+    rng = random.Random(seed)
+    streams = [(task, tuning.batches(task, rng)) for task in tasks]
+    recent: list[float] = []
+    for step in range(steps):
+        task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
+        with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"), attention_backend(config.precision, "cpu"):
+            loss = tuning.loss(next(batches), task)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"{task.name}: the loss is {loss.item()} at step {step}; lower the learning rate ({rate})")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        after_step(step + 1)
+        recent = [*recent[-19:], loss.item()]
+    return sum(recent) / len(recent)

@@ -366,6 +366,21 @@ def evaluate_continuum(arguments: argparse.Namespace) -> None:
     print(f"mean error of the ratio {result['mean_error']}, worst {result['worst_error']}, of {result['tests']} unseen mixtures")
 
 
+def reproduce(arguments: argparse.Namespace) -> None:
+    """A table or the figures of the paper, with their baselines."""
+    import warnings
+
+    from diffusers.utils import logging as diffusers_logging
+
+    from cond_pdiff.training.reproduce.reproduce import reproduce
+
+    diffusers_logging.disable_progress_bar()
+    # As in `collect`.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    reproduce(arguments.name, arguments.tasks, arguments.out, arguments.recipe, arguments.quick)
+    print((arguments.out / f"{arguments.name}.md").read_text(encoding="utf-8"))
+
+
 def import_task(arguments: argparse.Namespace) -> None:
     """A data set → task folder."""
     from cond_pdiff.training.tasks import import_dataset

@@ -16,6 +16,7 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = (
     *("name", "about", "variants", "collect", "autoencoder", "unet", "tune"),
     *("image_autoencoder", "transformer", "scene_classifier", "samples"),
+    *("reproduce", "ablation", "quick"),
 )
 
 

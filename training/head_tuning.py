@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ class HeadTuning(TaskTuning):
         """The named tasks, or all, and the base model with a new head for them.
 
         Raises:
-            TaskDataError: tasks of different numbers of labels.
+            TaskDataError: tasks of different numbers of labels, or a regression task.
         """
         tasks = super().load_tasks(folder, names)
+        if regression := [task.name for task in tasks if task.label_range is not None]:
+            raise TaskDataError(f"{regression[0]} is a regression task; heads are trained for classification tasks only")
         first, count = tasks[0], len(tasks[0].labels)
         for task in tasks:
             if len(task.labels) != count:
@@ -42,11 +45,11 @@ class HeadTuning(TaskTuning):
         self.model = self.backbone.model
         return tasks
 
-    def batch_logits(self, texts: list[Text], task: Task) -> torch.Tensor:
+    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
         """The head's."""
         return self.backbone.forward(texts, self.config.max_length)
 
-    def logits(self, texts: list[Text], task: Task, adapter: LoraAdapter) -> torch.Tensor:
-        """The adapter's head's."""
-        with adapter.attached(self.model):
+    def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
+        """The adapter's head's, or of the base model's new head."""
+        with adapter.attached(self.model) if adapter else contextlib.nullcontext():
             return self.backbone.logits(texts, self.config.max_length)

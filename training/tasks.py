@@ -1,12 +1,13 @@
-"""Text classification tasks on disk: the folder format that `collect` and `evaluate` read.
+"""Text tasks on disk: the folder format that `collect` and `evaluate` read.
 
 A task is a folder with
 
 - `meta.json`: `name`, `description`, `label_names` (strings), and optionally `task_type` (default
-  "single-classification"; also "pair-classification"), `group`, `licence`;
+  "single-classification"; also "pair-classification", and "pair-regression", which has a `label_range` instead of
+  `label_names`), `group`, `licence`;
 - `train.jsonl.gz` and at least one of `test.jsonl.gz`, `validation.jsonl.gz` (plain `.jsonl` works too): one JSON
   object a line, `{"text": …, "label": i}` or `{"text_a": …, "text_b": …, "label": i}`, with i an index into
-  `label_names`.
+  `label_names`, or a number in `label_range`.
 
 A folder of such folders is a task collection. `write_task` makes one from rows, `import_dataset` from a Hub data set.
 """
@@ -26,25 +27,29 @@ from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.conditioning import TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, TaskDataError
 
-Row = tuple[Text, int]
+Row = tuple[Text, Any]
+"""A text and its label: an index into the label names, or of a regression task a float."""
+
 SPLITS = ("train", "validation", "test")
 UNLABELLED = (None, -1)
 """How data sets mark rows without a label; such rows are left out of an import."""
 CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
+REGRESSION_TYPE = "pair-regression"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A classification task, or a regression task: how alike two texts are.
 
     Args:
         name: the folder's name.
         description: what to decide.
-        labels: label names.
+        labels: label names; none of a regression task.
         folder: where the rows are.
         group: the kind of task, for reports.
         licence: of the data.
         dataset: name of the Hub's data set that the rows come from, if they do.
+        label_range: (lowest, highest) score of a regression task, else None.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Task:
     group: str = ""
     licence: str = ""
     dataset: str = ""
+    label_range: tuple[float, float] | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
@@ -61,31 +67,34 @@ class Task:
         folder = Path(folder)
         meta = read_meta(folder)
         task_type = meta.get("task_type", "single-classification")
-        if task_type not in CLASSIFICATION_TYPES:
-            raise TaskDataError(f"{folder}: task_type is {task_type!r}; only {' and '.join(CLASSIFICATION_TYPES)} can be trained")
+        if task_type not in (*CLASSIFICATION_TYPES, REGRESSION_TYPE):
+            known = f"{', '.join(CLASSIFICATION_TYPES)} and {REGRESSION_TYPE}"
+            raise TaskDataError(f"{folder}: task_type is {task_type!r}; only {known} can be trained")
         try:
-            if not isinstance(meta["label_names"], list):
+            label_range = _label_range(meta["label_range"]) if task_type == REGRESSION_TYPE else None
+            if label_range is None and not isinstance(meta["label_names"], list):
                 raise TypeError(f"label_names is {meta['label_names']!r:.80}, not a list")
             task = cls(
                 name=str(meta["name"]),
                 description=str(meta["description"]),
-                labels=tuple(str(label) for label in meta["label_names"]),
+                labels=() if label_range else tuple(str(label) for label in meta["label_names"]),
                 folder=folder,
                 group=str(meta.get("group", "")),
                 licence=str(meta.get("licence", "")),
                 dataset=str(meta.get("dataset", "")),
+                label_range=label_range,
             )
             TaskPrompt(task.description, labels=task.labels)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise TaskDataError(
-                f"{folder / 'meta.json'}: {type(error).__name__}: {error}; expected name, description, label_names"
+                f"{folder / 'meta.json'}: {type(error).__name__}: {error}; expected name, description, label_names (or label_range)"
             ) from error
         except ConditionError as error:
             raise TaskDataError(f"{folder / 'meta.json'}: {error}") from error
         return task
 
     def rows(self, split: str) -> list[Row]:
-        """All (text, label index) rows of a split; `TaskDataError` names the first bad line."""
+        """All (text, label) rows of a split; `TaskDataError` names the first bad line."""
         path = next((path for path in self._files(split) if path.exists()), None)
         if path is None:
             raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz")
@@ -114,9 +123,17 @@ class Task:
         return sample_rows(self.rows(self.report_split), limit, f"{self.name}/report")
 
     def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
-        """The task as a condition, with `num_examples` training rows as examples, of as many classes as possible."""
+        """The task as a condition, with `num_examples` training rows as examples, of as many classes as possible.
+
+        The classes of a regression task's examples are their scores, to the nearest whole number.
+        """
         rows = list(self.rows("train"))
         random.Random(f"{self.name}/prompt/{seed}").shuffle(rows)
+        if self.label_range is not None:
+            low, high = (round(end) for end in self.label_range)
+            scores = [str(score) for score in range(low, high + 1)]
+            nearest = [(text, min(max(round(label) - low, 0), high - low)) for text, label in rows]
+            return TaskPrompt(self.description, spread_over_labels(nearest, num_examples, scores), scores)
         return TaskPrompt(self.description, spread_over_labels(rows, num_examples, self.labels), self.labels)
 
     def _files(self, split: str) -> tuple[Path, Path]:
@@ -124,13 +141,29 @@ class Task:
 
     def _row(self, data: Mapping[str, Any]) -> Row:
         label = data["label"]
+        if self.label_range is not None:
+            low, high = self.label_range
+            if isinstance(label, bool) or not isinstance(label, (int, float)) or not low <= label <= high:
+                raise ValueError(f"label {label!r} is not a number from {low:g} to {high:g}")
+            return self._text(data, pairs_only=True), float(label)
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(self.labels):
             raise ValueError(f"label {label!r} is not an index into the {len(self.labels)} label names")
-        text = data["text"] if "text" in data else (data["text_a"], data["text_b"])
+        return self._text(data), label
+
+    @staticmethod
+    def _text(data: Mapping[str, Any], pairs_only: bool = False) -> Text:
+        text = data["text"] if "text" in data and not pairs_only else (data["text_a"], data["text_b"])
         parts = text if isinstance(text, tuple) else (text,)
         if not all(isinstance(part, str) and part.strip() for part in parts):
             raise ValueError("texts must be non-empty strings")
-        return text, label
+        return text
+
+
+def _label_range(value: Any) -> tuple[float, float]:
+    low, high = value
+    if not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high)) or not high - low >= 1:
+        raise TypeError(f"label_range is {value!r:.80}, not two numbers, the second larger by at least 1")
+    return float(low), float(high)
 
 
 def sample_rows(rows: Sequence[Row], limit: int | None, seed: str) -> list[Row]:
@@ -156,6 +189,8 @@ def spread_over_labels(rows: Iterable[Row], count: int, labels: Sequence[str]) -
 
 def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[Task]:
     """The named tasks below `folder`, or all classification tasks there, sorted by name.
+
+    Regression tasks must be named: not everything that is done with a folder of tasks can be done with them.
 
     Raises:
         TaskDataError: no such folder, or a named task is missing or malformed.
@@ -190,11 +225,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def write_task(folder: str | Path, description: str, labels: Sequence[str], splits: Mapping[str, Sequence[Row]], **meta: Any) -> Task:
+def write_task(
+    folder: str | Path,
+    description: str,
+    labels: Sequence[str],
+    splits: Mapping[str, Sequence[Row]],
+    label_range: tuple[float, float] | None = None,
+    **meta: Any,
+) -> Task:
     """Write a task folder, complete or not at all, and read it back checked.
 
     Args:
+        labels: label names; none of a regression task.
         splits: "train", "validation" and/or "test" → rows.
+        label_range: (lowest, highest) score of a regression task.
         meta: further entries of `meta.json` (`group`, `licence`, …).
     """
     folder = Path(folder)
@@ -206,6 +250,8 @@ def write_task(folder: str | Path, description: str, labels: Sequence[str], spli
         "label_names": list(labels),
         "task_type": CLASSIFICATION_TYPES[pairs],
     }
+    if label_range is not None:
+        facts |= {"label_names": None, "label_range": list(label_range), "task_type": REGRESSION_TYPE}
     with atomic_folder(folder, ()) as aside:
         (aside / "meta.json").write_text(dump_json(facts), encoding="utf-8")
         for split, rows in splits.items():
@@ -259,4 +305,4 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         if labelled:
             splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
     origin = {} if Path(dataset).exists() else {"dataset": dataset}
-    return write_task(folder, description, labels, splits, **origin)
+    return write_task(folder, description, labels, splits, None, **origin)

@@ -1,10 +1,11 @@
-"""Fine-tuning on text tasks: a sentence encoder learns to put texts near the name of their class."""
+"""Fine-tuning on text tasks: a sentence encoder learns to put texts near the name of their class, or the closer the more alike they are."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
+from cond_pdiff.classifier import LOGIT_SCALE
 from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.metrics import measure, metric_names, predictions
+from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.tasks import Row, Task, load_tasks
 
 
@@ -54,24 +57,28 @@ class TaskTuning(ABC):
             yield from batches
 
     def loss(self, batch: list[Row], task: Task) -> torch.Tensor:
-        """Cross-entropy."""
-        logits = self.batch_logits([text for text, _ in batch], task)
-        return nn.functional.cross_entropy(logits, torch.tensor([label for _, label in batch]))
+        """See `task_loss`."""
+        return task_loss(task, self.batch_outputs([text for text, _ in batch], task), [label for _, label in batch])
 
     def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
-        """Accuracy on rows of the reported split."""
+        """Accuracy on rows of the reported split; of a regression task its own metric."""
         rows = task.report_rows(self.config.metric_rows)
-        predicted = self.logits([text for text, _ in rows], task, adapter).argmax(-1)
-        accuracy = float((predicted == torch.tensor([label for _, label in rows])).float().mean())
-        return {"accuracy": round(accuracy, 4), "split": task.report_split}
+        predicted = predictions(task, self.outputs(adapter, task, [text for text, _ in rows]))
+        labels = torch.tensor([label for _, label in rows])
+        names = ("accuracy",) if task.label_range is None else metric_names(task)
+        return {**{name: round(measure(name, predicted, labels), 4) for name in names}, "split": task.report_split}
 
     @abstractmethod
-    def batch_logits(self, texts: list[Text], task: Task) -> torch.Tensor:
-        """Logits of one batch by the model as it is, with gradients, shape `(len(texts), number of labels)`."""
+    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
+        """Of one batch by the model as it is, with gradients.
+
+        Returns:
+            Logits, shape `(len(texts), number of labels)`; of a regression task scores, shape `(len(texts),)`.
+        """
 
     @abstractmethod
-    def logits(self, texts: list[Text], task: Task, adapter: LoraAdapter) -> torch.Tensor:
-        """Logits of any number of texts by the base model with an adapter, without gradients."""
+    def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
+        """Those of any number of texts by the base model with an adapter, without gradients."""
 
 
 class TextTuning(TaskTuning):
@@ -84,12 +91,45 @@ class TextTuning(TaskTuning):
         self.backbone = SentenceBackbone.load(Backbone.from_json(config.base))
         self.model = self.backbone.model
 
-    def batch_logits(self, texts: list[Text], task: Task) -> torch.Tensor:
-        """Scaled cosine similarities to the label names' embeddings."""
-        prototypes = self.backbone.forward([label_text(label) for label in task.labels], self.config.max_length)
-        embeddings = self.backbone.forward(texts, self.config.max_length)
-        return LOGIT_SCALE * embeddings @ prototypes.T
+    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
+        """See `read_texts`."""
+        return read_texts(task, texts, lambda texts: self.backbone.forward(texts, self.config.max_length))
 
-    def logits(self, texts: list[Text], task: Task, adapter: LoraAdapter) -> torch.Tensor:
-        """Those of `PrototypeClassifier`."""
-        return PrototypeClassifier(self.backbone, task.labels, adapter, self.config.max_length).logits(texts)
+    @torch.no_grad()
+    def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
+        """`read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
+
+        def embed(texts: Sequence[Text]) -> torch.Tensor:
+            precision = self.config.precision
+            with torch.autocast("cpu", torch.bfloat16, precision == "bf16"), attention_backend(precision, "cpu"):
+                return self.backbone.embed(texts, self.config.max_length).float()
+
+        with adapter.attached(self.model, check=False) if adapter else contextlib.nullcontext():
+            return read_texts(task, texts, embed)
+
+
+def read_texts(task: Task, texts: Sequence[Text], embed: Callable[[Sequence[Text]], torch.Tensor]) -> torch.Tensor:
+    """What a sentence encoder says of texts.
+
+    Args:
+        embed: texts → unit-length embeddings, shape `(len(texts), embedding_dim)`.
+
+    Returns:
+        Of a classification task scaled cosine similarities to the label names, shape `(len(texts), len(task.labels))`; of a
+        regression task scores, shape `(len(texts),)`: the cosine similarity of the two texts, on the label range (orthogonal
+        texts have the lowest score).
+    """
+    if task.label_range is not None:
+        low, high = task.label_range
+        first, second = embed([text[0] for text in texts]), embed([text[1] for text in texts])
+        return low + (high - low) * (first * second).sum(1)
+    prototypes = embed([label_text(label) for label in task.labels])
+    return LOGIT_SCALE * embed(texts) @ prototypes.T
+
+
+def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch.Tensor:
+    """Cross-entropy, or of a regression task the mean squared error in units of the label range."""
+    if task.label_range is not None:
+        low, high = task.label_range
+        return nn.functional.mse_loss(outputs / (high - low), torch.tensor(labels, dtype=torch.float32) / (high - low))
+    return nn.functional.cross_entropy(outputs, torch.tensor(labels))

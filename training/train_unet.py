@@ -64,18 +64,24 @@ class Denoiser(nn.Module):
 
 
 class UNetStage:
-    """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage."""
+    """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage; without a `bank` of conditions it makes one of the tasks."""
 
     name = "unet"
 
-    def __init__(self, autoencoder: AutoencoderStage, tasks: Sequence[Task] | Sequence[Style], config: UNetConfig) -> None:
+    def __init__(
+        self,
+        autoencoder: AutoencoderStage,
+        tasks: Sequence[Task] | Sequence[Style],
+        config: UNetConfig,
+        bank: ConditionBank | None = None,
+    ) -> None:
         self.autoencoder, self.config = autoencoder, config
         data = autoencoder.data
         autoencoder.module.fit_scaling_factor(autoencoder.values)
         with torch.no_grad():
             self.latents = join_statistics(autoencoder.module.encode(autoencoder.values), autoencoder.statistics)
         torch.manual_seed(config.fit.seed)
-        self.bank = ConditionBank.build(tasks, config)
+        self.bank = bank or ConditionBank.build(tasks, config)
         self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(tasks))]
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)

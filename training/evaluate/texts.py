@@ -16,6 +16,7 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.errors import TaskDataError
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
@@ -31,7 +32,10 @@ class TextEvaluator(ZooEvaluator):
 
     def load_tasks(self, folder: str | Path) -> list[Task]:
         """The zoo's tasks and the unseen ones."""
-        return load_tasks(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
+        tasks = load_tasks(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
+        if scored := [task.name for task in tasks if task.label_range is not None]:
+            raise TaskDataError(f"{scored[0]} is a regression task, which has no accuracy; `cond-pdiff reproduce` measures such tasks")
+        return tasks
 
     def condition(self, task: Task) -> TaskPrompt:
         """A prompt with the rows that the best adapter is chosen on."""

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import NOUNS, interrupt_at, refused, tiny_recipe
+from PIL import Image
+
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.training.metrics import measure
+from cond_pdiff.training.reproduce.config import Settings, merge
+from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, reproduce
+from cond_pdiff.training.reproduce.variants import PrincipalCode
+from cond_pdiff.training.tasks import write_task
+
+ROWS = 12
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def tasks(tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The three tasks, and one that asks how alike two texts are."""
+    folder = tmp_path_factory.mktemp("with-scores") / "tasks"
+    shutil.copytree(tasks_folder, folder)
+    rng = random.Random(0)
+    pairs = [(f"the {rng.choice(NOUNS)}", f"the {rng.choice(NOUNS)}") for _ in range(60)]
+    rows = [(pair, 5.0 if pair[0] == pair[1] else round(rng.uniform(0, 3), 1)) for pair in pairs]
+    write_task(folder / "closeness", "How alike are the texts?", (), {"train": rows, "validation": rows[:20]}, label_range=(0, 5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = tiny_recipe(tiny_backbone)
+    recipe["collect"] |= {"tasks": ["moods", "animals", "closeness"], "unseen": [], "steps": 6, "multitask_steps": 3}
+    for stage in ("autoencoder", "unet"):
+        recipe[stage]["fit"]["steps"] = 4
+    recipe["reproduce"] = {
+        "ranks": [2, 1], "alphas": {"1": 8, "2": 8},
+        "ways": {
+            "runs": {},
+            "checkpoints": {"runs": 1, "train_lora_a": True, "last_checkpoints": 4, "checkpoint_every": 1, "multitask_steps": 0},
+        },
+        "table_ways": ["runs", "checkpoints"], "max_rows": ROWS, "samples": 3, "reported_samples": 2, "selection_rows": 6,
+        "num_inference_steps": 2, "figure_rank": 2, "noise_sizes": [0, 1],
+        "distribution_tasks": ["moods"], "performance_tasks": ["animals"],
+    }  # fmt: skip
+    recipe["ablation"] = {
+        "tasks": ["moods", "closeness"], "seeds": 2, "samples": 2, "max_rows": 6, "unet": {"fit": {"steps": 3}},
+        "variants": [
+            {"group": "all", "name": "as it is"},
+            {"group": "generator", "name": "diffusion"},
+            {"group": "checkpoints", "name": "1", "way": "checkpoints", "adapters": 1},
+            {"group": "condition", "name": "one-hot", "condition": ["one-hot"]},
+            {"group": "condition", "name": "examples", "condition": ["examples"], "num_inference_steps": 1},
+            {"group": "code", "name": "pca", "pca": True},
+            {"group": "blocks", "name": "half", "blocks": 0.5, "guidance_scale": 1.0},
+            *({"group": "generator", "name": name, "sampler": name} for name in ("gaussian", "retrieval", "conditional mean")),
+        ],
+    }  # fmt: skip
+    recipe["quick"] = {"reproduce": {"ranks": [1], "max_rows": 4}}
+    path = tmp_path_factory.mktemp("recipe") / "tiny.json"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def out(recipe: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished table 1. Only to be read."""
+    folder = tmp_path_factory.mktemp("reproduced") / "out"
+    reproduce("table1", tasks, folder, recipe)
+    return folder
+
+
+def test_table1_has_every_rank_way_task_and_column(out: Path) -> None:
+    result = json.loads((out / "table1.json").read_text())
+    assert [(row["rank"], row["way"]) for row in result["means"]] == [(r, way) for r in (1, 2) for way in ("runs", "checkpoints")]
+    assert len(result["rows"]) == 4 * 3
+    for row in result["rows"]:
+        assert row["rows"] == ROWS
+        assert row["metric"] == ("spearman" if row["task"] == "closeness" else "accuracy")
+        for column in ("base", "full", "retrieval", "original", "soup", "generated", "generated_best", "noise", "soup_noise"):
+            assert -1 <= row[column] <= 1
+        assert (row["multitask"] is None) == (row["way"] == "checkpoints")
+    for mean in result["means"]:
+        own = [row for row in result["rows"] if (row["rank"], row["way"]) == (mean["rank"], mean["way"])]
+        assert math.isclose(mean["soup"], sum(row["soup"] for row in own) / 3, abs_tol=1e-4)
+        assert mean["routing_samples"] == 15
+        assert mean["novelty_distance"] > 0
+    text = (out / "table1.md").read_text()
+    assert result["command"] in text
+    assert text.count("closeness") == 4
+
+
+def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, out: Path) -> None:
+    result = reproduce("table3", tasks, out, recipe)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert len(rows) == len(result["rows"]) == 10
+    for row in rows.values():
+        assert math.isclose(row["mean"], (row["moods"] + row["closeness"]) / 2, abs_tol=1e-4)
+        assert row["mean_deviation"] >= 0
+        assert 0 <= row["routing"] <= 1
+    assert {name: rows["as it is"][name] for name in ("moods", "mean")} == {name: rows["diffusion"][name] for name in ("moods", "mean")}
+    assert rows["retrieval"]["routing"] == 1.0
+    assert len(list((out / "cells" / "table3").iterdir())) == 2 * 9  # two variants share their cells
+    assert len(list((out / "variants").iterdir())) == 2 * 5  # and so do trained generators
+    assert (out / "table3.md").read_text().count("±") == 10 * 3 + 1
+    with Image.open(out / "table3.png") as picture:
+        assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Path) -> None:
+    result = reproduce("figures", tasks, out, recipe)
+    points = result["performance"]["animals"]["points"]
+    assert {kind: len(found) for kind, found in points.items()} == {"original": 2, "generated": 3, "soup": 1, "noise": 2}
+    assert all(-1 <= similarity <= 1 for found in points.values() for similarity, _ in found)
+    assert {kind: len(found) for kind, found in result["distribution"]["moods"].items()} == {"original": 4, "generated": 3, "soup": 1}
+    ways = result["trajectories"]["moods"]["trajectories"]
+    assert [len(way) for way in ways] == [2] * 5
+    assert [row["size"] for row in result["noise"]["animals"]] == [0, 1]
+    text = (out / "figures.md").read_text()
+    for name in ("figure3e", "figure3f", "figure4a", "errors", "noise", "table1"):
+        path = out / f"{name}.png"
+        assert path.stat().st_size <= 150_000
+        assert name == "table1" or f"({name}.png)" in text
+        with Image.open(path) as picture:
+            assert picture.getpixel((0, 0)) == (255, 255, 255, 255)  # opaque: legible on a dark page too
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"sampler": "magic"}, "sampler must be one of"),
+        ({"condition": ["title"]}, "condition must be some of"),
+        ({"condition": []}, "condition must be some of"),
+        ({"blocks": 0.0}, "blocks must be above 0"),
+        ({"autoencoder": {"model": {"latent_dims": 4}}}, "latent_dims"),
+        ({"wey": "runs"}, "ablation, variants, 1: unknown entry 'wey'"),
+        ({"way": "walk"}, "no way 'walk' of collecting"),
+    ],
+)
+def test_variants_that_mean_nothing_are_refused(
+    recipe: Path, tasks: Path, tmp_path: Path, entries: dict[str, Any], message: str
+) -> None:
+    changed = json.loads(recipe.read_text())
+    changed["ablation"]["variants"] = [{"group": "a", "name": "b", **entries}]
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    with pytest.raises(TrainingError, match=message):
+        reproduce("table3", tasks, tmp_path / "out", tmp_path / "changed.json", quick=True)
+
+
+def test_principal_components_keep_a_zoo_that_they_can_span() -> None:
+    values = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    code = PrincipalCode(values, most=8)
+    code.fit_scaling_factor(values)
+    latents = code.encode(values)
+    assert latents.shape == (4, *code.latent_shape) == (4, 1, 3)
+    assert math.isclose(float(latents.square().mean()), 1.0, rel_tol=1e-5)
+    torch.testing.assert_close(code.decode(latents), values, rtol=0, atol=1e-5)
+
+
+def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
+    recipe: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    reproduce("table1", tasks, undisturbed, recipe, quick=True)
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "cond_pdiff.training.reproduce.table1.noise_controls", 2)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce("table1", tasks, killed, recipe, quick=True)
+    assert not (killed / "table1.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in killed.rglob("cells/**/*.json")}
+    assert len(before) == 4
+    reproduce("table1", tasks, killed, recipe, quick=True)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in killed.rglob("cells/**/*.json")}.items()
+    assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
+    (killed / "table1.json").unlink()
+    monkeypatch.setattr("cond_pdiff.training.reproduce.lab.Lab.predict", None)  # whatever measures would fail
+    monkeypatch.setattr("cond_pdiff.training.reproduce.lab.Lab.bench", None)
+    reproduce("table1", tasks, killed, recipe, quick=True)
+    assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "was begun with other settings"),
+        ({"reproduce": None}, "has no section 'reproduce'"),
+        ({"reproduce": {"rank": 1}}, "reproduce: unknown entry 'rank'"),
+        ({"reproduce": {"reported_samples": 9}}, "reported_samples must be from 1 to samples (3), got 9"),
+        ({"reproduce": {"ranks": [2, 3]}}, "alphas must name every rank; 3 is missing of ['1', '2']"),
+        ({"reproduce": {"table_ways": ["walks"]}}, "no way 'walks' of collecting; there are"),
+        ({"reproduce": {"ways": {"runs": {"stepz": 5}}}}, "reproduce, ways, runs: unknown entry 'stepz'"),
+        ({"reproduce": {"figure_rank": 8}}, "alphas must name every rank; 8 is"),
+        ({"reproduce": {"performance_tasks": ["gone"]}}, "'gone' is to be measured, but it is not among the tasks"),
+        ({"collect": {"tasks": ["moods", "animals", "closeness", "gone"]}}, "gone is not a task folder"),
+        ({"unet": {"steps": 5}}, "unet: unknown entry 'steps'"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused(
+    run: Any, recipe: Path, tasks: Path, out: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    changed = merge(json.loads(recipe.read_text()), change)
+    changed = {name: section for name, section in changed.items() if section is not None}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    folder = tmp_path / "out" if change else out
+    options = ["--tasks", tasks, "--out", folder, "--recipe", tmp_path / "changed.json", *([] if change else ["--quick"])]
+    refused(run("reproduce", "table1", *options), message)
+    assert change == {} or not folder.exists()
+
+
+def test_names_and_folders_that_mean_nothing_are_refused(run: Any, recipe: Path, tasks: Path, out: Path, tmp_path: Path) -> None:
+    options = ["--tasks", tasks, "--recipe", recipe, "--quick"]
+    refused(run("reproduce", "table9", *options, "--out", tmp_path / "out"), "no reproduction 'table9'; there are [")
+    refused(run("reproduce", "table1", *options, "--out", tasks), "is not empty")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "settings.json").write_text("{")
+    refused(run("reproduce", "table1", *options, "--out", tmp_path / "damaged"), "settings.json is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("metric", "predicted", "labels", "expected"),
+    [
+        ("accuracy", [0, 1, 1, 1], [0, 1, 0, 1], 0.75),
+        ("f1", [0, 1, 1, 1], [0, 1, 0, 1], 0.8),
+        ("f1", [0, 0], [0, 0], 0.0),
+        ("matthews", [0, 1, 1, 1], [0, 1, 0, 1], 1 / math.sqrt(3)),
+        ("matthews", [1, 1], [0, 1], 0.0),
+        ("spearman", [0.1, 0.2, 0.9], [1.0, 2.0, 3.0], 1.0),
+        ("spearman", [0.9, 0.2, 0.1, 0.2], [1.0, 2.0, 3.0, 2.0], -1.0),
+        ("spearman", [0.5, 0.5], [1.0, 2.0], 0.0),
+    ],
+)
+def test_metrics(metric: str, predicted: list[float], labels: list[float], expected: float) -> None:
+    assert math.isclose(measure(metric, torch.tensor(predicted), torch.tensor(labels)), expected, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_shipped_recipe_can_be_used(quick: bool) -> None:
+    settings = Settings.read("reproduce-minilm", quick)
+    assert settings.reproduce.table_ways == ("runs", "checkpoints")
+    assert list(settings.reproduce.ranks) == ([4] if quick else [4, 1, 2, 16])
+    assert settings.reproduce.max_rows == (100 if quick else 0)
+
+
+# --- docs/paper.md -----------------------------------------------------------------------------------------------------------
+
+
+def missing_from(document: str, name: str, results: Path) -> list[str]:
+    """Lines that a document should have: the tables of a result, or that there is none yet."""
+    path, unmeasured = results / f"{name}.json", f"`results/{name}.json`: not measured yet"
+    if not path.exists():
+        return [] if unmeasured in document else [unmeasured]
+    result = json.loads(path.read_text())
+    assert not result["quick"]
+    made = REPRODUCTIONS[name].to_markdown(result, "").splitlines()
+    lines = document.splitlines()
+    return [line for line in made if line.startswith("|") and line not in lines] + ([unmeasured] if unmeasured in document else [])
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_the_document_has_the_numbers_of_the_results(name: str) -> None:
+    assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, ROOT / "results") == []
+
+
+def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:
+    text, result = (out / "table1.md").read_text(), json.loads((out / "table1.json").read_text())
+    (tmp_path / "table1.json").write_text(json.dumps(result))
+    assert missing_from(text, "table1", tmp_path) == []
+    result["means"][0]["soup"] += 0.01
+    (tmp_path / "table1.json").write_text(json.dumps(result))
+    (line,) = missing_from(text, "table1", tmp_path)
+    assert line.startswith("| 1 | runs |")
+    assert missing_from(text, "figures", tmp_path) == ["`results/figures.json`: not measured yet"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*")), ids=lambda path: path.name)
+def test_results_are_small(path: Path) -> None:
+    assert path.stat().st_size <= (150_000 if path.suffix == ".png" else 100_000)

@@ -1,0 +1,123 @@
+"""What a reproduction measures, as data: the sections `reproduce`, `ablation` and `quick` of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """What is measured, and on how much."""
+
+    ranks: tuple[int, ...] = (4,)                   # of table 1, in the order in which they are measured
+    alphas: dict[str, float] = field(default_factory=lambda: {"4": 16.0})  # r → alpha
+    ways: dict[str, Any] = field(default_factory=lambda: {"runs": {}})  # of collecting: name → other entries of `collect`
+    table_ways: tuple[str, ...] = ("runs",)         # those of table 1
+    full_learning_rate: float = 1e-4                # of fine-tuning all weights
+    max_rows: int = 0                               # rows of the reported split a task; 0: all
+    samples: int = 20                               # adapters generated a task (paper: 20)
+    reported_samples: int = 3                       # of which so many, and the best, are measured on the reported split
+    selection_rows: int = 32                        # training rows that the best is chosen on
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.5
+    seed: int = 0
+    figure_rank: int = 4
+    distribution_way: str = "checkpoints"           # of the zoo of figures 3(e) and 4(a) …
+    distribution_tasks: tuple[str, ...] = ()        # … and their tasks
+    performance_way: str = "runs"                   # of figure 3(f), errors and noise
+    performance_tasks: tuple[str, ...] = ()
+    noise_sizes: tuple[float, ...] = (0.0, 1.0)     # of isotropic noise, in units of the update
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Table 3: each variant trains the generator anew and is measured on a part of the tasks."""
+
+    tasks: tuple[str, ...] = ()
+    rank: int = 1
+    seeds: int = 3
+    samples: int = 3                                # generated a task and seed
+    max_rows: int = 400
+    autoencoder: dict[str, Any] = field(default_factory=dict)   # changes of the stage, of all variants
+    unet: dict[str, Any] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ()       # see `cond_pdiff.training.reproduce.variants.Variant`
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe for `reproduce`, checked.
+
+    Args:
+        recipe: the whole of it, as JSON, after `quick` was worked in.
+        quick: the small form of it: few steps and rows, for a look and for tests.
+    """
+
+    recipe: dict[str, Any]
+    quick: bool
+    reproduce: ReproduceConfig
+    ablation: AblationConfig
+
+    @classmethod
+    def read(cls, name: str | Path, quick: bool) -> Settings:
+        """Read a recipe by name or path; `TrainingError` says what is wrong with it."""
+        recipe = read_recipe(name)
+        overrides = recipe.pop("quick", {})
+        if "reproduce" not in recipe:
+            raise TrainingError(f"the recipe {str(name)!r} has no section 'reproduce'; 'reproduce-minilm' has one")
+        if quick:
+            recipe = merge(recipe, overrides)
+        settings = cls(
+            recipe,
+            quick,
+            parse(ReproduceConfig, recipe["reproduce"], "reproduce"),
+            parse(AblationConfig, recipe.get("ablation", {}), "ablation"),
+        )
+        settings.check()
+        return settings
+
+    def collect(self, way: str, rank: int) -> CollectConfig:
+        """How adapters of a rank are collected in one of the ways; `TrainingError` if there is no such way."""
+        if way not in self.reproduce.ways:
+            raise TrainingError(f"there is no way {way!r} of collecting; there are {sorted(self.reproduce.ways)}")
+        lora = {"rank": rank, "alpha": self.reproduce.alphas[str(rank)]}
+        return parse(CollectConfig, {**self.recipe.get("collect", {}), **lora, **self.reproduce.ways[way]}, f"reproduce, ways, {way}")
+
+    def autoencoder(self, *changes: Mapping[str, Any]) -> AutoencoderConfig:
+        """The autoencoder stage, with changes worked in."""
+        return parse(AutoencoderConfig, merge(self.recipe.get("autoencoder", {}), *changes), "autoencoder")
+
+    def unet(self, *changes: Mapping[str, Any]) -> UNetConfig:
+        """The diffusion stage, with changes worked in."""
+        return parse(UNetConfig, merge(self.recipe.get("unet", {}), *changes), "unet")
+
+    def check(self) -> None:
+        """Refuse what would only fail after hours."""
+        config, tasks = self.reproduce, self.recipe.get("collect", {}).get("tasks", [])
+        asked = (*config.distribution_tasks, *config.performance_tasks, *self.ablation.tasks)
+        if strange := [name for name in asked if name not in tasks]:
+            raise TrainingError(f"{strange[0]!r} is to be measured, but it is not among the tasks of `collect`: {tasks}")
+        if not 1 <= config.reported_samples <= config.samples:
+            raise TrainingError(f"reproduce: reported_samples must be from 1 to samples ({config.samples}), got {config.reported_samples}")
+        for rank in (*config.ranks, config.figure_rank, self.ablation.rank):
+            if str(rank) not in config.alphas:
+                raise TrainingError(f"reproduce: alphas must name every rank; {rank} is missing of {sorted(config.alphas)}")
+        for way in (*config.ways, *config.table_ways, config.distribution_way, config.performance_way):
+            for rank in config.ranks:
+                self.collect(way, rank)
+        self.autoencoder(), self.unet()
+
+
+def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with entries replaced, objects inside objects entry by entry."""
+    merged = dict(base)
+    for change in changes:
+        for name, value in change.items():
+            inner = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+            merged[name] = merge(merged[name], value) if inner else value
+    return merged

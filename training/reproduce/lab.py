@@ -1,0 +1,174 @@
+"""Lab: what all reproductions work with: tasks, zoos, generators, and how an adapter is measured. Everything is made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.training.collect import collect, optimise
+from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.metrics import measure, metric_names, predictions
+from cond_pdiff.training.reproduce.config import Settings
+from cond_pdiff.training.tasks import Row, Task, load_tasks, sample_rows
+from cond_pdiff.training.text_tuning import TextTuning, task_loss
+from cond_pdiff.training.train import train
+from cond_pdiff.training.zoo import Zoo, soup
+
+ROUTING_PROMPTS = 5
+ROUTING_EXAMPLES = 4
+
+
+class Lab:
+    """The tasks and the base model of a recipe, and what was made of them below `out`.
+
+    Args:
+        tasks_folder: a task collection with the recipe's tasks.
+        out: gets `zoos/` and `generators/`.
+
+    Raises:
+        TaskDataError: a task is missing.
+    """
+
+    def __init__(self, settings: Settings, tasks_folder: Path, out: Path) -> None:
+        self.settings, self.config = settings, settings.reproduce
+        self.tasks_folder, self.out = tasks_folder, out
+        self.collect = settings.collect(self.config.table_ways[0], self.config.ranks[0])
+        self.tasks = {task.name: task for task in load_tasks(tasks_folder, self.collect.tasks)}
+        self._rows: dict[tuple[str, int], list[Row]] = {}
+        self._bench: Bench | None = None
+
+    @cached_property
+    def tuning(self) -> TextTuning:
+        """The base model, and how it is trained and asked."""
+        return TextTuning(self.collect)
+
+    # --- measuring ----------------------------------------------------------------------------------------------
+
+    def rows(self, task: Task, limit: int = 0) -> list[Row]:
+        """The rows that numbers are reported on, all or a fixed random choice; nothing is selected on them."""
+        limit = limit or self.config.max_rows
+        if (task.name, limit) not in self._rows:
+            self._rows[task.name, limit] = task.report_rows(limit or None)
+        return self._rows[task.name, limit]
+
+    def labels(self, task: Task, limit: int = 0) -> torch.Tensor:
+        """The labels of `rows`."""
+        return torch.tensor([label for _, label in self.rows(task, limit)])
+
+    def predict(self, task: Task, adapter: LoraAdapter | None, limit: int = 0) -> torch.Tensor:
+        """Class indices or scores of `rows`, shape `(rows,)`; None: the base model."""
+        return predictions(task, self.tuning.outputs(adapter, task, [text for text, _ in self.rows(task, limit)]))
+
+    def score(self, task: Task, predicted: torch.Tensor, limit: int = 0) -> dict[str, float]:
+        """The task's metrics of predictions for `rows`."""
+        return {name: round(measure(name, predicted, self.labels(task, limit)), 4) for name in metric_names(task)}
+
+    def training_loss(self, task: Task, adapter: LoraAdapter) -> float:
+        """The loss on a few training rows: what the best of several adapters is chosen by."""
+        rows = sample_rows(task.rows("train"), self.config.selection_rows, f"{task.name}/selection")
+        return float(task_loss(task, self.tuning.outputs(adapter, task, [text for text, _ in rows]), [label for _, label in rows]))
+
+    def full_fine_tuning(self, task: Task) -> dict[str, float]:
+        """The metrics after all weights of the base model were trained like an adapter: same objective, data and steps."""
+        lab = Lab(self.settings, self.tasks_folder, self.out)  # its own base model, which is changed here
+        parameters = list(lab.tuning.model.requires_grad_(True).parameters())
+        optimise(lab.tuning, lab.collect, parameters, [task], lab.collect.steps, self.config.full_learning_rate, self.config.seed)
+        return lab.score(task, lab.predict(task, None))
+
+    # --- making -------------------------------------------------------------------------------------------------
+
+    def zoo(self, way: str, rank: int) -> Zoo:
+        """The zoo of one way of collecting, at one rank; collected if need be."""
+        folder, config = self.out / "zoos" / f"{way}-{rank}", self.settings.collect(way, rank)
+        if not (folder / "manifest.json").exists():
+            return collect(config, self.tasks_folder, folder)
+        return Zoo(folder)
+
+    def bench(self, way: str, rank: int) -> Bench:
+        """A zoo with its generator, trained if need be; only the last one is kept in memory."""
+        if self._bench is None or (self._bench.way, self._bench.rank) != (way, rank):
+            self._bench = None
+            zoo, folder = self.zoo(way, rank), self.out / "generators" / f"{way}-{rank}"
+            if not (folder / "generator" / "model_index.json").exists():
+                stages = {name: self.settings.recipe.get(name, {}) for name in ("autoencoder", "unet")}
+                train(stages, zoo.folder, self.tasks_folder, folder)
+            self._bench = Bench(self, way, rank, zoo, CondPDiffPipeline.from_pretrained(folder / "generator"))
+        return self._bench
+
+
+class Bench:
+    """A zoo beside its generator."""
+
+    def __init__(self, lab: Lab, way: str, rank: int, zoo: Zoo, pipe: CondPDiffPipeline) -> None:
+        self.lab, self.way, self.rank, self.pipe = lab, way, rank, pipe
+        pipe.set_progress_bar_config(disable=True)
+        self.trained = {name: [adapter for run in zoo.runs(name) for adapter in run.adapters()] for name in zoo.task_names}
+        self.soups = {name: soup(adapters) for name, adapters in self.trained.items()}
+        multitask = zoo.multitask()
+        self.multitask = multitask.adapter() if multitask else None
+        self.space = ZooSpace(
+            [adapter for adapters in self.trained.values() for adapter in adapters],
+            [name for name, adapters in self.trained.items() for _ in adapters],
+        )
+
+    def prompt(self, task: Task) -> TaskPrompt:
+        """What the task's adapters are generated from: a description and examples that the generator has not been trained with."""
+        return task.prompt(f"reproduce/{self.lab.config.seed}", self.lab.config.selection_rows)
+
+    def generate(self, prompt: TaskPrompt, count: int, offset: int = 0, **options: Any) -> list[LoraAdapter]:
+        """Adapters from one prompt; the seed of the i-th depends on the settings' seed and `offset` + i."""
+        config = self.lab.config
+        seeds = [torch.Generator().manual_seed(config.seed * 1_000_003 + offset + index) for index in range(count)]
+        params = self.pipe(
+            prompt,
+            num_adapters=count,
+            generator=seeds,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            output_type="params",
+            **options,
+        )
+        return [self.pipe.template.to_adapter(row) for row in params]
+
+    def retrieved(self, task: Task) -> str:
+        """The zoo's task whose condition is nearest to the task's prompt."""
+        embedding = self.pipe.encode_condition(self.prompt(task), 1)[0][0]
+        return self.pipe.condition_index.nearest(embedding.float(), 1)[0].task
+
+    def routed(self, task: Task) -> list[bool]:
+        """For prompts with other examples: is the generated adapter nearest, in ΔW, to an adapter of this task?"""
+        prompts = [task.prompt(f"routing/{index}", ROUTING_EXAMPLES) for index in range(ROUTING_PROMPTS)]
+        adapters = [self.generate(prompt, 1, 1000 + index)[0] for index, prompt in enumerate(prompts)]
+        return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
+
+    def params(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
+        """The modelled numbers of adapters, shape `(len(adapters), num_params)`."""
+        return torch.stack([self.pipe.template.to_params(adapter) for adapter in adapters])
+
+    def with_noise(self, adapter: LoraAdapter, size: float, seed: int) -> LoraAdapter:
+        """The adapter plus isotropic Gaussian noise of exactly this Euclidean length, in params."""
+        params = self.params([adapter])[0]
+        noise = torch.randn(params.shape, generator=torch.Generator().manual_seed(seed))
+        return self.pipe.template.to_adapter(params + size * noise / noise.norm())
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spread over all, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / max(1, count - 1))] for index in range(count)]
+
+
+def rounded(values: torch.Tensor, digits: int = 4) -> Any:
+    """A tensor as JSON-ready lists."""
+    return json.loads(json.dumps(values.double().tolist()), parse_float=lambda text: round(float(text), digits))
+
+

@@ -1,0 +1,94 @@
+"""`reproduce`: one command a table or a set of figures. Run the same command again to go on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.training.reproduce import figures, table1, table3
+from cond_pdiff.training.reproduce.cells import Plan, open_folder, run_cells
+from cond_pdiff.training.reproduce.config import Settings
+from cond_pdiff.training.reproduce.lab import Lab
+from cond_pdiff.training.reproduce.pictures import draw_figures, draw_table1, draw_table3
+
+DEFAULT_RECIPE = "reproduce-minilm"
+SECTIONS = ("collect", "autoencoder", "unet", "reproduce")
+"""Of a recipe, that all reproductions depend on: they share zoos and generators."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A table, or a set of figures.
+
+    Args:
+        plan: its cells.
+        summarize: their values → the JSON that is published.
+        to_markdown: that JSON and a paragraph on how it was made → the document.
+        draw: that JSON → pictures in a folder.
+        sections: of the recipe, that its cells depend on beside `SECTIONS`.
+    """
+
+    plan: Callable[[Lab], Plan]
+    summarize: Callable[[Lab, Mapping[str, Any]], dict[str, Any]]
+    to_markdown: Callable[[Mapping[str, Any], str], str]
+    draw: Callable[[Mapping[str, Any], Path], None]
+    sections: tuple[str, ...] = ()
+
+
+REPRODUCTIONS = {
+    "table1": Reproduction(table1.plan, table1.summarize, table1.to_markdown, draw_table1),
+    "table3": Reproduction(table3.plan, table3.summarize, table3.to_markdown, draw_table3, ("ablation",)),
+    "figures": Reproduction(figures.plan, figures.summarize, figures.to_markdown, draw_figures),
+}
+
+
+def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path = DEFAULT_RECIPE, quick: bool = False) -> dict[str, Any]:
+    """Measure whatever is missing; write `<out>/<name>.json`, `<out>/<name>.md` and pictures.
+
+    Args:
+        name: one of `REPRODUCTIONS`. All of them share a folder, with its zoos and generators.
+        tasks_folder: a task collection with the recipe's tasks.
+        out: folder to create or continue.
+        recipe: name or path, with the section `reproduce`.
+        quick: the recipe's small form.
+
+    Raises:
+        CondPDiffError: no such reproduction.
+        TrainingError: the recipe cannot be used, or the folder is of other settings.
+    """
+    if name not in REPRODUCTIONS:
+        raise CondPDiffError(f"there is no reproduction {name!r}; there are {sorted(REPRODUCTIONS)}")
+    made = REPRODUCTIONS[name]
+    settings = Settings.read(recipe, quick)
+    lab = Lab(settings, tasks_folder, out)
+    open_folder(out, {section: settings.recipe[section] for section in (*SECTIONS, *made.sections) if section in settings.recipe})
+    values = run_cells(out / "cells", made.plan(lab), name)
+    result = {"command": command(name, recipe, quick), "quick": quick, **made.summarize(lab, values)}
+    write_text(out / f"{name}.json", dump_json(result))
+    write_text(out / f"{name}.md", made.to_markdown(result, about(settings, result["command"])))
+    made.draw(result, out)
+    return result
+
+
+def command(name: str, recipe: str | Path, quick: bool) -> str:
+    """The command line that makes a result."""
+    options = (f" --recipe {Path(recipe).name}" if str(recipe) != DEFAULT_RECIPE else "") + (" --quick" if quick else "")
+    return f"cond-pdiff reproduce {name} --tasks tasks --out results{options}"
+
+
+def about(settings: Settings, line: str) -> str:
+    """How the numbers were made, in words."""
+    config = settings.reproduce
+    rows = f"up to {config.max_rows} rows of each" if config.max_rows else "the complete"
+    quick = " This is the quick form: few steps, few rows; do not quote it." if settings.quick else ""
+    return (
+        f"`{line}`\n\nMetrics in percent, one a task in all columns, on {rows} reported split; nothing is selected on it. "
+        f"*original*: mean over up to {config.reported_samples} of the zoo's trained adapters; *generated*: mean over "
+        f"{config.reported_samples} samples, and the best of {config.samples} by its loss on {config.selection_rows} training rows; "
+        "*soup*: mean of the task's own trained adapters; *retrieval*: a trained adapter of the task whose condition is nearest; "
+        f"*+ noise*: isotropic noise as long as the generated adapter is away.{quick}"
+    )

@@ -1,0 +1,164 @@
+"""Table 1: adapters that are generated beside those that are trained, at every rank, in every way of collecting a zoo.
+
+What the paper's table lacks stands beside it: one metric a task in all columns, the base model, a multi-task LoRA, retrieval,
+and two controls with isotropic noise, which say how much of a result any adapter of that distance would have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.training.card import markdown_table
+from cond_pdiff.training.evaluate.measure import mean
+from cond_pdiff.training.evaluate.similarity import common_errors
+from cond_pdiff.training.metrics import NAMES, metric_names
+from cond_pdiff.training.reproduce.cells import Plan
+from cond_pdiff.training.reproduce.lab import Bench, Lab, spread
+
+COLUMNS = {
+    "base": "base",
+    "full": "full fine-tuning",
+    "multitask": "multi-task LoRA",
+    "retrieval": "retrieval",
+    "original": "original",
+    "soup": "soup",
+    "generated": "generated",
+    "generated_best": "generated, best",
+    "noise": "original + noise",
+    "soup_noise": "soup + noise",
+}
+DEVIATIONS = ("original", "generated")
+"""Columns that are means over several adapters, and are given with their standard deviation."""
+
+NOVELTY = ("distance", "common_errors", "common_errors_between_originals")
+
+
+def plan(lab: Lab) -> Plan:
+    """A cell for each task's whole model, and one for each rank, way and task."""
+    cells: dict[str, Any] = {f"table1/{name}": partial(_whole_model, lab, name) for name in lab.tasks}
+    for way, rank in itertools.product(lab.config.table_ways, lab.config.ranks):
+        cells |= {f"table1/{way}-{rank}/{name}": partial(_adapters, lab, way, rank, name) for name in lab.tasks}
+    return cells
+
+
+def _whole_model(lab: Lab, name: str) -> dict[str, Any]:
+    task = lab.tasks[name]
+    return {
+        "split": task.report_split,
+        "rows": len(lab.rows(task)),
+        "base": lab.score(task, lab.predict(task, None)),
+        "full": lab.full_fine_tuning(task),
+    }
+
+
+def _adapters(lab: Lab, way: str, rank: int, name: str) -> dict[str, Any]:
+    """All columns of one task that are adapters: a list of scores each; how new and how well routed the generated ones are."""
+    task, bench = lab.tasks[name], lab.bench(way, rank)
+    samples = bench.generate(bench.prompt(task), lab.config.samples)
+    best = min(range(len(samples)), key=lambda index: lab.training_loss(task, samples[index]))
+    retrieved = bench.retrieved(task)
+    noise, soup_noise = noise_controls(bench, name, samples[0])
+    columns: dict[str, list[LoraAdapter]] = {
+        "multitask": [bench.multitask] if bench.multitask else [],
+        "retrieval": bench.trained[retrieved][:1],
+        "original": spread(bench.trained[name], lab.config.reported_samples),
+        "soup": [bench.soups[name]],
+        "generated": samples[: lab.config.reported_samples],
+        "generated_best": [samples[best]],
+        "noise": [noise],
+        "soup_noise": [soup_noise],
+    }
+    unique = {id(adapter): adapter for adapters in columns.values() for adapter in adapters}
+    predicted = {key: lab.predict(task, adapter) for key, adapter in unique.items()}
+    predictions = {column: [predicted[id(adapter)] for adapter in adapters] for column, adapters in columns.items()}
+    result: dict[str, Any] = {column: [lab.score(task, row) for row in rows] for column, rows in predictions.items()}
+    labels = lab.labels(task)
+    classes = task.label_range is None
+    pairs = itertools.product(predictions["generated"], predictions["original"])
+    between = itertools.combinations(predictions["original"], 2)
+    return result | {
+        "retrieved": retrieved,
+        "routed": bench.routed(task),
+        "novelty": {
+            "distance": mean([distance for _, distance in bench.space.nearest(samples)]),
+            "common_errors": mean([common_errors(*pair, labels) for pair in pairs]) if classes else None,
+            "common_errors_between_originals": mean([common_errors(*pair, labels) for pair in between]) if classes else None,
+        },
+    }
+
+
+def noise_controls(bench: Bench, name: str, generated: LoraAdapter) -> tuple[LoraAdapter, LoraAdapter]:
+    """The task's nearest trained adapter, and its soup, plus isotropic noise as long as the generated adapter is away from them."""
+    trained = bench.params(bench.trained[name])
+    own, soup = bench.params([generated])[0], bench.params([bench.soups[name]])[0]
+    distances = (trained - own).norm(dim=1)
+    nearest = int(distances.argmin())
+    return (
+        bench.with_noise(bench.trained[name][nearest], float(distances[nearest]), seed=1),
+        bench.with_noise(bench.soups[name], float((soup - own).norm()), seed=2),
+    )
+
+
+def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each rank, way, task and metric; and means over the tasks, of their main metrics."""
+    rows: list[dict[str, Any]] = []
+    means: list[dict[str, Any]] = []
+    for rank, way in itertools.product(sorted(lab.config.ranks), lab.config.table_ways):
+        cells = {name: values[f"table1/{name}"] | values[f"table1/{way}-{rank}/{name}"] for name in lab.tasks}
+        place: dict[str, Any] = {"rank": rank, "way": way}
+        own = [place | _row(lab, name, metric, cells[name]) for name in lab.tasks for metric in metric_names(lab.tasks[name])]
+        rows += own
+        main = [row for row in own if row["metric"] == metric_names(lab.tasks[row["task"]])[0]]
+        routed = [hit for cell in cells.values() for hit in cell["routed"]]
+        means.append(
+            place
+            | {column: mean([row[column] for row in main]) for column in COLUMNS}
+            | {"routing": round(statistics.fmean(routed), 4), "routing_samples": len(routed)}
+            | {f"novelty_{name}": mean([cell["novelty"][name] for cell in cells.values()]) for name in NOVELTY}
+        )
+    return {"rows": rows, "means": means}
+
+
+def _row(lab: Lab, name: str, metric: str, cell: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, list[float]] = {}
+    for column in COLUMNS:
+        scores = cell[column] if isinstance(cell[column], list) else [cell[column]]
+        found[column] = [score[metric] for score in scores]
+    deviations = {f"{column}_deviation": round(statistics.pstdev(found[column]), 4) for column in DEVIATIONS}
+    where = {"task": name, "metric": metric, "split": cell["split"], "rows": cell["rows"], "retrieved": cell["retrieved"]}
+    return where | {column: mean(numbers) for column, numbers in found.items()} | deviations
+
+
+def to_markdown(result: Mapping[str, Any], about: str) -> str:
+    """Means, then every row."""
+    heads = list(COLUMNS.values())
+    means = [
+        [str(row["rank"]), row["way"], *(percent(row[column]) for column in COLUMNS), percent(row["routing"])]
+        + [percent(row[f"novelty_{name}"]) for name in NOVELTY]
+        for row in result["means"]
+    ]
+    rows = [
+        [str(row["rank"]), row["way"], row["task"], NAMES[row["metric"]], str(row["rows"]), *_cells(row)] for row in result["rows"]
+    ]
+    novelty = ["ΔW novelty", "common errors", "… of two originals"]
+    return "\n".join([
+        "# Table 1", "", about, "",
+        "## Means over the tasks", "", markdown_table(["rank", "zoo", *heads, "routing", *novelty], means), "",
+        "## Every task", "", markdown_table(["rank", "zoo", "task", "metric", "rows", *heads], rows), "",
+    ])  # fmt: skip
+
+
+def _cells(row: Mapping[str, Any]) -> Sequence[str]:
+    return [
+        percent(row[column]) + (f" ± {100 * row[f'{column}_deviation']:.1f}" if column in DEVIATIONS else "") for column in COLUMNS
+    ]
+
+
+def percent(value: float | None) -> str:
+    """0.5 → 50.0."""
+    return "–" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,204 @@
+"""Variants of the generator, for table 3: each is an entry of a recipe, trained on a zoo that is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.errors import TrainingError
+from cond_pdiff.models.condition_encoders import ConditionReport
+from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.training.conditions import ConditionBank
+from cond_pdiff.training.loop import fit
+from cond_pdiff.training.reproduce.lab import Lab, spread
+from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_unet import UNetStage
+
+PARTS = ("description", "labels", "examples")
+"""Of a condition embedding, in the order of `SentenceConditionEncoder`."""
+
+ONE_HOT = "one-hot"
+SAMPLERS = ("diffusion", "gaussian", "retrieval", "conditional mean")
+RIDGE = 0.1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of table 3."""
+
+    group: str                                      # what is varied
+    name: str
+    way: str = "runs"                               # of collecting the zoo
+    adapters: int = 0                               # of each task that are trained on (paper: N), evenly spread; 0: all
+    autoencoder: dict[str, Any] = field(default_factory=dict)   # changes of the stage
+    unet: dict[str, Any] = field(default_factory=dict)
+    pca: bool = False                               # principal components instead of the autoencoder
+    condition: tuple[str, ...] = PARTS              # parts of the prompt; or "one-hot": which task it is, and nothing else
+    sampler: str = "diffusion"                      # or what makes adapters without it
+    blocks: float = 1.0                             # share of the base model's first blocks that is generated, the rest is original
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise TrainingError(f"ablation, {self.name}: sampler must be one of {SAMPLERS}, got {self.sampler!r}")
+        if self.condition != (ONE_HOT,) and not (self.condition and set(self.condition) <= set(PARTS)):
+            raise TrainingError(f"ablation, {self.name}: condition must be some of {PARTS}, or {ONE_HOT!r}, got {list(self.condition)}")
+        if not 0 < self.blocks <= 1:
+            raise TrainingError(f"ablation, {self.name}: blocks must be above 0 and at most 1, got {self.blocks}")
+
+    def key(self, *entries: str) -> str:
+        """A name for all that decides the result, or for these entries of it."""
+        facts = {name: value for name, value in asdict(self).items() if name in (entries or asdict(self)) and name not in ("group", "name")}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class PrincipalCode(nn.Module):
+    """Principal components of a zoo's normalised params, in the place of `ParamAutoencoder`.
+
+    Args:
+        values: shape `(num_adapters, num_params)`.
+        most: components; there are at most `num_adapters - 1`.
+    """
+
+    dtype, device = torch.float32, torch.device("cpu")
+    center: torch.Tensor
+    directions: torch.Tensor
+
+    def __init__(self, values: torch.Tensor, most: int) -> None:
+        super().__init__()
+        center = values.mean(0)
+        directions = torch.linalg.svd(values - center, full_matrices=False).Vh
+        self.register_buffer("center", center)
+        self.register_buffer("directions", directions[: max(1, min(most, len(values) - 1))])
+        self.scale = 1.0
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(1, number of components)."""
+        return 1, len(self.directions)
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Normalised params, shape `(batch, num_params)` → latents, shape `(batch, 1, components)`."""
+        return self.scale * ((values - self.center) @ self.directions.T)[:, None]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`, up to what the components lose."""
+        return latents[:, 0] / self.scale @ self.directions + self.center
+
+    def fit_scaling_factor(self, values: torch.Tensor) -> None:
+        """Give the latents of `values` unit variance."""
+        self.scale = 1.0
+        self.scale = 1.0 / float(self.encode(values).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class GivenCondition:
+    """In the place of a condition encoder: every prompt has this embedding, shape `(condition_dim,)`."""
+
+    embedding: torch.Tensor
+    condition_type: ClassVar[type] = TaskPrompt
+
+    def encode(self, conditions: list[Any]) -> tuple[torch.Tensor, list[ConditionReport]]:
+        """The embedding, once a condition."""
+        return self.embedding.expand(len(conditions), -1), [ConditionReport(0, 0)] * len(conditions)
+
+
+class Workshop:
+    """Trains variants, each once, and makes adapters with them.
+
+    Args:
+        lab: with the tasks; trained stages are kept in `out/variants`.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.config = lab, lab.settings.ablation
+        self._zoos: dict[str, ZooParams] = {}
+        self._bank: ConditionBank | None = None
+        self._last: tuple[Path, CondPDiffPipeline] | None = None
+
+    def zoo(self, variant: Variant) -> ZooParams:
+        """The adapters that the variant is trained on."""
+        if variant.way not in self._zoos:
+            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank))
+        data = self._zoos[variant.way]
+        if not variant.adapters:
+            return data
+        kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
+        return ZooParams(data.template, data.params[kept], data.tasks[kept], [data.names[index] for index in kept])
+
+    @property
+    def bank(self) -> ConditionBank:
+        """Conditions of all tasks; the same for all variants, which read parts of them."""
+        if self._bank is None:
+            self._bank = ConditionBank.build(list(self.lab.tasks.values()), self.lab.settings.unet())
+        return self._bank
+
+    def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
+        """What the variant reads of condition embeddings of the task of this index; same shape."""
+        if variant.condition == (ONE_HOT,):
+            return torch.zeros_like(inputs).index_fill(-1, torch.tensor(task), 1.0)
+        read = torch.tensor([float(part in variant.condition) for part in PARTS])
+        return inputs * read.repeat_interleave(inputs.shape[-1] // len(PARTS))
+
+    def prompt_embedding(self, variant: Variant, task: Task) -> torch.Tensor:
+        """The embedding of a prompt that was not trained on, shape `(condition_dim,)`."""
+        prompt = task.prompt(f"reproduce/{self.lab.config.seed}", self.lab.config.selection_rows)
+        encoded = self.bank.encoder.encode([prompt])[0][0].float()
+        return self.embedding(variant, encoded, self.bank.names.index(task.name))
+
+    def pipeline(self, variant: Variant, seed: int) -> CondPDiffPipeline:
+        """The variant's generator, trained if need be."""
+        parts = ("way", "adapters", "autoencoder", "unet", "pca", "condition")
+        folder = self.lab.out / "variants" / f"{variant.key(*parts)}-{seed}"
+        if self._last is None or self._last[0] != folder:
+            self._last = folder, self._train(variant, seed, folder)
+        return self._last[1]
+
+    def _train(self, variant: Variant, seed: int, folder: Path) -> CondPDiffPipeline:
+        settings, seeded = self.lab.settings, {"fit": {"seed": seed}}
+        autoencoder = AutoencoderStage(self.zoo(variant), settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
+        if variant.pca:
+            autoencoder.identity["pca"] = True
+            autoencoder.module = PrincipalCode(autoencoder.values, autoencoder.module.config.latent_dim)
+        else:
+            fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
+        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.inputs)])
+        config = settings.unet(self.config.unet, seeded, variant.unet)
+        unet = UNetStage(autoencoder, list(self.lab.tasks.values()), config, replace(self.bank, inputs=inputs))
+        fit(unet, config.fit, folder / "unet")
+        pipe = unet.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def params(self, variant: Variant, task: Task, seed: int) -> torch.Tensor:
+        """Params that the variant makes for a task, shape `(samples, num_params)`."""
+        data, count = self.zoo(variant), self.config.samples
+        seeds = [torch.Generator().manual_seed(1_000_003 * seed + index) for index in range(count)]
+        embedding = self.prompt_embedding(variant, task)
+        if variant.sampler == "diffusion":
+            pipe = self.pipeline(variant, seed)
+            pipe.register_modules(condition_encoder=GivenCondition(embedding))
+            steps, guidance = variant.num_inference_steps, variant.guidance_scale
+            made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
+            return made
+        conditions = self.bank.inputs.flatten(0, 1)
+        owners = torch.arange(len(self.bank.names)).repeat_interleave(self.bank.inputs.shape[1])
+        if variant.sampler == "conditional mean":
+            soups = torch.stack([data.params[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
+            gram = conditions @ conditions.T
+            weights = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), conditions @ embedding)
+            return (weights[:, None] * soups[owners]).sum(0).expand(count, -1)
+        own = data.params[data.tasks == owners[(conditions @ embedding).argmax()]]  # of the task that the prompt is nearest to
+        if variant.sampler == "retrieval":
+            return own[[(seed + index) % len(own) for index in range(count)]]
+        noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])
+        return own.mean(0) + own.std(0, correction=0) * noise
