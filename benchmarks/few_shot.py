@@ -2,7 +2,7 @@
 
     python benchmarks/few_shot.py --tasks tasks --zoo zoo --out results [--seeds 3] [--shots 8] [--task scicite …]
 
-Measures the zoo's unseen tasks one after the other into `<out>/<task>.json` and prints a table; a measured task is not measured
+Measures the zoo's unseen tasks one after the other into `<out>/<task>/*.json` and prints a table; what is measured is not measured
 again. Accuracy on up to 200 rows of each task's reported split, on which nothing is selected; every column of a half has the same
 knowledge. Without examples (description and label names): the base model, the generated adapter, one multi-task LoRA, the adapter
 of the nearest trained task (retrieval), the adapter trained on the task itself, and one generated for another task's prompt
@@ -13,7 +13,8 @@ of the nearest trained task (retrieval), the adapter trained on the task itself,
 - generated: the best of eight candidates, chosen by the pipeline on the examples; generated, one: the first of them;
 - refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
 
-*share* is (column − base) / (trained − base) of the means, with the same examples for everybody.
+*share* is (column − base) / (trained − base) of the means: the base with the examples, the trained adapter with names only, as it was
+trained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,6 @@ from sklearn.linear_model import LogisticRegression
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.classifier import prototype_logits
-from cond_pdiff.conditioning import label_text
 from cond_pdiff.few_shot import refine
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.zoo import Zoo, soup
@@ -55,67 +55,65 @@ class Bench:
         found = zoo.multitask()
         self.multitask = found.adapter() if found else None
 
-    def measure(self, task: Task, other: Task, shots: int, seeds: int) -> dict[str, Any]:
-        """Accuracies without examples, and with them for every seed, with seconds and what the pipeline predicted.
+    def fixed(self, task: Task) -> dict[str, LoraAdapter | None]:
+        """Adapters that do not depend on the examples: column → adapter, None for the base model."""
+        output = self.generate(TaskPrompt(task.description, labels=task.labels), 1)
+        retrieved = [run.adapter() for run in self.zoo.runs(output.report.nearest[0].task)]
+        if not retrieved or self.multitask is None:
+            raise SystemExit(f"{self.zoo.folder} lacks the multi-task adapter, or one of {output.report.nearest[0].task}")
+        return {
+            "base": None,
+            "multi-task": self.multitask,
+            "retrieval": soup(retrieved),
+            "trained": self.zoo.runs(task.name)[0].adapter(),
+        }
+
+    def names_only(self, task: Task, other: Task) -> dict[str, float]:
+        """Accuracies without examples.
 
         Args:
             other: whose prompt the shuffled adapter is generated from.
         """
         rows = task.report_rows(ROWS)
         texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
-        prompt = TaskPrompt(task.description, labels=task.labels)
-        output = self.generate(prompt, 1)
-        retrieved = [run.adapter() for run in self.zoo.runs(output.report.nearest[0].task)]
-        adapters = {
-            "base": None,
-            "generated": output.adapter,
-            "multi-task": self.multitask,
-            "retrieval": soup(retrieved) if retrieved else None,
-            "trained": self.zoo.runs(task.name)[0].adapter(),
-            "shuffled": self.generate(TaskPrompt(other.description, labels=other.labels), 1).adapter,
-        }
-        found = {name: self.classifier(task, adapter).logits(texts) for name, adapter in adapters.items()}
-        names_only = {name: accuracy(logits, targets) for name, logits in found.items()}
-        fixed = {name: adapters[name] for name in ("base", "multi-task", "retrieval", "trained")}
-        embedded = {name: self.embed(adapter, texts) for name, adapter in fixed.items()}
-        seeded = []
-        for seed in range(seeds):
-            known = task.prompt(f"shots/{seed}", shots * len(task.labels))
-            columns = self.with_examples(task, known, other, texts, targets)
-            for name, adapter in fixed.items():
-                logits = self.prototypes(task, known, adapter, embedded[name])
-                columns["accuracy"][name] = accuracy(logits, targets)
-            seeded.append(columns)
-        return {"task": task.name, "retrieved": output.report.nearest[0].task, "names only": names_only, "with examples": seeded}
+        adapters = self.fixed(task)
+        for name, source in (("generated", task), ("shuffled", other)):
+            adapters[name] = self.generate(TaskPrompt(source.description, labels=source.labels), 1).adapter
+        return {name: accuracy(self.classifier(task, adapter).logits(texts), targets) for name, adapter in adapters.items()}
 
-    def with_examples(self, task: Task, prompt: TaskPrompt, other: Task, texts: list[Any], targets: torch.Tensor) -> dict[str, Any]:
-        """Accuracies and seconds of the columns that are made for a draw of examples."""
+    def with_examples(self, task: Task, other: Task, shots: int, seed: int) -> dict[str, Any]:
+        """Accuracies and seconds with a draw of examples, and what the pipeline predicted."""
+        rows = task.report_rows(ROWS)
+        texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
+        prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
         values: dict[str, float] = {}
         seconds: dict[str, float] = {}
 
-        def add(name: str, adapter: LoraAdapter | None, started: float) -> PrototypeClassifier:
+        def add(name: str, adapter: LoraAdapter | None, started: float, with_examples: bool = True) -> PrototypeClassifier:
             seconds[name] = time.perf_counter() - started
-            classifier = self.classifier(task, adapter, prompt)
+            classifier = self.classifier(task, adapter, prompt if with_examples else None)
             values[name] = accuracy(classifier.logits(texts), targets)
             return classifier
 
         started = time.perf_counter()
         output = self.generate(prompt, CANDIDATES)
-        generated = add("generated", output.adapter, started)
+        add("generated", output.adapter, started, output.report.choice.score.with_examples)
         started = time.perf_counter()
-        add("refined", refine(generated), started - seconds["generated"])
+        add("refined", refine(self.classifier(task, output.adapter, prompt)), started - seconds["generated"])
         add("one", self.generate(prompt, 1).adapter, time.perf_counter())
         zeros = {key: torch.zeros_like(value) if ".lora_B." in key else value for key, value in output.adapter.tensors.items()}
         started = time.perf_counter()
-        add("cold", refine(generated.with_adapter(dataclasses.replace(output.adapter, tensors=zeros, metadata={}))), started)
+        add("cold", refine(self.classifier(task, dataclasses.replace(output.adapter, tensors=zeros, metadata={}), prompt)), started)
         wrong = TaskPrompt(other.description, other.prompt("shots/0", len(prompt.examples)).examples, other.labels)
         add("shuffled", self.generate(wrong, 1).adapter, time.perf_counter())
+        for name, adapter in self.fixed(task).items():
+            add(name, adapter, time.perf_counter())
         given = [text for text, _ in prompt.examples]
         classes = [prompt.labels.index(label) for _, label in prompt.examples]
         started = time.perf_counter()
-        probe = LogisticRegression(max_iter=1000).fit(self.embed(None, given).numpy(), classes)
+        probe = LogisticRegression(max_iter=1000).fit(self.embed(given).numpy(), classes)
         seconds["probe"] = time.perf_counter() - started
-        values["probe"] = round(float(probe.score(self.embed(None, texts).numpy(), targets)), 4)
+        values["probe"] = round(float(probe.score(self.embed(texts).numpy(), targets)), 4)
         if importlib.util.find_spec("setfit"):
             started = time.perf_counter()
             values["setfit"], seconds["setfit"] = setfit(self.base_folder(), given, classes, texts, targets)
@@ -133,19 +131,9 @@ class Bench:
         """Of a task, with a prompt's examples in its prototypes."""
         return PrototypeClassifier(self.base, task.labels, adapter, examples=prompt.examples if prompt else ())
 
-    def embed(self, adapter: LoraAdapter | None, texts: Sequence[Any]) -> torch.Tensor:
-        """Embeddings under an adapter."""
-        if adapter is None:
-            return self.base.embed(texts, 128)
-        with adapter.attached(self.base.model):
-            return self.base.embed(texts, 128)
-
-    def prototypes(self, task: Task, prompt: TaskPrompt, adapter: LoraAdapter | None, embedded: torch.Tensor) -> torch.Tensor:
-        """Logits of rows whose embeddings are known."""
-        parts = self.embed(adapter, [*map(label_text, task.labels), *(text for text, _ in prompt.examples)])
-        names, examples = parts.split([len(task.labels), len(prompt.examples)])
-        targets = torch.tensor([task.labels.index(label) for _, label in prompt.examples])
-        return prototype_logits(names, examples, targets, embedded)
+    def embed(self, texts: Sequence[Any]) -> torch.Tensor:
+        """The base model's embeddings."""
+        return self.base.embed(texts, 128)
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -192,7 +180,7 @@ def table(results: list[dict[str, Any]]) -> str:
         of_seed = [statistics.fmean(r["with examples"][seed]["accuracy"].get(name, float("nan")) for r in results) for seed in seeds]
         means[name] = statistics.fmean(of_seed)
     lines.append(f"{'mean':<24}" + "".join(f"{100 * means[name]:>11.1f}" for name in WITH_EXAMPLES))
-    gap = means["trained"] - means["base"]
+    gap = statistics.fmean(result["names only"]["trained"] for result in results) - means["base"]
     lines.append(f"{'share of the gap':<24}" + "".join(f"{(means[name] - means['base']) / gap:>11.0%}" for name in WITH_EXAMPLES))
     times = [[row["seconds"].get(name, float("nan")) for r in results for row in r["with examples"]] for name in WITH_EXAMPLES]
     lines.append(f"{'seconds, median':<24}" + "".join(f"{statistics.median(column):>11.2f}" for column in times))
@@ -222,6 +210,14 @@ def gains(results: list[dict[str, Any]]) -> str:
     )
 
 
+def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, measured if it is not there."""
+    if not path.exists():
+        write_text(path, dump_json(measure()))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, type=Path)
@@ -236,13 +232,16 @@ def main() -> None:
     bench = Bench(arguments.generator, zoo)
     tasks = [Task.load(arguments.tasks / name) for name in arguments.task or zoo.unseen_names]
     results = []
-    for index, task in enumerate(tasks):
-        path = arguments.out / f"{task.name}.json"
-        if not path.exists():
-            other = Task.load(arguments.tasks / zoo.unseen_names[(zoo.unseen_names.index(task.name) + 1) % len(zoo.unseen_names)])
-            write_text(path, dump_json(bench.measure(task, other, arguments.shots, arguments.seeds)))
-        results.append(json.loads(path.read_text(encoding="utf-8")))
-        print(f"{index + 1}/{len(tasks)} {task.name}", flush=True)
+    for task in tasks:
+        other = Task.load(arguments.tasks / zoo.unseen_names[(zoo.unseen_names.index(task.name) + 1) % len(zoo.unseen_names)])
+        folder = arguments.out / task.name
+        names_only = once(folder / "names_only.json", partial(bench.names_only, task, other))
+        seeded = [
+            once(folder / f"seed_{seed}.json", partial(bench.with_examples, task, other, arguments.shots, seed))
+            for seed in range(arguments.seeds)
+        ]
+        results.append({"task": task.name, "names only": names_only, "with examples": seeded})
+        print(f"{len(results)}/{len(tasks)} {task.name}", flush=True)
     print(table(results))
 
 

@@ -39,18 +39,6 @@ def leave_one_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: t
     return LOGIT_SCALE * torch.where(nn.functional.one_hot(targets, len(names)).bool(), own[:, None], logits)
 
 
-def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """Scaled cosine similarities of texts to prototypes that hold all examples; arguments as in `leave_one_out_logits`.
-
-    Args:
-        texts: embeddings, shape `(num_texts, embedding_dim)`.
-
-    Returns:
-        shape `(num_texts, num_labels)`.
-    """
-    return LOGIT_SCALE * texts @ nn.functional.normalize(_sums(names, examples, targets), dim=1).T
-
-
 def _sums(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (NAME_WEIGHT * names).index_add(0, targets, examples)
 
@@ -135,7 +123,8 @@ class PrototypeClassifier:
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
         """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities."""
         names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
-        return prototype_logits(names, examples, self.targets.to(names.device), asked)
+        prototypes = nn.functional.normalize(_sums(names, examples, self.targets.to(names.device)), dim=1)
+        return LOGIT_SCALE * asked @ prototypes.T
 
     @torch.no_grad()
     def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
