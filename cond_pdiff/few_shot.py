@@ -179,6 +179,6 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
         schedule.step()
     tensors = {**start, **{key: tensor.detach().to(start[key].device, start[key].dtype) for key, tensor in moving.items()}}
     settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    examples = [list(example) for example in classifier.examples]
-    facts = {"refined": settings, "labels": list(classifier.labels), "prototype_examples": examples}
+    given = [list(example) for example in classifier.examples]
+    facts = {"refined": settings, "labels": list(classifier.labels), "prototype_examples": given}
     return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**classifier.adapter.metadata, **facts})

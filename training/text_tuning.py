@@ -28,6 +28,7 @@ class TaskTuning(ABC):
     """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.collect.Tuning`."""
 
     model: nn.Module
+    task_type: str | None
 
     def __init__(self, config: CollectConfig) -> None:
         self.config = config
@@ -84,7 +85,7 @@ class TaskTuning(ABC):
 class TextTuning(TaskTuning):
     """Class prototypes are the label names' embeddings: no head is trained."""
 
-    task_type = "FEATURE_EXTRACTION"
+    task_type: str | None = "FEATURE_EXTRACTION"
 
     def __init__(self, config: CollectConfig) -> None:
         super().__init__(config)
