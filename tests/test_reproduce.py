@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -14,9 +15,11 @@ from PIL import Image
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
-from cond_pdiff.training.reproduce.config import Settings, merge
-from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, reproduce
+from cond_pdiff.training.reproduce import table2
+from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
+from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, STYLES, reproduce
 from cond_pdiff.training.reproduce.variants import PrincipalCode
 from cond_pdiff.training.tasks import write_task
 
@@ -251,7 +254,26 @@ def test_the_shipped_recipe_can_be_used(quick: bool) -> None:
     assert settings.reproduce.max_rows == (100 if quick else 0)
 
 
+def test_table2_collects_trains_and_measures_styles_once(
+    style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {**copy.deepcopy(style_recipe), "reproduce": {"samples": 2, "max_rows": 2}, "quick": {"reproduce": {"max_rows": 1}}}
+    (tmp_path / "tiny.json").write_text(json.dumps(recipe))
+    result = reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json")
+    assert result["command"] == "cond-pdiff reproduce table2 --tasks styles --out results --recipe tiny.json"
+    assert [(row["style"], row["seen"]) for row in result["rows"]] == [("embers", True), ("lagoon", True), ("moss", False)]
+    assert set(result["zoo"]["frechet"]) == {"base", "trained", "soup", "multitask", "retrieval", "generated"}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    monkeypatch.setattr("torch.optim.AdamW.step", None)  # nothing is trained again
+    assert reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json") == result
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert read_quick("pixart-mini-styles", quick=True)["reproduce"]["max_rows"] == 4
+
+
 # --- docs/paper.md -----------------------------------------------------------------------------------------------------------
+
+
+DOCUMENTS = {**{name: made.to_markdown for name, made in REPRODUCTIONS.items()}, STYLES: table2.to_markdown}
 
 
 def missing_from(document: str, name: str, results: Path) -> list[str]:
@@ -261,14 +283,28 @@ def missing_from(document: str, name: str, results: Path) -> list[str]:
         return [] if unmeasured in document else [unmeasured]
     result = json.loads(path.read_text())
     assert not result["quick"]
-    made = REPRODUCTIONS[name].to_markdown(result, "").splitlines()
+    made = DOCUMENTS[name](result, "").splitlines()
     lines = document.splitlines()
     return [line for line in made if line.startswith("|") and line not in lines] + ([unmeasured] if unmeasured in document else [])
 
 
-@pytest.mark.parametrize("name", REPRODUCTIONS)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_document_has_the_numbers_of_the_results(name: str) -> None:
     assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, ROOT / "results") == []
+
+
+def test_readme_and_card_have_the_numbers_of_table2() -> None:
+    result = json.loads((ROOT / "results" / "table2.json").read_text())
+    table = StyleTable()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "README.md").read_text(encoding="utf-8").splitlines()
+    for part, title in table.titles.items():
+        for metric, digits in (("frechet", 0), ("look", 3)):
+            numbers = [f"{result[part][metric][column]:.{digits}f}" for column in table.columns]
+            words = f"{result[part]['styles']} {title}, {table.metrics[metric]}"
+            assert "| " + " | ".join([words, *numbers]) + " |" in readme
+    for text in (table.means_table(result), table.facts(result)):
+        assert set(text.splitlines()) <= set(card)
 
 
 def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:

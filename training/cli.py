@@ -190,10 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     recover.set_defaults(run=commands.evaluate_continuum)
 
     reproduce = add("reproduce", help="measure a table or the figures of the paper anew (resumable)")
-    reproduce.add_argument("name", help="table1, table3 or figures")
-    reproduce.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
+    reproduce.add_argument("name", help="table1, table2, table3 or figures")
+    reproduce.add_argument("--tasks", required=True, type=Path, help="folder of task folders; for table2, of styles")
     reproduce.add_argument("--out", required=True, type=Path, help="folder to create or continue; all of them can share one")
-    reproduce.add_argument("--recipe", default="reproduce-minilm", help="recipe name or JSON file (default: %(default)s)")
+    reproduce.add_argument("--recipe", help="recipe name or JSON file (default: reproduce-minilm; for table2 pixart-mini-styles)")
     reproduce.add_argument("--quick", action="store_true", help="few steps and few rows: some minutes instead of hours")
     reproduce.set_defaults(run=commands.reproduce)
 

@@ -66,12 +66,7 @@ class Settings:
     @classmethod
     def read(cls, name: str | Path, quick: bool) -> Settings:
         """Read a recipe by name or path; `TrainingError` says what is wrong with it."""
-        recipe = read_recipe(name)
-        overrides = recipe.pop("quick", {})
-        if "reproduce" not in recipe:
-            raise TrainingError(f"the recipe {str(name)!r} has no section 'reproduce'; 'reproduce-minilm' has one")
-        if quick:
-            recipe = merge(recipe, overrides)
+        recipe = read_quick(name, quick)
         settings = cls(
             recipe,
             quick,
@@ -111,6 +106,15 @@ class Settings:
             for rank in config.ranks:
                 self.collect(way, rank)
         self.autoencoder(), self.unet()
+
+
+def read_quick(name: str | Path, quick: bool) -> dict[str, Any]:
+    """A recipe, in its small form if that is wanted; `TrainingError` if it is not one to reproduce something with."""
+    recipe = read_recipe(name)
+    overrides = recipe.pop("quick", {})
+    if "reproduce" not in recipe:
+        raise TrainingError(f"the recipe {str(name)!r} has no section 'reproduce'; 'reproduce-minilm' and 'pixart-mini-styles' have one")
+    return merge(recipe, overrides) if quick else recipe
 
 
 def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:

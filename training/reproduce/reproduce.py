@@ -9,13 +9,16 @@ from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.training.reproduce import figures, table1, table3
+from cond_pdiff.training.reproduce import figures, table1, table2, table3
 from cond_pdiff.training.reproduce.cells import Plan, open_folder, run_cells
-from cond_pdiff.training.reproduce.config import Settings
+from cond_pdiff.training.reproduce.config import Settings, read_quick
 from cond_pdiff.training.reproduce.lab import Lab
 from cond_pdiff.training.reproduce.pictures import draw_figures, draw_table1, draw_table3
 
-DEFAULT_RECIPE = "reproduce-minilm"
+DEFAULT_RECIPE, STYLE_RECIPE = "reproduce-minilm", "pixart-mini-styles"
+STYLES = "table2"
+"""The reproduction that is of styles: with another recipe, by another way."""
+
 SECTIONS = ("collect", "autoencoder", "unet", "reproduce")
 """Of a recipe, that all reproductions depend on: they share zoos and generators."""
 
@@ -46,38 +49,45 @@ REPRODUCTIONS = {
 }
 
 
-def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path = DEFAULT_RECIPE, quick: bool = False) -> dict[str, Any]:
+def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | None = None, quick: bool = False) -> dict[str, Any]:
     """Measure whatever is missing; write `<out>/<name>.json`, `<out>/<name>.md` and pictures.
 
     Args:
-        name: one of `REPRODUCTIONS`. All of them share a folder, with its zoos and generators.
-        tasks_folder: a task collection with the recipe's tasks.
+        name: one of `REPRODUCTIONS`, or `STYLES`. All of them share a folder, with its zoos and generators.
+        tasks_folder: a task collection with the recipe's tasks; for `STYLES` a folder of styles.
         out: folder to create or continue.
-        recipe: name or path, with the section `reproduce`.
+        recipe: name or path, with the section `reproduce`; default: `DEFAULT_RECIPE`, for `STYLES` `STYLE_RECIPE`.
         quick: the recipe's small form.
 
     Raises:
         CondPDiffError: no such reproduction.
         TrainingError: the recipe cannot be used, or the folder is of other settings.
     """
-    if name not in REPRODUCTIONS:
-        raise CondPDiffError(f"there is no reproduction {name!r}; there are {sorted(REPRODUCTIONS)}")
+    if name not in (*REPRODUCTIONS, STYLES):
+        raise CondPDiffError(f"there is no reproduction {name!r}; there are {sorted([*REPRODUCTIONS, STYLES])}")
+    line = command(name, recipe, quick)
+    if name == STYLES:
+        measured = table2.measure(read_quick(recipe or STYLE_RECIPE, quick), tasks_folder, out)
+        result = {"command": line, "quick": quick, **measured}
+        write_text(out / f"{name}.json", dump_json(result))
+        write_text(out / f"{name}.md", table2.to_markdown(result, line))
+        return result
     made = REPRODUCTIONS[name]
-    settings = Settings.read(recipe, quick)
+    settings = Settings.read(recipe or DEFAULT_RECIPE, quick)
     lab = Lab(settings, tasks_folder, out)
     open_folder(out, {section: settings.recipe[section] for section in (*SECTIONS, *made.sections) if section in settings.recipe})
     values = run_cells(out / "cells", made.plan(lab), name)
-    result = {"command": command(name, recipe, quick), "quick": quick, **made.summarize(lab, values)}
+    result = {"command": line, "quick": quick, **made.summarize(lab, values)}
     write_text(out / f"{name}.json", dump_json(result))
     write_text(out / f"{name}.md", made.to_markdown(result, about(settings, result["command"])))
     made.draw(result, out)
     return result
 
 
-def command(name: str, recipe: str | Path, quick: bool) -> str:
+def command(name: str, recipe: str | Path | None, quick: bool) -> str:
     """The command line that makes a result."""
-    options = (f" --recipe {Path(recipe).name}" if str(recipe) != DEFAULT_RECIPE else "") + (" --quick" if quick else "")
-    return f"cond-pdiff reproduce {name} --tasks tasks --out results{options}"
+    options = (f" --recipe {Path(recipe).name}" if recipe else "") + (" --quick" if quick else "")
+    return f"cond-pdiff reproduce {name} --tasks {'styles' if name == STYLES else 'tasks'} --out results{options}"
 
 
 def about(settings: Settings, line: str) -> str:

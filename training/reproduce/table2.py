@@ -1,0 +1,46 @@
+"""Table 2: styles. A zoo, its generator and their evaluation, one after the other; each goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cond_pdiff.training.collect import collect
+from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.evaluate.evaluate import evaluate
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.evaluate.style_table import StyleTable
+from cond_pdiff.training.reproduce.config import ReproduceConfig
+from cond_pdiff.training.train import train
+
+KEPT = ("style", "seen", "frechet", "look", "routed", "retrieved", "novelty")
+"""Of each style's result."""
+
+
+def measure(recipe: Mapping[str, Any], styles_folder: Path, out: Path) -> dict[str, Any]:
+    """Collect, train and evaluate below `out`: means over trained and unseen styles, and a row a style.
+
+    Args:
+        recipe: of a style generator; its section `reproduce` says how much is measured.
+        styles_folder: made by `make-styles`.
+    """
+    config = parse(ReproduceConfig, recipe.get("reproduce", {}), "reproduce")
+    zoo = out / "style-zoo"
+    if not (zoo / "manifest.json").exists():
+        collect(parse(CollectConfig, recipe.get("collect", {}), "collect"), styles_folder, zoo)
+    generator = out / "style-run" / "generator"
+    if not (generator / "model_index.json").exists():
+        train(dict(recipe), zoo, styles_folder, out / "style-run")
+    sizes = EvaluateConfig(config.samples, config.max_rows, config.num_inference_steps, config.guidance_scale, config.seed)
+    evaluation = evaluate(generator, zoo, styles_folder, out / "style-evaluation", sizes)
+    assert evaluation is not None  # one process does all styles
+    rows = [{"style": result["task"], **{name: result[name] for name in KEPT if name in result}} for result in evaluation["tasks"]]
+    return {**{name: evaluation[name] for name in ("settings", "extractor", "zoo", "unseen")}, "rows": rows}
+
+
+def to_markdown(result: Mapping[str, Any], line: str) -> str:
+    """The means and what is said of them; the table of all styles is the evaluation's own."""
+    table = StyleTable()
+    parts = ["# Table 2", f"`{line}`", table.about(result["settings"]), table.means_table(dict(result)), table.facts(dict(result))]
+    return "\n\n".join(parts) + "\n"
