@@ -82,7 +82,7 @@ def _badge(report: Any, index: Any) -> str:
         shown = f'<img class="near-style" src="data:image/png;base64,{data}">' if data else ""
         name = html.escape(neighbour.task.replace("_", " "))
         lines.append(f'<span class="neighbour">{shown}<b>{name}</b> {neighbour.similarity:.2f}</span> ')
-    return "".join(lines)
+    return "".join([*lines, *([f"<br>gain: {report.choice.gain}"] if report.choice else [])])
 
 
 def _folder() -> Path:
@@ -142,7 +142,8 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
     texts = _lines(sentences)
     if out.report.labels and texts:
         with model:
-            adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter)
+            given = out.adapter.metadata.get("prototype_examples", ())
+            adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter, examples=given)
             rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
     return _badge(out.report, _generator(TASKS).condition_index), rows, _pack(out.adapter)
 

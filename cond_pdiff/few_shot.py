@@ -76,6 +76,16 @@ class Choice:
     base: ExampleScore | None
     predicted_gain: float | None
 
+    @property
+    def gain(self) -> str:
+        """What to expect, in words; nothing for adapters that bring a head."""
+        if self.predicted_gain is None:
+            return ""
+        if not self.strength:
+            return "none expected: the adapter is the base model; fine-tune instead"
+        weakened = "" if self.strength == 1 else f" at strength {self.strength:g}, for which the examples speak most"
+        return f"{100 * self.predicted_gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
+
 
 def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> Choice:
     """Choose an adapter, and how much of it, by a classifier's examples: nothing else is ever selected on.

@@ -54,8 +54,7 @@ class GenerationReport:
             beside = f" (base model {choice.base.accuracy:.0%})" if choice.base else ""
             place = f"{choice.index + 1} of {len(choice.scores)}"
             lines.append(f"chosen     {place}, accuracy {choice.score.accuracy:.0%} on the given examples{beside}")
-            if choice.predicted_gain is not None:
-                lines.append(f"gain       {_gain_in_words(choice.predicted_gain, choice.strength)}")
+            lines += [f"gain       {choice.gain}"] if choice.gain else []
         read = self.condition
         if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):
             lines.append(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
@@ -63,13 +62,6 @@ class GenerationReport:
             known = f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else "none known; name them when classifying"
             lines.append(f"labels     {known}")
         return "\n".join(lines)
-
-
-def _gain_in_words(gain: float, strength: float) -> str:
-    if not strength:
-        return "none expected: the adapter is the base model; fine-tune instead"
-    weakened = "" if strength == 1 else f" at strength {strength:g}, for which the examples speak most"
-    return f"{100 * gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
 
 
 @dataclass
