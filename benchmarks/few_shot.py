@@ -9,7 +9,7 @@ of the nearest trained task (retrieval), the adapter trained on the task itself,
 (shuffled). With `--shots` examples a class, drawn from the training split: the same with the examples in the class prototypes, and
 
 - probe: logistic regression on the base model's embeddings;
-- SetFit, where the package is installed: its defaults;
+- SetFit, where the package is installed, with its defaults, on tasks with few labels (its pairs grow with their square);
 - generated: the best of eight candidates, chosen by the pipeline on the examples; generated, one: the first of them;
 - refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
 
@@ -114,14 +114,16 @@ class Bench:
         probe = LogisticRegression(max_iter=1000).fit(self.embed(given).numpy(), classes)
         seconds["probe"] = time.perf_counter() - started
         values["probe"] = round(float(probe.score(self.embed(texts).numpy(), targets)), 4)
-        if importlib.util.find_spec("setfit"):
-            started = time.perf_counter()
-            values["setfit"], seconds["setfit"] = setfit(self.base_folder(), given, classes, texts, targets)
         return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(output)}
 
-    def base_folder(self) -> str:
-        """Where the base model is."""
-        return str(self.base.model.name_or_path)
+    def setfit(self, task: Task, shots: int, seed: int) -> dict[str, float]:
+        """Accuracy and seconds of SetFit, with the same examples."""
+        rows = task.report_rows(ROWS)
+        examples = task.prompt(f"shots/{seed}", shots * len(task.labels)).examples
+        classes = [task.labels.index(label) for _, label in examples]
+        folder = str(self.base.model.name_or_path)
+        right, seconds = setfit(folder, [text for text, _ in examples], classes, [text for text, _ in rows], [label for _, label in rows])
+        return {"accuracy": right, "seconds": round(seconds, 2)}
 
     def generate(self, prompt: TaskPrompt, count: int) -> Any:
         """Candidates with the seeds 0, 1, 2 …"""
@@ -150,7 +152,7 @@ def report_facts(output: Any) -> dict[str, Any]:
     }
 
 
-def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], targets: torch.Tensor) -> tuple[float, float]:
+def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], targets: list[int]) -> tuple[float, float]:
     """Accuracy and seconds of SetFit with its defaults; the texts of a pair are joined."""
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
@@ -164,7 +166,8 @@ def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], ta
     arguments = TrainingArguments(report_to="none", show_progress_bar=False, save_strategy="no", seed=0)
     Trainer(model, arguments, Dataset.from_dict({"text": joined(given), "label": classes})).train()
     seconds = time.perf_counter() - started
-    return round(float((torch.as_tensor(model.predict(joined(texts))) == targets).float().mean()), 4), seconds
+    predicted = torch.as_tensor(model.predict(joined(texts)))
+    return round(float((predicted == torch.tensor(targets)).float().mean()), 4), seconds
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -227,6 +230,7 @@ def main() -> None:
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--shots", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--setfit-labels", type=int, default=4, help="SetFit is trained on tasks with so many labels at most: its pairs")
     arguments = parser.parse_args()
     zoo = Zoo(arguments.zoo)
     bench = Bench(arguments.generator, zoo)
@@ -240,9 +244,16 @@ def main() -> None:
             once(folder / f"seed_{seed}.json", partial(bench.with_examples, task, other, arguments.shots, seed))
             for seed in range(arguments.seeds)
         ]
+        with_setfit = importlib.util.find_spec("setfit") and len(task.labels) <= arguments.setfit_labels
+        for seed, columns in enumerate(seeded if with_setfit else ()):
+            found = once(folder / f"setfit_{seed}.json", partial(bench.setfit, task, arguments.shots, seed))
+            columns["accuracy"]["setfit"], columns["seconds"]["setfit"] = found["accuracy"], found["seconds"]
         results.append({"task": task.name, "names only": names_only, "with examples": seeded})
         print(f"{len(results)}/{len(tasks)} {task.name}", flush=True)
     print(table(results))
+    compared = [result for result in results if all("setfit" in row["accuracy"] for row in result["with examples"])]
+    if 0 < len(compared) < len(results):
+        print(f"\nThe {len(compared)} tasks that SetFit was trained on\n{table(compared)}")
 
 
 if __name__ == "__main__":
