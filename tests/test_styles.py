@@ -193,7 +193,7 @@ def test_an_encoder_of_the_other_kind_is_refused(style_recipe: dict[str, Any], s
     other = {**style_recipe, "unet": {**style_recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
     with pytest.raises(TrainingError, match="cannot read the conditions of styles"):
         train(other, style_zoo.folder, styles_folder, tmp_path / "run")
-    with pytest.raises(TrainingError, match="kind must be 'text' or 'style'"):
+    with pytest.raises(TrainingError, match="kind must be 'text', 'head' or 'style'"):
         parse(CollectConfig, {**style_recipe["collect"], "kind": "music"}, "collect")
     assert parse(UNetConfig, style_recipe["unet"], "unet").variants_per_task == 4
 
