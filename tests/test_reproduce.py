@@ -102,6 +102,24 @@ def test_table1_has_every_rank_way_task_and_column(out: Path) -> None:
     assert text.count("closeness") == 4
 
 
+def test_a_table1_that_is_cut_short_tells_what_is_complete(
+    recipe: Path, tasks: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    cells = tmp_path / "out" / "cells" / "table1"
+    for name in ("moods", "closeness"):
+        (cells / "runs-2" / f"{name}.json").unlink()
+    shutil.rmtree(cells / "checkpoints-1")
+    interrupt_at(monkeypatch, "cond_pdiff.training.reproduce.table1._adapters", 3)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("table1", tasks, tmp_path / "out", recipe)
+    whole, part = (json.loads((folder / "table1.json").read_text()) for folder in (out, tmp_path / "out"))
+    assert part["missing"] == ["rank 1, runs", "rank 1, checkpoints", "rank 2, checkpoints"]
+    assert part["means"] == [row for row in whole["means"] if (row["rank"], row["way"]) == (2, "runs")]
+    assert "Not measured yet: rank 1, runs; " in (tmp_path / "out" / "table1.md").read_text()
+    assert whole["missing"] == []
+
+
 def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, out: Path) -> None:
     result = reproduce("table3", tasks, out, recipe)
     rows = {row["name"]: row for row in result["rows"]}

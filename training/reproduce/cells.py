@@ -38,14 +38,21 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     write_text(path, dump_json(known | settings))
 
 
-def run_cells(folder: Path, plan: Plan, label: str) -> dict[str, Any]:
-    """The values of all cells; those that are not in `folder` yet are measured, in order, and kept there."""
+def run_cells(folder: Path, plan: Plan, label: str, after_cell: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """The values of all cells; those that are not in `folder` yet are measured, in order, and kept there.
+
+    Args:
+        after_cell: is told all values so far whenever one has been measured.
+    """
     values = {}
     for name, measure in tqdm(plan.items(), desc=label, unit="cell"):
         path = folder / f"{name}.json"
-        if not path.exists():
+        measured = not path.exists()
+        if measured:
             write_text(path, dump_json(measure()))
         values[name] = read_json(path)
+        if measured:
+            after_cell(values)
     return values
 
 

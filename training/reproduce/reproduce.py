@@ -33,6 +33,7 @@ class Reproduction:
         to_markdown: that JSON and a paragraph on how it was made → the document.
         draw: that JSON → pictures in a folder.
         sections: of the recipe, that its cells depend on beside `SECTIONS`.
+        partial: can it be told before all cells are measured? It takes hours; whatever rows are complete can be read.
     """
 
     plan: Callable[[Lab], Plan]
@@ -40,10 +41,11 @@ class Reproduction:
     to_markdown: Callable[[Mapping[str, Any], str], str]
     draw: Callable[[Mapping[str, Any], Path], None]
     sections: tuple[str, ...] = ()
+    partial: bool = False
 
 
 REPRODUCTIONS = {
-    "table1": Reproduction(table1.plan, table1.summarize, table1.to_markdown, draw_table1),
+    "table1": Reproduction(table1.plan, table1.summarize, table1.to_markdown, draw_table1, partial=True),
     "table3": Reproduction(table3.plan, table3.summarize, table3.to_markdown, draw_table3, ("ablation",)),
     "figures": Reproduction(figures.plan, figures.summarize, figures.to_markdown, draw_figures),
 }
@@ -76,12 +78,19 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
     settings = Settings.read(recipe or DEFAULT_RECIPE, quick)
     lab = Lab(settings, tasks_folder, out)
     open_folder(out, {section: settings.recipe[section] for section in (*SECTIONS, *made.sections) if section in settings.recipe})
-    values = run_cells(out / "cells", made.plan(lab), name)
-    result = {"command": line, "quick": quick, **made.summarize(lab, values)}
-    write_text(out / f"{name}.json", dump_json(result))
-    write_text(out / f"{name}.md", made.to_markdown(result, about(settings, result["command"])))
-    made.draw(result, out)
-    return result
+
+    def write(values: Mapping[str, Any]) -> dict[str, Any]:
+        result = {"command": line, "quick": quick, **made.summarize(lab, values)}
+        write_text(out / f"{name}.json", dump_json(result))
+        write_text(out / f"{name}.md", made.to_markdown(result, about(settings, line)))
+        made.draw(result, out)
+        return result
+
+    def so_far(values: Mapping[str, Any]) -> None:
+        if made.partial and made.summarize(lab, values)["rows"]:
+            write(values)
+
+    return write(run_cells(out / "cells", made.plan(lab), name, so_far))
 
 
 def command(name: str, recipe: str | Path | None, quick: bool) -> str:

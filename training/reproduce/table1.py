@@ -105,10 +105,17 @@ def noise_controls(bench: Bench, name: str, generated: LoraAdapter) -> tuple[Lor
 
 
 def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each rank, way, task and metric; and means over the tasks, of their main metrics."""
+    """A row for each rank, way, task and metric; and means over the tasks, of their main metrics.
+
+    `missing` names the ranks and ways of which a task is not measured yet; there are no rows of them.
+    """
     rows: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
+    missing: list[str] = []
     for rank, way in itertools.product(sorted(lab.config.ranks), lab.config.table_ways):
+        if not all(f"table1/{way}-{rank}/{name}" in values for name in lab.tasks):
+            missing.append(f"rank {rank}, {way}")
+            continue
         cells = {name: values[f"table1/{name}"] | values[f"table1/{way}-{rank}/{name}"] for name in lab.tasks}
         place: dict[str, Any] = {"rank": rank, "way": way}
         own = [place | _row(lab, name, metric, cells[name]) for name in lab.tasks for metric in metric_names(lab.tasks[name])]
@@ -121,7 +128,7 @@ def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
             | {"routing": round(statistics.fmean(routed), 4), "routing_samples": len(routed)}
             | {f"novelty_{name}": mean([cell["novelty"][name] for cell in cells.values()]) for name in NOVELTY}
         )
-    return {"rows": rows, "means": means}
+    return {"rows": rows, "means": means, "missing": missing}
 
 
 def _row(lab: Lab, name: str, metric: str, cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,8 +153,9 @@ def to_markdown(result: Mapping[str, Any], about: str) -> str:
         [str(row["rank"]), row["way"], row["task"], NAMES[row["metric"]], str(row["rows"]), *_cells(row)] for row in result["rows"]
     ]
     novelty = ["ΔW novelty", "common errors", "… of two originals"]
+    gaps = [f"Not measured yet: {'; '.join(result['missing'])}.", ""] if result["missing"] else []
     return "\n".join([
-        "# Table 1", "", about, "",
+        "# Table 1", "", about, "", *gaps,
         "## Means over the tasks", "", markdown_table(["rank", "zoo", *heads, "routing", *novelty], means), "",
         "## Every task", "", markdown_table(["rank", "zoo", "task", "metric", "rows", *heads], rows), "",
     ])  # fmt: skip
