@@ -22,8 +22,12 @@ NAME_WEIGHT = 2.0
 """A class's name counts as much in its prototype as so many of its examples."""
 
 
-def leave_one_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Scaled cosine similarities of examples to prototypes that hold all examples but the one that is judged.
+def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Scaled cosine similarities of examples to prototypes that do not hold them, nor one example of each other class.
+
+    Without the judged example alone, its own class would have fewer examples than the others: of classes that cannot be told apart
+    by more than chance, every example would then be called wrong. So the first examples of all classes are held out together, then
+    the second ones …
 
     Args:
         names: embeddings of the label names, shape `(num_labels, embedding_dim)`.
@@ -33,10 +37,12 @@ def leave_one_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: t
     Returns:
         shape `(num_examples, num_labels)`.
     """
-    sums = _sums(names, examples, targets)
-    logits = examples @ nn.functional.normalize(sums, dim=1).T
-    own = (examples * nn.functional.normalize(sums[targets] - examples, dim=1)).sum(1)
-    return LOGIT_SCALE * torch.where(nn.functional.one_hot(targets, len(names)).bool(), own[:, None], logits)
+    of_class = nn.functional.one_hot(targets, len(names))
+    fold = (of_class.cumsum(0) * of_class).sum(1) - 1  # how many examples of its class stand before each
+    folds = int(fold.max()) + 1 if len(fold) else 0
+    held_out = examples.new_zeros(folds * len(names), names.shape[1]).index_add(0, fold * len(names) + targets, examples)
+    kept = _sums(names, examples, targets) - held_out.unflatten(0, (folds, len(names)))
+    return LOGIT_SCALE * torch.einsum("ed,eld->el", examples, nn.functional.normalize(kept, dim=2)[fold])
 
 
 def _sums(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, leave_one_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.models.head_backbone import HeadBackbone
@@ -30,7 +30,7 @@ class ExampleScore:
     Args:
         accuracy: from 0 to 1.
         loss: cross-entropy in nats.
-        with_examples: are class prototypes of names and examples (each example judged by the others) better than names alone?
+        with_examples: are class prototypes of names and examples (judged by `held_out_logits`) better than names alone?
             Adapters for tasks like the trained ones put texts near the names; with others the examples help.
     """
 
@@ -45,7 +45,7 @@ class ExampleScore:
         targets = classifier.targets.to(names.device)
         found = []
         for with_examples in (False, True):
-            logits = leave_one_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
+            logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
             found.append(cls.of(logits, targets, with_examples))
         return max(found, key=lambda score: score.accuracy)
 
@@ -146,8 +146,8 @@ def _best(scores: Sequence[ExampleScore]) -> int:
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:
     """Go on from an adapter with a few optimiser steps on the classifier's examples, each told apart by the others.
 
-    The loss is the cross-entropy of every example against prototypes that do not hold it, so that an example is not fitted to
-    itself. `lora_A` stays as it is, as in a zoo.
+    The loss is the cross-entropy of every example against prototypes that do not hold it (`held_out_logits`), so that an example
+    is not fitted to itself. `lora_A` stays as it is, as in a zoo.
 
     Args:
         classifier: with an adapter, and with at least two examples of some class.
@@ -182,7 +182,7 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
             names = backbone.forward(list(map(label_text, classifier.labels)), classifier.max_length)
             examples = backbone.forward([classifier.examples[index][0] for index in picks], classifier.max_length)
         targets = classifier.targets[picks].to(device)
-        loss = nn.functional.cross_entropy(leave_one_out_logits(names, examples, targets), targets)
+        loss = nn.functional.cross_entropy(held_out_logits(names, examples, targets), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, leave_one_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
 from cond_pdiff.few_shot import PRIOR_EXAMPLES, PRIOR_GAIN, ExampleScore, choose, refine
@@ -48,24 +48,45 @@ def test_prototypes_hold_the_examples(classifier: PrototypeClassifier) -> None:
     torch.testing.assert_close(classifier.logits(["a film", "bad bad"]), LOGIT_SCALE * texts @ torch.stack(prototypes).T, atol=1e-4, rtol=0)
 
 
-def test_each_example_is_judged_by_the_others(classifier: PrototypeClassifier) -> None:
-    logits = leave_one_out_logits(*classifier.example_embeddings(), classifier.targets)
+def test_examples_are_judged_by_the_others_one_of_every_class_held_out(classifier: PrototypeClassifier) -> None:
+    logits = held_out_logits(*classifier.example_embeddings(), classifier.targets)
     for index, (text, _) in enumerate(EXAMPLES):
-        others = [example for place, example in enumerate(EXAMPLES) if place != index]
-        alone = PrototypeClassifier(classifier.backbone, LABELS, classifier.adapter, examples=others)
+        kept = [example for place, example in enumerate(EXAMPLES) if place % 2 != index % 2]  # two of each class, side by side
+        alone = PrototypeClassifier(classifier.backbone, LABELS, classifier.adapter, examples=kept)
         torch.testing.assert_close(logits[index : index + 1], alone.logits([text]), atol=1e-4, rtol=0)
+
+
+def test_of_classes_that_are_alike_examples_are_right_by_chance() -> None:
+    rng = torch.Generator().manual_seed(0)
+    examples = nn.functional.normalize(torch.randn(400, 16, generator=rng) + 2, dim=1)
+    targets = torch.arange(400) % 2
+    names = nn.functional.normalize(torch.ones(2, 16), dim=1)
+    right = (held_out_logits(names, examples, targets).argmax(1) == targets).float().mean()
+    assert 0.4 < float(right) < 0.6
+
+
+def test_classes_may_have_different_numbers_of_examples() -> None:
+    rng = torch.Generator().manual_seed(0)
+    names, examples = (nn.functional.normalize(torch.randn(count, 8, generator=rng), dim=1) for count in (3, 5))
+    targets = torch.tensor([0, 1, 0, 0, 1])
+    logits = held_out_logits(names, examples, targets)
+    for fold, held in enumerate([[0, 1], [2, 4], [3]]):
+        sums = NAME_WEIGHT * names
+        for place in set(range(5)) - set(held):
+            sums[targets[place]] += examples[place]
+        torch.testing.assert_close(logits[held], LOGIT_SCALE * examples[held] @ nn.functional.normalize(sums, dim=1).T, msg=str(fold))
 
 
 def test_without_examples_prototypes_are_the_names(classifier: PrototypeClassifier) -> None:
     plain = PrototypeClassifier(classifier.backbone, LABELS, classifier.adapter)
     assert plain.example_embeddings()[1].shape[0] == 0
     names, nothing = torch.eye(3), torch.zeros(0, 3)
-    assert leave_one_out_logits(names, nothing, torch.zeros(0, dtype=torch.long)).shape == (0, 3)
+    assert held_out_logits(names, nothing, torch.zeros(0, dtype=torch.long)).shape == (0, 3)
     assert not torch.equal(plain.logits(["a film"]), classifier.logits(["a film"]))
 
 
 def loss(classifier: PrototypeClassifier, adapter: LoraAdapter | None) -> float:
-    logits = leave_one_out_logits(*classifier.with_adapter(adapter).example_embeddings(), classifier.targets)
+    logits = held_out_logits(*classifier.with_adapter(adapter).example_embeddings(), classifier.targets)
     return float(nn.functional.cross_entropy(logits, classifier.targets))
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
-from cond_pdiff.classifier import LOGIT_SCALE, leave_one_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -339,7 +339,7 @@ def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: P
         classifier = PrototypeClassifier.load(output.adapters[index].save(tmp_path / str(index)), examples=EXAMPLES)
         names, examples = classifier.example_embeddings()
         by_names = LOGIT_SCALE * examples @ names.T
-        by_both = leave_one_out_logits(names, examples, classifier.targets)
+        by_both = held_out_logits(names, examples, classifier.targets)
         logits = by_both if choice.scores[index].with_examples else by_names
         assert choice.scores[index].accuracy == pytest.approx(right(logits, classifier.targets), abs=1e-4)
         assert choice.scores[index].accuracy == pytest.approx(max(right(x, classifier.targets) for x in (by_names, by_both)), abs=1e-4)

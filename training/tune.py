@@ -18,7 +18,7 @@ from accelerate import PartialState
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import LOGIT_SCALE, leave_one_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.param_unet_1d import guided_prediction
@@ -86,7 +86,7 @@ class TuneStage:
             prototypes, examples = embeddings.split([len(names), len(episode.texts)])
             targets = episode.targets.to(examples.device)
             by_name = nn.functional.cross_entropy(LOGIT_SCALE * examples @ prototypes.T, targets)
-            by_others = nn.functional.cross_entropy(leave_one_out_logits(prototypes, examples, targets), targets)
+            by_others = nn.functional.cross_entropy(held_out_logits(prototypes, examples, targets), targets)
             losses.append((by_name + by_others) / 2)
         return torch.stack(losses).mean()
 
