@@ -19,8 +19,23 @@ from cond_pdiff.models.head_backbone import HeadBackbone
 REFINE_EXAMPLES = 32
 """Examples of a step at most: with more of them, each step draws anew."""
 
-PRIOR_GAIN, PRIOR_EXAMPLES = 0.05, 16
-"""Before any example is seen a full-strength adapter is believed to gain so much accuracy, as firmly as so many examples say it."""
+@dataclass(frozen=True)
+class Prior:
+    """What is believed before any example is seen, as firmly as so many examples say it.
+
+    Args:
+        examples: how firmly.
+        gain: in accuracy of a full-strength adapter over the base model; half of it at half strength.
+        names: in accuracy of prototypes of label names alone over prototypes of names and examples.
+    """
+
+    examples: int
+    gain: float
+    names: float
+
+
+UNKNOWN_TASK, KNOWN_TASK = Prior(16, 0.05, -0.05), Prior(32, 0.2, 0.1)
+"""For a request that is like a trained task and has its labels, the adapter was trained to put texts near these very names."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,7 @@ class ExampleScore:
     Args:
         accuracy: from 0 to 1.
         loss: cross-entropy in nats.
-        with_examples: are class prototypes of names and examples (judged by `held_out_logits`) better than names alone?
-            Adapters for tasks like the trained ones put texts near the names; with others the examples help.
+        with_examples: of class prototypes of names and examples (judged by `held_out_logits`), or of names alone?
     """
 
     accuracy: float
@@ -39,15 +53,13 @@ class ExampleScore:
     with_examples: bool
 
     @classmethod
-    def measure(cls, classifier: PrototypeClassifier) -> ExampleScore:
-        """The better of both kinds of prototypes; of equally accurate ones, names alone."""
+    def measure(cls, classifier: PrototypeClassifier, prior: Prior) -> ExampleScore:
+        """With the kind of prototypes that examples and prior together speak for."""
         names, examples = classifier.example_embeddings()
         targets = classifier.targets.to(names.device)
-        found = []
-        for with_examples in (False, True):
-            logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
-            found.append(cls.of(logits, targets, with_examples))
-        return max(found, key=lambda score: score.accuracy)
+        alone = cls.of(LOGIT_SCALE * examples @ names.T, targets, False)
+        both = cls.of(held_out_logits(names, examples, targets), targets, True)
+        return alone if len(targets) * (alone.accuracy - both.accuracy) + prior.examples * prior.names >= 0 else both
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
@@ -87,16 +99,17 @@ class Choice:
         return f"{100 * self.predicted_gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
 
 
-def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> Choice:
-    """Choose an adapter, and how much of it, by a classifier's examples: nothing else is ever selected on.
+def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], prior: Prior = UNKNOWN_TASK) -> Choice:
+    """Choose an adapter, how much of it, and its class prototypes, by a classifier's examples: nothing else is ever selected on.
 
     The most accurate adapter is taken, among equals the one with the least loss. What it gains on few examples is chance to a good
-    part, so it is drawn towards what adapters gain in general: with n examples, the predicted gain at strength s is
-    (n · observed + `PRIOR_EXAMPLES` · s · `PRIOR_GAIN`) / (n + `PRIOR_EXAMPLES`), and the strength with the largest is taken.
+    part, so it is drawn towards the prior: with n examples, the predicted gain at strength s is
+    (n · observed + `prior.examples` · s · `prior.gain`) / (n + `prior.examples`), and the strength with the largest is taken.
 
     Args:
         classifier: of the task, with its examples.
         adapters: for its base model.
+        prior: `KNOWN_TASK` for a request that is like a trained task and has its labels.
 
     Raises:
         ConditionError: there are no examples.
@@ -104,13 +117,13 @@ def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter]) -> 
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
-    base = ExampleScore.measure(classifier.with_adapter(None))
-    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter)) for adapter in adapters)
+    base = ExampleScore.measure(classifier.with_adapter(None), UNKNOWN_TASK)
+    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), prior) for adapter in adapters)
     index = _best(scores)
-    half = ExampleScore.measure(classifier.with_adapter(adapters[index].scaled(0.5)))
+    half = ExampleScore.measure(classifier.with_adapter(adapters[index].scaled(0.5)), prior)
     options = {1.0: scores[index], 0.5: half, 0.0: base}
     gains = {
-        strength: (count * (score.accuracy - base.accuracy) + PRIOR_EXAMPLES * strength * PRIOR_GAIN) / (count + PRIOR_EXAMPLES)
+        strength: (count * (score.accuracy - base.accuracy) + prior.examples * strength * prior.gain) / (count + prior.examples)
         for strength, score in options.items()
     }
     strength = max(gains, key=gains.__getitem__)

@@ -20,7 +20,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.few_shot import Choice, choose, choose_with_head
+from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, Choice, Prior, choose, choose_with_head
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
@@ -359,7 +359,8 @@ class CondPDiffPipeline(DiffusionPipeline):
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            choice = self._choose(adapters, labels, condition.examples)
+            known = inside and set(labels) == set(self.condition_index.config.tasks[nearest[0].task].get("labels", ()))
+            choice = self._choose(adapters, labels, condition.examples, KNOWN_TASK if known else UNKNOWN_TASK)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
@@ -382,11 +383,13 @@ class CondPDiffPipeline(DiffusionPipeline):
         self._base.model.to(self._execution_device)
         return self._base
 
-    def _choose(self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]]) -> Choice:
+    def _choose(
+        self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], prior: Prior
+    ) -> Choice:
         base, length = self._load_base(), self.template.config.max_length
         if isinstance(base, HeadBackbone):
             return choose_with_head(base, labels, examples, adapters, length)
-        return choose(PrototypeClassifier(base, labels, adapters[0], length, examples), adapters)
+        return choose(PrototypeClassifier(base, labels, adapters[0], length, examples), adapters, prior)
 
     @property
     def _num_labels(self) -> int:

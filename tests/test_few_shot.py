@@ -12,7 +12,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
-from cond_pdiff.few_shot import PRIOR_EXAMPLES, PRIOR_GAIN, ExampleScore, choose, refine
+from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, ExampleScore, Prior, choose, refine
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.verify import verify
 
@@ -122,7 +122,8 @@ def test_of_adapters_the_one_that_helps_is_chosen(classifier: PrototypeClassifie
     assert (choice.index, choice.strength, choice.score) == (1, 1.0, choice.scores[1])
     count, gain = len(EXAMPLES), choice.score.accuracy - choice.base.accuracy
     assert gain > 0.1
-    assert choice.predicted_gain == pytest.approx((count * gain + PRIOR_EXAMPLES * PRIOR_GAIN) / (count + PRIOR_EXAMPLES), abs=1e-4)
+    prior = UNKNOWN_TASK
+    assert choice.predicted_gain == pytest.approx((count * gain + prior.examples * prior.gain) / (count + prior.examples), abs=1e-4)
 
 
 def test_an_adapter_that_the_examples_speak_against_is_weakened(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +131,28 @@ def test_an_adapter_that_the_examples_speak_against_is_weakened(classifier: Prot
     many = PrototypeClassifier(classifier.backbone, LABELS, examples=EXAMPLES * 20)
     for accuracy, strength in (({1.0: 0.2, 0.5: 0.3}, 0.0), ({1.0: 0.2, 0.5: 0.52}, 0.5), ({1.0: 0.495, 0.5: 0.495}, 1.0)):
         found = iter([0.5, accuracy[1.0], accuracy[0.5]])  # the base model, the adapter, half of it
-        monkeypatch.setattr(ExampleScore, "measure", lambda _, found=found: ExampleScore(next(found), 1.0, True))
+        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
         choice = choose(many, [classifier.adapter])
         assert choice.strength == strength
         assert (choice.predicted_gain > 0) == (strength > 0)
+
+
+def test_a_known_task_is_trusted_more(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert classifier.adapter is not None
+    for prior, strength in ((UNKNOWN_TASK, 0.0), (KNOWN_TASK, 1.0)):
+        found = iter([0.6, 0.3, 0.35])  # the base model, the adapter, half of it; on six examples
+        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
+        assert choose(classifier, [classifier.adapter], prior).strength == strength
+
+
+def test_prototypes_are_what_examples_and_prior_speak_for(classifier: PrototypeClassifier) -> None:
+    names, examples = classifier.example_embeddings()
+    by_names = ExampleScore.of(LOGIT_SCALE * examples @ names.T, classifier.targets, False)
+    by_both = ExampleScore.of(held_out_logits(names, examples, classifier.targets), classifier.targets, True)
+    difference = by_names.accuracy - by_both.accuracy
+    for names_gain in (-1.0, -0.01, 0.0, 0.01, 1.0):
+        expected = by_names if len(EXAMPLES) * difference + 10 * names_gain >= 0 else by_both
+        assert ExampleScore.measure(classifier, Prior(10, 0.0, names_gain)) == expected
 
 
 def test_strength_multiplies_the_update(classifier: PrototypeClassifier) -> None:
