@@ -359,8 +359,8 @@ class CondPDiffPipeline(DiffusionPipeline):
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            known = inside and set(labels) == set(self.condition_index.config.tasks[nearest[0].task].get("labels", ()))
-            choice = self._choose(adapters, labels, condition.examples, KNOWN_TASK if known else UNKNOWN_TASK)
+            trained = set(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else set()
+            choice = self._choose(adapters, labels, condition.examples, KNOWN_TASK if trained == set(labels) else UNKNOWN_TASK)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
