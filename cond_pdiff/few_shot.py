@@ -35,7 +35,10 @@ class Prior:
 
 
 UNKNOWN_TASK, KNOWN_TASK = Prior(16, 0.05, -0.05), Prior(32, 0.2, 0.1)
-"""For a request that is like a trained task and has its labels, the adapter was trained to put texts near these very names."""
+"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names."""
+
+KNOWN_SIMILARITY = 0.92
+"""From which similarity of a request to a trained task they may be the same; between different tasks of one kind it is lower."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,14 @@ class Choice:
 def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], prior: Prior = UNKNOWN_TASK) -> Choice:
     """Choose an adapter, how much of it, and its class prototypes, by a classifier's examples: nothing else is ever selected on.
 
-    The most accurate adapter is taken, among equals the one with the least loss. What it gains on few examples is chance to a good
-    part, so it is drawn towards the prior: with n examples, the predicted gain at strength s is
+    The adapter with the least loss is taken. What it gains in accuracy on few examples is chance to a good part, so it is drawn
+    towards the prior: with n examples, the predicted gain at strength s is
     (n · observed + `prior.examples` · s · `prior.gain`) / (n + `prior.examples`), and the strength with the largest is taken.
 
     Args:
         classifier: of the task, with its examples.
         adapters: for its base model.
-        prior: `KNOWN_TASK` for a request that is like a trained task and has its labels.
+        prior: `KNOWN_TASK` for a trained task, asked for in about its own words.
 
     Raises:
         ConditionError: there are no examples.
@@ -152,8 +155,8 @@ def choose_with_head(
 
 
 def _best(scores: Sequence[ExampleScore]) -> int:
-    """Index of the most accurate, among equals of the one with the least loss."""
-    return min(range(len(scores)), key=lambda place: (-scores[place].accuracy, scores[place].loss))
+    """Index of the one with the least loss: on few examples, candidates differ in accuracy by chance mostly."""
+    return min(range(len(scores)), key=lambda place: scores[place].loss)
 
 
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:

@@ -20,11 +20,11 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, Choice, Prior, choose, choose_with_head
+from cond_pdiff.few_shot import KNOWN_SIMILARITY, KNOWN_TASK, UNKNOWN_TASK, Choice, choose, choose_with_head
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
-from cond_pdiff.models.condition_index import ConditionIndex
+from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
@@ -359,8 +359,7 @@ class CondPDiffPipeline(DiffusionPipeline):
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = None
         if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
-            trained = set(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else set()
-            choice = self._choose(adapters, labels, condition.examples, KNOWN_TASK if trained == set(labels) else UNKNOWN_TASK)
+            choice = self._choose(adapters, labels, condition.examples, nearest)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
@@ -384,12 +383,15 @@ class CondPDiffPipeline(DiffusionPipeline):
         return self._base
 
     def _choose(
-        self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], prior: Prior
+        self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
     ) -> Choice:
         base, length = self._load_base(), self.template.config.max_length
         if isinstance(base, HeadBackbone):
             return choose_with_head(base, labels, examples, adapters, length)
-        return choose(PrototypeClassifier(base, labels, adapters[0], length, examples), adapters, prior)
+        near = [neighbour.task for neighbour in nearest if neighbour.similarity >= KNOWN_SIMILARITY]
+        known = any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
+        classifier = PrototypeClassifier(base, labels, adapters[0], length, examples)
+        return choose(classifier, adapters, KNOWN_TASK if known else UNKNOWN_TASK)
 
     @property
     def _num_labels(self) -> int:
