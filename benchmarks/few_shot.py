@@ -20,7 +20,6 @@ trained.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import statistics
@@ -89,11 +88,10 @@ class Bench:
         values: dict[str, float] = {}
         seconds: dict[str, float] = {}
 
-        def add(name: str, adapter: LoraAdapter | None, started: float, with_examples: bool = True) -> PrototypeClassifier:
+        def add(name: str, adapter: LoraAdapter | None, started: float, with_examples: bool = True) -> None:
             seconds[name] = time.perf_counter() - started
             classifier = self.classifier(task, adapter, prompt if with_examples else None)
             values[name] = accuracy(classifier.logits(texts), targets)
-            return classifier
 
         started = time.perf_counter()
         output = self.generate(prompt, CANDIDATES)
@@ -101,9 +99,8 @@ class Bench:
         started = time.perf_counter()
         add("refined", refine(self.classifier(task, output.adapter, prompt)), started - seconds["generated"])
         add("one", self.generate(prompt, 1).adapter, time.perf_counter())
-        zeros = {key: torch.zeros_like(value) if ".lora_B." in key else value for key, value in output.adapter.tensors.items()}
         started = time.perf_counter()
-        add("cold", refine(self.classifier(task, dataclasses.replace(output.adapter, tensors=zeros, metadata={}), prompt)), started)
+        add("cold", refine(self.classifier(task, output.adapter.scaled(0.0), prompt)), started)
         wrong = TaskPrompt(other.description, other.prompt("shots/0", len(prompt.examples)).examples, other.labels)
         add("shuffled", self.generate(wrong, 1).adapter, time.perf_counter())
         for name, adapter in self.fixed(task).items():

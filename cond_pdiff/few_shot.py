@@ -76,7 +76,7 @@ class Choice:
     """What the examples of a prompt say of generated adapters.
 
     Args:
-        index: of the adapter that does best.
+        index: of the adapter with the least loss.
         strength: by which its update should be multiplied: 1, 0.5, or 0 where the base model alone is expected to do better.
         score: of that adapter at that strength.
         scores: of all adapters, at full strength.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from cond_pdiff.training.tasks import Task
@@ -33,20 +31,12 @@ def measure(metric: str, predicted: torch.Tensor, labels: torch.Tensor) -> float
     if metric == "accuracy":
         return float((predicted == labels).float().mean())
     if metric == "spearman":
-        from scipy.stats import rankdata
+        from scipy.stats import spearmanr
 
-        ranks = torch.tensor(rankdata(torch.stack([predicted.double(), labels.double()]).numpy(), axis=1))
-        return _ratio(*_covariances(*ranks))
-    positive, true = (predicted == 1).double(), (labels == 1).double()
+        constant = min(len(predicted.unique()), len(labels.unique())) < 2
+        return 0.0 if constant else float(spearmanr(predicted.numpy(), labels.numpy()).statistic)
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
     if metric == "f1":
-        return _ratio(2 * float(positive @ true), float(positive.sum() + true.sum()))
-    return _ratio(*_covariances(positive, true))  # of two classes, Matthews' correlation is Pearson's of the indicators
-
-
-def _covariances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
-    first, second = first - first.mean(), second - second.mean()
-    return float(first @ second), math.sqrt(float(first @ first) * float(second @ second))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+        return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0.0))
+    return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
