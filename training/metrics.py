@@ -30,13 +30,13 @@ def measure(metric: str, predicted: torch.Tensor, labels: torch.Tensor) -> float
     """
     if metric == "accuracy":
         return float((predicted == labels).float().mean())
-    if metric == "spearman":
-        from scipy.stats import spearmanr
-
-        constant = min(len(predicted.unique()), len(labels.unique())) < 2
-        return 0.0 if constant else float(spearmanr(predicted.numpy(), labels.numpy()).statistic)
+    from scipy.stats import spearmanr
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     if metric == "f1":
         return float(f1_score(labels.numpy(), predicted.numpy(), zero_division=0.0))
+    if min(len(predicted.unique()), len(labels.unique())) < 2:
+        return 0.0
+    if metric == "spearman":
+        return float(spearmanr(predicted.numpy(), labels.numpy()).statistic)
     return float(matthews_corrcoef(labels.numpy(), predicted.numpy()))
