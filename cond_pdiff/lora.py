@@ -6,10 +6,11 @@ whole, as peft does for a classification head that the base model does not have.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,27 @@ def adapted_module(model: Any) -> nn.Module:
     raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")
 
 
+@contextlib.contextmanager
+def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, torch.Tensor], groups: int) -> Iterator[None]:
+    """Attach several adapters at once, each to its own group of the rows of every batch; gradients flow into their tensors.
+
+    Args:
+        model: the base model, which is not checked.
+        spec: of all adapters; without heads.
+        tensors: as `AdapterTemplate.to_tensors` gives them for a batch of params.
+        groups: number of adapters; a batch has equally many neighbouring rows for each.
+    """
+    hooks = {}
+    for name, linear in target_linears(model, spec).items():
+        lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
+        hooks[linear] = GroupedUpdateHook(lora_a, lora_b * spec.scale, groups)
+    attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()])
+    try:
+        yield
+    finally:
+        attachment.detach()
+
+
 class Attachment:
     """A live attachment; `detach` removes it. The base model's weights are never written to."""
 
@@ -186,6 +208,26 @@ class UpdateHook:
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The forward hook."""
         return output + nn.functional.linear(nn.functional.linear(args[0], self.lora_a), self.lora_b)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedUpdateHook:
+    """Adds to each group of a batch the update of its own adapter.
+
+    Args:
+        lora_a: A of all adapters, shape `(rank, in)`, or of each, `(groups, rank, in)`.
+        lora_b: the same of B, `(out, rank)` or `(groups, out, rank)`.
+        groups: of equally many neighbouring rows.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    groups: int
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The forward hook."""
+        rows = args[0].reshape(self.groups, -1, args[0].shape[-1])
+        return output + (rows @ self.lora_a.mT @ self.lora_b.mT).reshape(output.shape)
 
 
 @dataclass(frozen=True, eq=False)

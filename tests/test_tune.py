@@ -51,6 +51,25 @@ def test_only_the_unet_is_trained(tuned: Path, tiny_generator: Path) -> None:
     assert (tuned / "README.md").is_file()
 
 
+def test_the_decoder_is_trained_if_that_is_asked_for(pipe: CondPDiffPipeline, tasks: list[Task]) -> None:
+    stage = TuneStage(pipe, tasks, parse(TuneConfig, {**SECTION, "decoder": True}, "tune"))
+    rng = step_generator(0, 0)
+    stage.loss(stage.module, stage.draw(2, rng), rng).backward()
+    trained = {name.partition(".")[2].split(".")[0] for name, weight in stage.module.named_parameters() if weight.grad is not None}
+    assert {"decoder", "from_latent"} <= trained
+    assert not {"encoder", "to_latent"} & trained
+
+
+def test_a_batch_of_episodes_has_the_mean_loss_of_its_episodes(stage: TuneStage) -> None:
+    batch = stage.draw(3, step_generator(0, 1))
+    noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    params = torch.cat([stage.module([episode.prompt], rng) for episode, rng in zip(batch, noise, strict=True)])
+    together = stage.loss(lambda prompts, rng: params, batch, noise[0])  # type: ignore[arg-type]
+    alone = [stage.loss(lambda prompts, rng, row=row: row[None], [one], noise[0]) for one, row in zip(batch, params, strict=True)]  # type: ignore[arg-type, misc]
+    assert torch.allclose(together, torch.stack(alone).mean(), atol=1e-5)
+    assert len({round(float(loss.detach()), 4) for loss in alone}) == 3
+
+
 def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneStage, tasks: list[Task]) -> None:
     after = TuneStage(CondPDiffPipeline.from_pretrained(tuned), tasks, stage.config)
     with torch.no_grad():
@@ -63,11 +82,11 @@ def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneS
 
 def test_an_adapter_of_the_stage_is_the_one_that_the_pipeline_makes(stage: TuneStage) -> None:
     prompt = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the bad meal", "negative")])
-    own = stage._generate(stage.module, prompt, torch.Generator().manual_seed(3))
+    own = stage.module([prompt], torch.Generator().manual_seed(3))
     steps, guidance = stage.config.num_inference_steps, stage.config.guidance_scale
-    made = stage.pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(3)).adapter
-    assert all(torch.equal(own.tensors[key], tensor) for key, tensor in made.tensors.items())
-    assert all(tensor.requires_grad == (".lora_B." in key) for key, tensor in own.tensors.items())
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "params"}
+    assert own.requires_grad
+    assert torch.equal(own, stage.pipe(prompt, generator=torch.Generator().manual_seed(3), **options))
 
 
 def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(stage: TuneStage) -> None:
@@ -80,18 +99,20 @@ def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(sta
         assert own <= rows
         assert set(episode.prompt.examples) <= own
         assert episode.targets.bincount().min() >= 2
+        asked = [text for text, asked in zip(episode.texts, episode.asked.tolist(), strict=True) if asked]
+        assert sorted(asked) == sorted(set(episode.texts) - {text for text, _ in episode.prompt.examples})
     shown = [len(episode.prompt.examples) / len(episode.texts) for episode in episodes]
     assert 0.1 < sum(share == 0 for share in shown) / len(shown) < 0.45
     assert 0.25 < sum(shown) / len(shown) < 0.5
 
 
 def test_the_base_model_is_as_before(stage: TuneStage) -> None:
-    before = {key: tensor.clone() for key, tensor in stage.base.model.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in stage.pipe.base_model().model.state_dict().items()}
     rng = step_generator(0, 0)
     stage.loss(stage.module, stage.draw(2, rng), rng).backward()
-    assert all(torch.equal(tensor, before[key]) for key, tensor in stage.base.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in stage.base.model.parameters())
-    assert not any(module._forward_hooks for module in stage.base.model.modules())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in stage.pipe.base_model().model.state_dict().items())
+    assert all(parameter.grad is None for parameter in stage.pipe.base_model().model.parameters())
+    assert not any(module._forward_hooks for module in stage.pipe.base_model().model.modules())
 
 
 @pytest.mark.parametrize("calls", [1, 21, 30])

@@ -137,10 +137,11 @@ class TuneConfig:
     """The third stage: task loss. A step's batch is of episodes."""
 
     fit: FitConfig = FitConfig()
-    examples: int = 24              # of an episode, all its classes together
-    most_labels: int = 6            # classes of an episode
+    decoder: bool = False           # is the autoencoder's decoder trained too? It says which adapters there can be
+    examples: int = 32              # of an episode, all its classes together
+    most_labels: int = 8            # classes of an episode
     whole_tasks: float = 0.6        # share of episodes with as many classes as their task has (up to `most_labels`)
-    shown: float = 0.5              # share of an episode's examples that the condition holds; the loss is on all
+    shown: float = 0.5              # share of an episode's examples that the condition holds; the loss is on the others
     without_examples: float = 0.25  # share of conditions with description and label names only
     max_length: int = 48            # tokens a text
     num_inference_steps: int = 4    # denoising steps, all with gradients

@@ -2,7 +2,7 @@
 
 The diffusion of stage two reconstructs trained adapters, which says little about tasks that were not trained on. Here latents are
 denoised by the few-step sampler with gradients, decoded, and the base model with the adapter is asked to tell examples of a task
-apart; the U-Net learns from its mistakes. (Text-to-LoRA found such training to generalise better than reconstruction.)
+apart; the generator learns from its mistakes. (Text-to-LoRA found such training to generalise better than reconstruction.)
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.lora import attached_to_groups
 from cond_pdiff.models.param_unet_1d import guided_prediction
-from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.conditions import WORD_DROPOUT
 from cond_pdiff.training.config import TuneConfig, parse
@@ -41,19 +40,56 @@ class Episode:
         prompt: what the adapter is generated from: some words of the description, the classes' names, some of the examples.
         texts: all examples.
         targets: the class of each, shape `(len(texts),)`.
+        asked: those that the loss is on: what the prompt does not hold, shape `(len(texts),)`.
     """
 
     task: Task
     prompt: TaskPrompt
     texts: list[Text]
     targets: torch.Tensor
+    asked: torch.Tensor
+
+
+class Writer(nn.Module):
+    """What of a text generator writes params from prompts, with gradients to the parts that are trained.
+
+    Args:
+        pipe: the generator; its U-Net is trained in place, and its decoder if the settings say so.
+    """
+
+    def __init__(self, pipe: CondPDiffPipeline, config: TuneConfig) -> None:
+        super().__init__()
+        self.unet, self.autoencoder, self.config = pipe.unet, pipe.autoencoder, config
+        self._pipe = (pipe,)  # in a tuple: what else belongs to the pipeline is not this module's
+        decoder = (self.autoencoder.from_latent, self.autoencoder.decoder) if config.decoder else ()
+        self.requires_grad_(False)
+        for part in (self.unet, *decoder):
+            if part is not None:
+                part.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Writer:
+        """Norms stay as they are in use."""
+        return super().train(False)
+
+    def forward(self, prompts: Sequence[TaskPrompt], rng: torch.Generator) -> torch.Tensor:
+        """Params for each prompt by the pipeline's own steps, fewer of them; shape `(len(prompts), num_params)`."""
+        (pipe,), config = self._pipe, self.config
+        if pipe.normalizer.device != self.unet.device:
+            pipe.to(self.unet.device)
+        condition = pipe.condition_encoder.encode(prompts)[0]
+        latents = pipe.prepare_latents(len(prompts), rng, None)
+        pipe.scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
+        for timestep in pipe.scheduler.timesteps:
+            prediction = guided_prediction(self.unet, latents, timestep, condition, config.guidance_scale)
+            latents = pipe.scheduler.step(prediction, timestep, latents).prev_sample
+        return pipe.decode(latents)
 
 
 class TuneStage:
     """See `cond_pdiff.training.loop.Stage`.
 
     Args:
-        pipe: a text generator; its U-Net is trained in place.
+        pipe: a text generator, which is trained in place.
         tasks: whose training rows the episodes are drawn from.
     """
 
@@ -61,14 +97,14 @@ class TuneStage:
 
     def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
-        self.base: SentenceBackbone = pipe.base_model()
-        self.module: nn.Module = pipe.unet.requires_grad_(True)
+        pipe.base_model()  # or it is refused, now
         self.rows = [_texts_by_class(task) for task in tasks]
         self.identity: dict[str, Any] = {
             "config": asdict(config),
             "generator": weights_sha256(pipe),
             "tasks": [task.name for task in tasks],
         }
+        self.module: nn.Module = Writer(pipe, config)
 
     def draw(self, batch_size: int, rng: torch.Generator) -> list[Episode]:
         """`batch_size` episodes of tasks that are all equally likely."""
@@ -77,18 +113,24 @@ class TuneStage:
 
     def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
-        losses = []
-        for episode in batch:
-            adapter = self._generate(module, episode.prompt, rng)
-            names = [label_text(label) for label in episode.prompt.labels]
-            with adapter.attached(self.base.model, check=False):
-                embeddings = self.base.forward([*names, *episode.texts], self.config.max_length)
-            prototypes, examples = embeddings.split([len(names), len(episode.texts)])
-            targets = episode.targets.to(examples.device)
-            by_name = nn.functional.cross_entropy(LOGIT_SCALE * examples @ prototypes.T, targets)
-            by_others = nn.functional.cross_entropy(held_out_logits(prototypes, examples, targets), targets)
-            losses.append((by_name + by_others) / 2)
+        tensors = self.pipe.template.to_tensors(module([episode.prompt for episode in batch], rng))
+        texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
+        size = max(map(len, texts))
+        padded = [text for row in texts for text in [*row, *row[:1] * (size - len(row))]]  # each adapter reads as many rows
+        base = self.pipe.base_model()
+        with attached_to_groups(base.model, self.pipe.template.spec, tensors, len(batch)):
+            rows = base.forward(padded, self.config.max_length).unflatten(0, (len(batch), size))
+        losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
         return torch.stack(losses).mean()
+
+    @staticmethod
+    def _episode_loss(episode: Episode, embeddings: torch.Tensor) -> torch.Tensor:
+        """From the embeddings of label names, examples and padding, shape `(rows, embedding_dim)`."""
+        count = len(episode.prompt.labels)
+        names, examples = embeddings[:count], embeddings[count : count + len(episode.texts)]
+        targets, asked = episode.targets.to(examples.device), episode.asked.to(examples.device)
+        both = (LOGIT_SCALE * examples @ names.T, held_out_logits(names, examples, targets))
+        return torch.stack([nn.functional.cross_entropy(logits[asked], targets[asked]) for logits in both]).mean()
 
     def describe(self, batch: list[Episode]) -> str:
         """Names of the episodes' tasks."""
@@ -105,25 +147,14 @@ class TuneStage:
         for place, label in enumerate(classes):
             picked += [(text, place) for text in rng.sample(by_class[label], min(each, len(by_class[label])))]
         labels = [task.labels[label] for label in classes]
-        shown = [(text, labels[place]) for text, place in picked if rng.random() < config.shown]
-        if rng.random() < config.without_examples:
-            shown = []
+        hidden = [rng.random() >= config.shown for _ in picked]
+        if rng.random() < config.without_examples or not any(hidden):
+            hidden = [True] * len(picked)
         words = task.description.split()
         description = " ".join([word for word in words if rng.random() >= WORD_DROPOUT] or words)
-        texts, targets = [text for text, _ in picked], torch.tensor([place for _, place in picked])
-        return Episode(task, TaskPrompt(description, shown, labels), texts, targets)
-
-    def _generate(self, module: nn.Module, prompt: TaskPrompt, rng: torch.Generator) -> LoraAdapter:
-        """An adapter whose tensors carry gradients to the U-Net: the pipeline's own steps, fewer of them."""
-        pipe, config = self.pipe, self.config
-        pipe.to(next(module.parameters()).device)
-        condition, _ = pipe.encode_condition(prompt, 1)
-        latents = pipe.prepare_latents(1, rng, None)
-        pipe.scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
-        for timestep in pipe.scheduler.timesteps:
-            prediction = guided_prediction(module, latents, timestep, condition, config.guidance_scale)
-            latents = pipe.scheduler.step(prediction, timestep, latents).prev_sample
-        return LoraAdapter(pipe.template.spec, pipe.template.to_tensors(pipe.decode(latents)[0]))
+        shown = [(text, labels[place]) for (text, place), asked in zip(picked, hidden, strict=True) if not asked]
+        targets = torch.tensor([place for _, place in picked])
+        return Episode(task, TaskPrompt(description, shown, labels), [text for text, _ in picked], targets, torch.tensor(hidden))
 
 
 def tune(
