@@ -19,8 +19,9 @@ from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
 from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
+from cond_pdiff.training.reproduce.lab import Lab
 from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, STYLES, reproduce
-from cond_pdiff.training.reproduce.variants import PrincipalCode
+from cond_pdiff.training.reproduce.variants import PrincipalCode, Variant, Workshop
 from cond_pdiff.training.tasks import write_task
 
 ROWS = 12
@@ -118,6 +119,13 @@ def test_a_table1_that_is_cut_short_tells_what_is_complete(
     assert part["means"] == [row for row in whole["means"] if (row["rank"], row["way"]) == (2, "runs")]
     assert "Not measured yet: rank 1, runs; " in (tmp_path / "out" / "table1.md").read_text()
     assert whole["missing"] == []
+
+
+def test_table3_makes_adapters_of_the_task_that_is_asked_for(recipe: Path, tasks: Path, out: Path) -> None:
+    workshop = Workshop(Lab(Settings.read(recipe, False), tasks, out))
+    data = workshop.zoo(Variant("generator", "retrieval", sampler="retrieval"))
+    assert [workshop.bank.names[index] for index in data.tasks] == [name.partition("/")[0] for name in data.names]
+    assert [task.name for task in workshop.tasks] == workshop.bank.names != list(workshop.lab.tasks)
 
 
 def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, out: Path) -> None:

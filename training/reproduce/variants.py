@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,7 +123,6 @@ class Workshop:
     def __init__(self, lab: Lab) -> None:
         self.lab, self.config = lab, lab.settings.ablation
         self._zoos: dict[str, ZooParams] = {}
-        self._bank: ConditionBank | None = None
         self._last: tuple[Path, CondPDiffPipeline] | None = None
 
     def zoo(self, variant: Variant) -> ZooParams:
@@ -135,12 +135,15 @@ class Workshop:
         kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
         return ZooParams(data.template, data.params[kept], data.tasks[kept], [data.names[index] for index in kept])
 
-    @property
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """All tasks in the order in which zoos number them, which is not the recipe's."""
+        return [self.lab.tasks[name] for name in self.lab.zoo(self.lab.config.table_ways[0], self.config.rank).task_names]
+
+    @cached_property
     def bank(self) -> ConditionBank:
         """Conditions of all tasks; the same for all variants, which read parts of them."""
-        if self._bank is None:
-            self._bank = ConditionBank.build(list(self.lab.tasks.values()), self.lab.settings.unet())
-        return self._bank
+        return ConditionBank.build(self.tasks, self.lab.settings.unet())
 
     def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
         """What the variant reads of condition embeddings of the task of this index; same shape."""
@@ -173,7 +176,7 @@ class Workshop:
             fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
         inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.inputs)])
         config = settings.unet(self.config.unet, seeded, variant.unet)
-        unet = UNetStage(autoencoder, list(self.lab.tasks.values()), config, replace(self.bank, inputs=inputs))
+        unet = UNetStage(autoencoder, self.tasks, config, replace(self.bank, inputs=inputs))
         fit(unet, config.fit, folder / "unet")
         pipe = unet.pipeline()
         pipe.set_progress_bar_config(disable=True)
