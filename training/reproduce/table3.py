@@ -76,7 +76,8 @@ def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
         row["routing"] = round(statistics.fmean(part["routed"] for cell in cells for part in cell.values()), 4)
         rows.append(row)
     config = lab.settings.ablation
-    return {"rank": config.rank, "seeds": config.seeds, "samples": config.samples, "max_rows": config.max_rows, "rows": rows}
+    sizes = {"rank": config.rank, "seeds": config.seeds, "samples": config.samples, "max_rows": config.max_rows}
+    return {"tasks": list(config.tasks), **sizes, "rows": rows}
 
 
 def _spread(numbers: list[float]) -> tuple[float, float]:
@@ -85,7 +86,7 @@ def _spread(numbers: list[float]) -> tuple[float, float]:
 
 def to_markdown(result: Mapping[str, Any], about: str) -> str:
     """One table, group after group."""
-    tasks = [name for name in result["rows"][0] if f"{name}_deviation" in result["rows"][0]]
+    tasks = [*result["tasks"], "mean"]
     rows = []
     for row in result["rows"]:
         cells = [f"{100 * row[name]:.1f} ± {100 * row[f'{name}_deviation']:.1f}" for name in tasks]
