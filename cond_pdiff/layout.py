@@ -90,10 +90,9 @@ class ParamLayout:
     def unflatten(self, params: torch.Tensor, constants: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Params, shape `(num_params,)` → adapter tensors, in the order of `shapes`.
 
-        A batch of params, shape `(batch, num_params)`, gives tensors of shape `(batch, *shape)`; constants have no batch.
         `constants` supplies the tensors that are not part of the vector; it must hold exactly the keys in `constants`.
         """
-        if params.ndim not in (1, 2) or params.shape[-1] != self.num_params:
+        if tuple(params.shape) != (self.num_params,):
             raise AdapterError(f"params have shape {tuple(params.shape)}, expected ({self.num_params},)")
         given = dict(constants or {})
         if set(given) != set(self.constants):
@@ -101,8 +100,8 @@ class ParamLayout:
         for key, tensor in given.items():
             if tuple(tensor.shape) != self.shapes[key]:
                 raise AdapterError(f"constant tensor {key!r} has shape {tuple(tensor.shape)}, expected {self.shapes[key]}")
-        pieces = dict(zip(self.modelled, params.split(list(self.sizes), dim=-1), strict=True))
-        return {key: (pieces[key].unflatten(-1, shape) if key in pieces else given[key]).clone() for key, shape in self.shapes.items()}
+        pieces = dict(zip(self.modelled, params.split(list(self.sizes)), strict=True))
+        return {key: (pieces[key].reshape(shape) if key in pieces else given[key]).clone() for key, shape in self.shapes.items()}
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready description; `from_json` reads it back."""

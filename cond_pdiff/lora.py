@@ -166,19 +166,19 @@ def adapted_module(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, torch.Tensor], groups: int) -> Iterator[None]:
+def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Attach several adapters at once, each to its own group of the rows of every batch; gradients flow into their tensors.
 
     Args:
         model: the base model, which is not checked.
         spec: of all adapters; without heads.
-        tensors: as `AdapterTemplate.to_tensors` gives them for a batch of params.
-        groups: number of adapters; a batch has equally many neighbouring rows for each.
+        tensors: an adapter's keys → the tensors of all adapters, shape `(adapters, *shape)`. A batch has equally many neighbouring
+            rows for each adapter.
     """
     hooks = {}
     for name, linear in target_linears(model, spec).items():
         lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        hooks[linear] = GroupedUpdateHook(lora_a, lora_b * spec.scale, groups)
+        hooks[linear] = GroupedUpdateHook(lora_a, lora_b * spec.scale)
     attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()])
     try:
         yield
@@ -215,18 +215,16 @@ class GroupedUpdateHook:
     """Adds to each group of a batch the update of its own adapter.
 
     Args:
-        lora_a: A of all adapters, shape `(rank, in)`, or of each, `(groups, rank, in)`.
-        lora_b: the same of B, `(out, rank)` or `(groups, out, rank)`.
-        groups: of equally many neighbouring rows.
+        lora_a: of each group, shape `(groups, rank, in)`.
+        lora_b: of each group, shape `(groups, out, rank)`.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
-    groups: int
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The forward hook."""
-        rows = args[0].reshape(self.groups, -1, args[0].shape[-1])
+        rows = args[0].reshape(len(self.lora_b), -1, args[0].shape[-1])
         return output + (rows @ self.lora_a.mT @ self.lora_b.mT).reshape(output.shape)
 
 

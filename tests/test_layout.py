@@ -115,7 +115,7 @@ def test_validate_names_what_is_wrong(change: dict[str, torch.Tensor | None], me
     ("params", "constants", "message"),
     [
         (torch.zeros(5), {"b": torch.zeros(4)}, r"shape \(5,\), expected \(6,\)"),
-        (torch.zeros(1, 1, 6), {"b": torch.zeros(4)}, r"shape \(1, 1, 6\), expected \(6,\)"),
+        (torch.zeros(1, 6), {"b": torch.zeros(4)}, r"shape \(1, 6\), expected \(6,\)"),
         (torch.zeros(6), None, r"1 constant tensors of the layout, 0 came"),
         (torch.zeros(6), {"b": torch.zeros(4), "c": torch.zeros(1)}, r"1 constant tensors of the layout, 2 came"),
         (torch.zeros(6), {"c": torch.zeros(4)}, r"constant tensors"),

@@ -97,7 +97,7 @@ class TuneStage:
 
     def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
-        pipe.base_model()  # or it is refused, now
+        pipe.base_model()  # refuses adapters that bring a head, before anything is drawn
         self.rows = [_texts_by_class(task) for task in tasks]
         self.identity: dict[str, Any] = {
             "config": asdict(config),
@@ -113,12 +113,12 @@ class TuneStage:
 
     def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
-        tensors = self.pipe.template.to_tensors(module([episode.prompt for episode in batch], rng))
+        tensors = torch.vmap(self.pipe.template.to_tensors)(module([episode.prompt for episode in batch], rng))
         texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
         size = max(map(len, texts))
         padded = [text for row in texts for text in [*row, *row[:1] * (size - len(row))]]  # each adapter reads as many rows
         base = self.pipe.base_model()
-        with attached_to_groups(base.model, self.pipe.template.spec, tensors, len(batch)):
+        with attached_to_groups(base.model, self.pipe.template.spec, tensors):
             rows = base.forward(padded, self.config.max_length).unflatten(0, (len(batch), size))
         losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
         return torch.stack(losses).mean()

@@ -68,10 +68,7 @@ class AdapterTemplate(Component):
         return template
 
     def to_tensors(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Params, shape `(num_params,)` → an adapter's tensors, of the params' type and on their device, with their gradients.
-
-        Of a batch, shape `(batch, num_params)`, those of all adapters at once (see `ParamLayout.unflatten`).
-        """
+        """Params, shape `(num_params,)` → an adapter's tensors, of the params' type and on their device, with their gradients."""
         constants, offset = {}, 0
         values = self.constant_bits.view(torch.float32).to(params)
         for key in self.layout.constants:
