@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import NOUNS, interrupt_at, refused, tiny_recipe
 from PIL import Image
+from transformers import MPNetConfig, MPNetModel
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
@@ -65,6 +67,7 @@ def recipe(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
             {"group": "condition", "name": "one-hot", "condition": ["one-hot"]},
             {"group": "condition", "name": "examples", "condition": ["examples"], "num_inference_steps": 1},
             {"group": "code", "name": "pca", "pca": True},
+            {"group": "scheduler", "name": "DDPM", "scheduler": "DDPMScheduler"},
             {"group": "blocks", "name": "half", "blocks": 0.5, "guidance_scale": 1.0},
             *({"group": "generator", "name": name, "sampler": name} for name in ("gaussian", "retrieval", "conditional mean")),
         ],
@@ -128,19 +131,27 @@ def test_table3_makes_adapters_of_the_task_that_is_asked_for(recipe: Path, tasks
     assert [task.name for task in workshop.tasks] == workshop.bank.names != list(workshop.lab.tasks)
 
 
+def test_a_scheduler_is_its_variants_alone(recipe: Path, tasks: Path, out: Path) -> None:
+    workshop = Workshop(Lab(Settings.read(recipe, False), tasks, out))
+    plain, other = Variant("scheduler", "its own"), Variant("scheduler", "DDPM", scheduler="DDPMScheduler")
+    first, noisy, again = (workshop.params(variant, workshop.lab.tasks["moods"], 0) for variant in (plain, other, plain))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, noisy)
+
+
 def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, out: Path) -> None:
     result = reproduce("table3", tasks, out, recipe)
     rows = {row["name"]: row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 10
+    assert len(rows) == len(result["rows"]) == 11
     for row in rows.values():
         assert math.isclose(row["mean"], (row["moods"] + row["closeness"]) / 2, abs_tol=1e-4)
         assert row["mean_deviation"] >= 0
         assert 0 <= row["routing"] <= 1
     assert {name: rows["as it is"][name] for name in ("moods", "mean")} == {name: rows["diffusion"][name] for name in ("moods", "mean")}
     assert rows["retrieval"]["routing"] == 1.0
-    assert len(list((out / "cells" / "table3").iterdir())) == 2 * 9  # two variants share their cells
+    assert len(list((out / "cells" / "table3").iterdir())) == 2 * 10  # two variants share their cells
     assert len(list((out / "variants").iterdir())) == 2 * 5  # and so do trained generators
-    assert (out / "table3.md").read_text().count("±") == 10 * 3 + 1
+    assert (out / "table3.md").read_text().count("±") == 11 * 3 + 1
     with Image.open(out / "table3.png") as picture:
         assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
 
@@ -170,6 +181,7 @@ def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Pa
         ({"condition": ["title"]}, "condition must be some of"),
         ({"condition": []}, "condition must be some of"),
         ({"blocks": 0.0}, "blocks must be above 0"),
+        ({"scheduler": "Magic"}, "scheduler must be a class of diffusers.schedulers"),
         ({"autoencoder": {"model": {"latent_dims": 4}}}, "latent_dims"),
         ({"wey": "runs"}, "ablation, variants, 1: unknown entry 'wey'"),
         ({"way": "walk"}, "no way 'walk' of collecting"),
@@ -286,7 +298,7 @@ def test_table2_collects_trains_and_measures_styles_once(
     recipe = {**copy.deepcopy(style_recipe), "reproduce": {"samples": 2, "max_rows": 2}, "quick": {"reproduce": {"max_rows": 1}}}
     (tmp_path / "tiny.json").write_text(json.dumps(recipe))
     result = reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json")
-    assert result["command"] == "cond-pdiff reproduce table2 --tasks styles --out results --recipe tiny.json"
+    assert result["command"] == "cond-pdiff reproduce table2 --tasks styles --out results/tiny --recipe tiny.json"
     assert [(row["style"], row["seen"]) for row in result["rows"]] == [("embers", True), ("lagoon", True), ("moss", False)]
     assert set(result["zoo"]["frechet"]) == {"base", "trained", "soup", "multitask", "retrieval", "generated"}
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
@@ -294,6 +306,17 @@ def test_table2_collects_trains_and_measures_styles_once(
     assert reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json") == result
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert read_quick("pixart-mini-styles", quick=True)["reproduce"]["max_rows"] == 4
+
+
+def test_mpnet_has_the_size_of_the_papers_bert() -> None:
+    settings = Settings.read("reproduce-minilm+mpnet", False)
+    (rank,) = settings.reproduce.ranks
+    for way in settings.reproduce.table_ways:
+        config = settings.collect(way, rank)
+        spec = LoraSpec("base", rank, config.alpha, config.target_modules)
+        with torch.device("meta"):
+            linears = target_linears(MPNetModel(MPNetConfig()), spec)
+        assert sum(sum(update_shape(linear, spec)) for linear in linears.values()) == 73_728
 
 
 # --- docs/paper.md -----------------------------------------------------------------------------------------------------------
@@ -314,9 +337,13 @@ def missing_from(document: str, name: str, results: Path) -> list[str]:
     return [line for line in made if line.startswith("|") and line not in lines] + ([unmeasured] if unmeasured in document else [])
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_the_document_has_the_numbers_of_the_results(name: str) -> None:
-    assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, ROOT / "results") == []
+OF_THE_RECIPE = [(name, ROOT / "results") for name in DOCUMENTS]
+OF_VARIANTS = [(path.stem, path.parent) for path in sorted((ROOT / "results").glob("*/*.json"))]
+
+
+@pytest.mark.parametrize(("name", "results"), OF_THE_RECIPE + OF_VARIANTS)
+def test_the_document_has_the_numbers_of_the_results(name: str, results: Path) -> None:
+    assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, results) == []
 
 
 def test_readme_and_card_have_the_numbers_of_table2() -> None:
@@ -344,6 +371,6 @@ def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:
     assert missing_from(text, "figures", tmp_path) == ["`results/figures.json`: not measured yet"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("*.*")), ids=lambda path: path.name)
 def test_results_are_small(path: Path) -> None:
     assert path.stat().st_size <= (150_000 if path.suffix == ".png" else 100_000)

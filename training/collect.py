@@ -24,7 +24,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import LoraSpec, base_fingerprint
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.head_tuning import HeadTuning
-from cond_pdiff.training.precision import attention_backend
+from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
 from cond_pdiff.training.zoo import RUN_FILE, Zoo, write_run
@@ -37,7 +37,7 @@ class Tuning(Protocol):
     """A base model, and how an adapter for it learns a kind of task. Tasks have a `name`."""
 
     model: nn.Module
-    """What adapters are attached to; there once tasks are loaded."""
+    """What adapters are attached to, on the device that trains; there once tasks are loaded."""
     task_type: str | None
     """peft's."""
 
@@ -180,7 +180,7 @@ class _Tuner:
             def keep(step: int) -> None:
                 back, rest = divmod(steps - step, config.checkpoint_every)
                 if rest == 0 and back < config.last_checkpoints:
-                    kept[step] = {key: value.detach().clone() for key, value in get_peft_model_state_dict(model).items()}
+                    kept[step] = {key: value.detach().to("cpu", copy=True) for key, value in get_peft_model_state_dict(model).items()}
 
             loss = optimise(self.tuning, config, trained, tasks, steps, rate, seed, keep)
         finally:
@@ -240,7 +240,7 @@ def optimise(
     recent: list[float] = []
     for step in range(steps):
         task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
-        with torch.autocast("cpu", torch.bfloat16, config.precision == "bf16"), attention_backend(config.precision, "cpu"):
+        with mixed_precision(config.precision, parameters[0].device):
             loss = tuning.loss(next(batches), task)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"{task.name}: the loss is {loss.item()} at step {step}; lower the learning rate ({rate})")

@@ -14,6 +14,7 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK
 from cond_pdiff.models.head_backbone import HeadBackbone
+from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.text_tuning import TaskTuning
 
@@ -42,7 +43,7 @@ class HeadTuning(TaskTuning):
                 )
         torch.manual_seed(self.config.seed)  # of the new head
         self.backbone = HeadBackbone.load(Backbone.from_json(self.config.base), count, self.config.modules_to_save)
-        self.model = self.backbone.model
+        self.model = self.backbone.model.to(training_device())
         return tasks
 
     def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
@@ -52,4 +53,4 @@ class HeadTuning(TaskTuning):
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
         """The adapter's head's, or of the base model's new head."""
         with adapter.attached(self.model) if adapter else contextlib.nullcontext():
-            return self.backbone.logits(texts, self.config.max_length)
+            return self.backbone.logits(texts, self.config.max_length).cpu()

@@ -1,10 +1,25 @@
-"""What reduced precision needs besides autocast."""
+"""Where training runs, and in what precision."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
+from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def training_device() -> torch.device:
+    """A GPU if there is one, as for the loop's stages; `ACCELERATE_USE_CPU=true` keeps both on the CPU."""
+    return PartialState().device
+
+
+@contextmanager
+def mixed_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Autocast to bfloat16 where `precision` is "bf16", and the attention that goes with it."""
+    with torch.autocast(device.type, torch.bfloat16, precision == "bf16"), attention_backend(precision, device.type):
+        yield
 
 
 def attention_backend(precision: str, device: str) -> AbstractContextManager[None]:

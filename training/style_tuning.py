@@ -16,6 +16,7 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target, draw_noise_levels, flow_pair
+from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.styles import Style, load_styles
 from cond_pdiff.training.text_to_image.pictures import to_input
 
@@ -23,7 +24,7 @@ ENCODE_BATCH = 32
 
 
 class StyleBatch(NamedTuple):
-    """Clean latents, and embeddings and masks of their captions."""
+    """Clean latents, and embeddings and masks of their captions, on the device that trains."""
 
     latents: torch.Tensor
     captions: torch.Tensor
@@ -37,7 +38,7 @@ class StyleTuning:
 
     def __init__(self, config: CollectConfig) -> None:
         self.config = config
-        self.pipe = load_text_to_image(Backbone.from_json(config.base))
+        self.pipe = load_text_to_image(Backbone.from_json(config.base)).to(training_device())
         self.model: nn.Module = self.pipe.transformer
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)
@@ -78,15 +79,15 @@ class StyleTuning:
         return {"test_loss": round(adapted, 5), "test_loss_base": round(base, 5)}
 
     def _loss(self, batch: StyleBatch, rng: torch.Generator | None) -> torch.Tensor:
-        """`rng` None draws from torch's own generator, which `collect` seeds for each adapter."""
+        """`rng` None draws from torch's own generator, which `collect` seeds for each adapter; either draws on the CPU."""
         clean, size = batch.latents, len(batch.latents)
-        noise = torch.randn(clean.shape, generator=rng)
+        noise = torch.randn(clean.shape, generator=rng).to(clean)
         if self.scheduler is None:
-            levels = draw_noise_levels(size, self.config.time_shift, rng)
+            levels = draw_noise_levels(size, self.config.time_shift, rng).to(clean)
             noisy, target = flow_pair(clean, noise, levels)
             timesteps = levels * self.pipe.scheduler.config.num_train_timesteps
         else:
-            timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=rng)
+            timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=rng).to(clean.device)
             noisy, target = self.scheduler.add_noise(clean, noise, timesteps), diffusion_target(self.scheduler, clean, noise, timesteps)
         predicted = self.model(
             noisy,
@@ -110,7 +111,7 @@ class StyleTuning:
         pixels, captions = pixels[:limit], captions[:limit]
         latents, embeddings, masks = [], [], []
         for start in range(0, len(captions), ENCODE_BATCH):
-            pictures = to_input(pixels[start : start + ENCODE_BATCH].permute(0, 3, 1, 2))
+            pictures = to_input(pixels[start : start + ENCODE_BATCH].permute(0, 3, 1, 2)).to(self.pipe.device)
             latents.append(self.pipe.vae.encode(pictures).latent_dist.mean * self.pipe.vae.config.scaling_factor)
             text, mask, _, _ = self.pipe.encode_prompt(
                 captions[start : start + ENCODE_BATCH], do_classifier_free_guidance=False, max_sequence_length=self.config.max_length

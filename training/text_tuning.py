@@ -20,7 +20,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.metrics import measure, metric_names, predictions
-from cond_pdiff.training.precision import attention_backend
+from cond_pdiff.training.precision import mixed_precision, training_device
 from cond_pdiff.training.tasks import Row, Task, load_tasks
 
 
@@ -79,7 +79,7 @@ class TaskTuning(ABC):
 
     @abstractmethod
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
-        """Those of any number of texts by the base model with an adapter, without gradients."""
+        """Those of any number of texts by the base model with an adapter, without gradients, on the CPU."""
 
 
 class TextTuning(TaskTuning):
@@ -90,7 +90,7 @@ class TextTuning(TaskTuning):
     def __init__(self, config: CollectConfig) -> None:
         super().__init__(config)
         self.backbone = SentenceBackbone.load(Backbone.from_json(config.base))
-        self.model = self.backbone.model
+        self.model = self.backbone.model.to(training_device())
 
     def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
         """See `read_texts`."""
@@ -101,9 +101,8 @@ class TextTuning(TaskTuning):
         """`read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
 
         def embed(texts: Sequence[Text]) -> torch.Tensor:
-            precision = self.config.precision
-            with torch.autocast("cpu", torch.bfloat16, precision == "bf16"), attention_backend(precision, "cpu"):
-                return self.backbone.embed(texts, self.config.max_length).float()
+            with mixed_precision(self.config.precision, next(self.model.parameters()).device):
+                return self.backbone.embed(texts, self.config.max_length).float().cpu()
 
         with adapter.attached(self.model, check=False) if adapter else contextlib.nullcontext():
             return read_texts(task, texts, embed)
@@ -132,5 +131,6 @@ def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch
     """Cross-entropy, or of a regression task the mean squared error in units of the label range."""
     if task.label_range is not None:
         low, high = task.label_range
-        return nn.functional.mse_loss(outputs / (high - low), torch.tensor(labels, dtype=torch.float32) / (high - low))
-    return nn.functional.cross_entropy(outputs, torch.tensor(labels))
+        targets = torch.tensor(labels, dtype=torch.float32, device=outputs.device)
+        return nn.functional.mse_loss(outputs / (high - low), targets / (high - low))
+    return nn.functional.cross_entropy(outputs, torch.tensor(labels, device=outputs.device))

@@ -96,7 +96,8 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
 def command(name: str, recipe: str | Path | None, quick: bool) -> str:
     """The command line that makes a result."""
     options = (f" --recipe {Path(recipe).name}" if recipe else "") + (" --quick" if quick else "")
-    return f"cond-pdiff reproduce {name} --tasks {'styles' if name == STYLES else 'tasks'} --out results{options}"
+    out = f"results/{Path(recipe).stem}" if recipe else "results"  # a folder is of one recipe
+    return f"cond-pdiff reproduce {name} --tasks {'styles' if name == STYLES else 'tasks'} --out {out}{options}"
 
 
 def about(settings: Settings, line: str) -> str:

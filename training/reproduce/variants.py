@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import schedulers
 from torch import nn
 
 from cond_pdiff.conditioning import TaskPrompt
@@ -47,6 +49,7 @@ class Variant:
     blocks: float = 1.0                             # share of the base model's first blocks that is generated, the rest is original
     num_inference_steps: int = 10
     guidance_scale: float = 1.5
+    scheduler: str = ""                             # diffusers' name of another one than the generator's own
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -55,10 +58,17 @@ class Variant:
             raise TrainingError(f"ablation, {self.name}: condition must be some of {PARTS}, or {ONE_HOT!r}, got {list(self.condition)}")
         if not 0 < self.blocks <= 1:
             raise TrainingError(f"ablation, {self.name}: blocks must be above 0 and at most 1, got {self.blocks}")
+        if self.scheduler and not hasattr(schedulers, self.scheduler):
+            raise TrainingError(f"ablation, {self.name}: scheduler must be a class of diffusers.schedulers, got {self.scheduler!r}")
 
     def key(self, *entries: str) -> str:
-        """A name for all that decides the result, or for these entries of it."""
+        """A name for all that decides the result, or for these entries of it.
+
+        An entry that came after the first results is left out where it says nothing, so that they need not be measured again.
+        """
         facts = {name: value for name, value in asdict(self).items() if name in (entries or asdict(self)) and name not in ("group", "name")}
+        if not self.scheduler:
+            facts.pop("scheduler", None)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -188,8 +198,10 @@ class Workshop:
         seeds = [torch.Generator().manual_seed(1_000_003 * seed + index) for index in range(count)]
         embedding = self.prompt_embedding(variant, task)
         if variant.sampler == "diffusion":
-            pipe = self.pipeline(variant, seed)
+            pipe = copy.copy(self.pipeline(variant, seed))
             pipe.register_modules(condition_encoder=GivenCondition(embedding))
+            if variant.scheduler:
+                pipe.register_modules(scheduler=getattr(schedulers, variant.scheduler).from_config(pipe.scheduler.config))
             steps, guidance = variant.num_inference_steps, variant.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
