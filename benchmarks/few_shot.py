@@ -20,12 +20,12 @@ trained.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from sklearn.linear_model import LogisticRegression
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.few_shot import refine
-from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.tasks import Row, Task
 from cond_pdiff.training.zoo import Zoo, soup
 
 CANDIDATES = 8
@@ -73,25 +73,20 @@ class Bench:
         Args:
             other: whose prompt the shuffled adapter is generated from.
         """
-        rows = task.report_rows(ROWS)
-        texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         adapters = self.fixed(task)
         for name, source in (("generated", task), ("shuffled", other)):
             adapters[name] = self.generate(TaskPrompt(source.description, labels=source.labels), 1).adapter
-        return {name: accuracy(self.classifier(task, adapter).logits(texts), targets) for name, adapter in adapters.items()}
+        return {name: self.accuracy(task, adapter) for name, adapter in adapters.items()}
 
     def with_examples(self, task: Task, other: Task, shots: int, seed: int) -> dict[str, Any]:
         """Accuracies and seconds with a draw of examples, and what the pipeline predicted."""
-        rows = task.report_rows(ROWS)
-        texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
         values: dict[str, float] = {}
         seconds: dict[str, float] = {}
 
         def add(name: str, adapter: LoraAdapter | None, started: float, with_examples: bool = True) -> None:
             seconds[name] = time.perf_counter() - started
-            classifier = self.classifier(task, adapter, prompt if with_examples else None)
-            values[name] = accuracy(classifier.logits(texts), targets)
+            values[name] = self.accuracy(task, adapter, prompt if with_examples else None)
 
         started = time.perf_counter()
         output = self.generate(prompt, CANDIDATES)
@@ -111,6 +106,7 @@ class Bench:
         started = time.perf_counter()
         probe = LogisticRegression(max_iter=1000).fit(self.embed(given).numpy(), classes)
         seconds["probe"] = time.perf_counter() - started
+        texts, targets = zip(*reported(task), strict=True)
         values["probe"] = round(float(probe.score(self.embed(texts).numpy(), targets)), 4)
         return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(output)}
 
@@ -131,13 +127,21 @@ class Bench:
         """Of a task, with a prompt's examples in its prototypes."""
         return PrototypeClassifier(self.base, task.labels, adapter, examples=prompt.examples if prompt else ())
 
+    def accuracy(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> float:
+        """On rows of the task's reported split, with a prompt's examples in the prototypes."""
+        texts, labels = zip(*reported(task), strict=True)
+        logits = self.classifier(task, adapter, prompt).logits(texts)
+        return round(float((logits.argmax(1) == torch.tensor(labels)).float().mean()), 4)
+
     def embed(self, texts: Sequence[Any]) -> torch.Tensor:
         """The base model's embeddings."""
         return self.base.embed(texts, 128)
 
 
-def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    return round(float((logits.argmax(1) == targets).float().mean()), 4)
+@functools.cache
+def reported(task: Task) -> list[Row]:
+    """The rows that everything is measured on."""
+    return task.report_rows(ROWS)
 
 
 def report_facts(output: Any) -> dict[str, Any]:
@@ -237,14 +241,14 @@ def main() -> None:
     for task in tasks:
         other = Task.load(arguments.tasks / zoo.unseen_names[(zoo.unseen_names.index(task.name) + 1) % len(zoo.unseen_names)])
         folder = arguments.out / task.name
-        names_only = once(folder / "names_only.json", partial(bench.names_only, task, other))
+        names_only = once(folder / "names_only.json", functools.partial(bench.names_only, task, other))
         seeded = [
-            once(folder / f"seed_{seed}.json", partial(bench.with_examples, task, other, arguments.shots, seed))
+            once(folder / f"seed_{seed}.json", functools.partial(bench.with_examples, task, other, arguments.shots, seed))
             for seed in range(arguments.seeds)
         ]
         with_setfit = importlib.util.find_spec("setfit") and len(task.labels) <= arguments.setfit_labels
         for seed, columns in enumerate(seeded if with_setfit else ()):
-            found = once(folder / f"setfit_{seed}.json", partial(bench.setfit, task, arguments.shots, seed))
+            found = once(folder / f"setfit_{seed}.json", functools.partial(bench.setfit, task, arguments.shots, seed))
             columns["accuracy"]["setfit"], columns["seconds"]["setfit"] = found["accuracy"], found["seconds"]
         results.append({"task": task.name, "names only": names_only, "with examples": seeded})
         print(f"{len(results)}/{len(tasks)} {task.name}", flush=True)

@@ -17,14 +17,14 @@ import json
 import random
 import shutil
 import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from few_shot import ROWS, Bench, accuracy, once
+from few_shot import Bench, once
 
-from cond_pdiff import LoraAdapter, TaskPrompt
+from cond_pdiff import TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.few_shot import refine
 from cond_pdiff.training.card import markdown_table
@@ -40,64 +40,64 @@ COLUMNS = {
     "examples": ("base", "multi-task", "generated", "refined", "trained"),
     "tasks": ("base", "generated", "base, names only", "generated, names only"),
 }
+TITLES = {"examples": "labelled examples a class", "tasks": "tasks in the zoo"}
+LOOKS = {
+    "base": ("#56B4E9", "o-"), "multi-task": ("#CC79A7", "x-"), "generated": ("#D55E00", "x-"), "refined": ("#009E73", "s-"),
+    "trained": ("black", "D-"), "base, names only": ("#56B4E9", "+--"), "generated, names only": ("#D55E00", "*--"),
+}  # fmt: skip
 
 
 def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
     """Accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
-    rows = task.report_rows(ROWS)
-    texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
     prompt = task.prompt("shots/0", shots * len(task.labels))
-
-    def right(adapter: LoraAdapter | None, given: TaskPrompt | None) -> float:
-        return accuracy(bench.classifier(task, adapter, given).logits(texts), targets)
-
-    generated = bench.generate(prompt, 1).adapter
-    found = {"base": right(None, prompt), "multi-task": right(bench.multitask, prompt), "generated": right(generated, prompt)}
+    adapters = {"base": None, "multi-task": bench.multitask, "generated": bench.generate(prompt, 1).adapter}
     if shots > 1:  # each example is told apart by the others of its class
-        found["refined"] = right(refine(bench.classifier(task, generated, prompt)), prompt)
-    return {**found, "trained": right(bench.zoo.runs(task.name)[0].adapter(), None)}
+        adapters["refined"] = refine(bench.classifier(task, adapters["generated"], prompt))
+    found = {column: bench.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
+    return {**found, "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
 
 
 def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
     """Accuracies of one sample, with eight examples a class and with none."""
-    rows = task.report_rows(ROWS)
-    texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
     prompts = {"": task.prompt("shots/0", 8 * len(task.labels)), ", names only": TaskPrompt(task.description, labels=task.labels)}
     found = {}
     for name, prompt in prompts.items():
         for column, adapter in (("base", None), ("generated", bench.generate(prompt, 1).adapter)):
-            found[column + name] = accuracy(bench.classifier(task, adapter, prompt).logits(texts), targets)
+            found[column + name] = bench.accuracy(task, adapter, prompt)
     return found
 
 
 def generator_of(zoo: Zoo, count: int, tasks_folder: Path, out: Path) -> Path:
     """A generator trained on `count` tasks of the zoo, the first run of each."""
-    part = out / "zoo"
-    names = sorted(random.Random(0).sample(zoo.task_names, len(zoo.task_names))[:count])
-    for name in names:
-        shutil.copytree(zoo.run_folder(name, 0), part / "tasks" / name / "run-0", dirs_exist_ok=True)
-    write_text(part / "zoo.json", dump_json({**zoo.facts, "tasks": {name: zoo.facts["tasks"][name] for name in names}}))
-    if not (out / "run" / "generator" / "model_index.json").exists():
+    part, generator = out / "zoo", out / "run" / "generator"
+    if not (generator / "model_index.json").exists():
+        names = sorted(random.Random(0).sample(zoo.task_names, len(zoo.task_names))[:count])
+        for name in names:
+            shutil.copytree(zoo.run_folder(name, 0), part / "tasks" / name / "run-0", dirs_exist_ok=True)
+        write_text(part / "zoo.json", dump_json({**zoo.facts, "tasks": {name: zoo.facts["tasks"][name] for name in names}}))
         train(read_recipe(RECIPE), part, tasks_folder, out / "run")
-    return out / "run" / "generator"
+    return generator
+
+
+def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tuple[int, Callable[[Task], dict[str, float]]]]:
+    """The numbers that a curve is over, and what measures a task there."""
+    if curve == "examples":
+        bench = Bench(f"cond-pdiff/{GENERATOR}", zoo)
+        for shots in SHOTS:
+            yield shots, partial(with_examples, bench, shots=shots)
+        return
+    for count in (round(share * len(zoo.task_names)) for share in SHARES):
+        generator = generator_of(zoo, count, tasks_folder, out / "generators" / str(count))
+        yield count, partial(with_fewer_tasks, Bench(str(generator), zoo))
 
 
 def measure(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> None:
     """Every point of a curve, a file a point and task."""
     tasks = [Task.load(tasks_folder / name) for name in zoo.unseen_names]
-    if curve == "examples":
-        bench = Bench(f"cond-pdiff/{GENERATOR}", zoo)
-        for shots in SHOTS:
-            for task in tasks:
-                once(out / curve / str(shots) / f"{task.name}.json", partial(with_examples, bench, task, shots))
-            print(f"{shots} examples a class", flush=True)
-        return
-    for count in (round(share * len(zoo.task_names)) for share in SHARES):
-        folder = out / curve / str(count)
-        bench = Bench(str(generator_of(zoo, count, tasks_folder, out / "generators" / str(count))), zoo)
+    for number, measured in points(curve, zoo, tasks_folder, out):
         for task in tasks:
-            once(folder / f"{task.name}.json", partial(with_fewer_tasks, bench, task))
-        print(f"{count} tasks", flush=True)
+            once(out / curve / str(number) / f"{task.name}.json", partial(measured, task))
+        print(f"{number} {TITLES[curve]}", flush=True)
 
 
 def means(folder: Path) -> dict[int, dict[str, float]]:
@@ -117,22 +117,19 @@ def draw(out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    titles = {"examples": "labelled examples a class", "tasks": "tasks in the zoo"}
-    looks = dict(zip((name for names in COLUMNS.values() for name in names), "ox^sD" "ox+*", strict=True))
-    colours = ("#56B4E9", "#CC79A7", "#D55E00", "#009E73", "black")
     text = []
     for place, (curve, columns) in zip(axes, COLUMNS.items(), strict=True):
-        points = means(out / curve)
-        for column, colour in zip(columns, colours if curve == "examples" else ("#56B4E9", "#D55E00", "#56B4E9", "#D55E00"), strict=True):
-            there = [number for number, row in points.items() if column in row]
-            line = "--" if "names only" in column else "-"
-            place.plot(there, [points[number][column] for number in there], line, marker=looks[column], color=colour, label=column)
-        place.set(xscale="log", xlabel=titles[curve], title=f"over {curve}")
-        place.set_xticks(list(points), list(map(str, points)))
+        found = means(out / curve)
+        for column in columns:
+            there = [number for number, row in found.items() if column in row]
+            colour, line = LOOKS[column]
+            place.plot(there, [found[number][column] for number in there], line, color=colour, label=column)
+        place.set(xscale="log", xlabel=TITLES[curve], title=f"over {curve}")
+        place.set_xticks(list(found), list(map(str, found)))
         place.minorticks_off()
         place.legend(fontsize="small")
-        rows = [[str(number), *(f"{row[name]:.1f}" if name in row else "–" for name in columns)] for number, row in points.items()]
-        text.append(markdown_table([titles[curve], *columns], rows))
+        rows = [[str(number), *(f"{row[name]:.1f}" if name in row else "–" for name in columns)] for number, row in found.items()]
+        text.append(markdown_table([TITLES[curve], *columns], rows))
     axes[0].set_ylabel("mean accuracy on unseen tasks, percent")
     figure.savefig(out / "curves.png", dpi=100)
     write_text(out / "curves.md", "\n\n".join(text) + "\n")
