@@ -178,7 +178,7 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
     hooks = {}
     for name, linear in target_linears(model, spec).items():
         lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        hooks[linear] = GroupedUpdateHook(lora_a, lora_b * spec.scale)
+        hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scale)
     attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()])
     try:
         yield
@@ -216,16 +216,18 @@ class GroupedUpdateHook:
 
     Args:
         lora_a: of each group, shape `(groups, rank, in)`.
-        lora_b: of each group, shape `(groups, out, rank)`.
+        lora_b: of each group, shape `(groups, out, rank)`; an optimiser may change it while it is attached.
+        scale: alpha / rank.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
+    scale: float
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The forward hook."""
         rows = args[0].reshape(len(self.lora_b), -1, args[0].shape[-1])
-        return output + (rows @ self.lora_a.mT @ self.lora_b.mT).reshape(output.shape)
+        return output + (self.scale * (rows @ self.lora_a.mT) @ self.lora_b.mT).reshape(output.shape)
 
 
 @dataclass(frozen=True, eq=False)

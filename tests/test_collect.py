@@ -19,7 +19,7 @@ from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.training.collect import collect
+from cond_pdiff.training.collect import _clip_gradients, collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.tasks import Row, Task, write_task
@@ -112,6 +112,49 @@ def test_the_reported_accuracy_is_that_of_the_saved_adapter(zoo: Zoo, tasks_fold
         task = Task.load(tasks_folder / "animals")
         rows = task.report_rows(10)
         assert round(accuracy(PrototypeClassifier.load(run.folder), task, rows), 4) == run.facts["accuracy"]
+
+
+@pytest.mark.parametrize("train_lora_a", [False, True])
+def test_adapters_trained_side_by_side_are_those_trained_alone(
+    config: CollectConfig, tasks_folder: Path, tmp_path: Path, train_lora_a: bool
+) -> None:
+    """Classification tasks with different numbers of labels and a regression task in one batch, two checkpoints each."""
+    small = replace(config, train_lora_a=train_lora_a, steps=4, last_checkpoints=2, checkpoint_every=1, multitask_steps=2)
+    alone, together = (collect(small, tasks_folder, tmp_path / f"{count}", together=count) for count in (1, 3))
+    assert [path.name for path in sorted(together.folder.rglob("step-*"))] == [path.name for path in sorted(alone.folder.rglob("step-*"))]
+    pairs = list(zip(all_runs(alone), all_runs(together), strict=True))
+    assert len(pairs) == len(JOBS)
+    for one, other in pairs:
+        assert {name: one.facts[name] for name in ("task", "run", "seed", "steps", "learning_rate", "split")} == {
+            name: other.facts[name] for name in ("task", "run", "seed", "steps", "learning_rate", "split")
+        }
+        assert abs(one.facts["loss"] - other.facts["loss"]) < 0.01
+        for first, second in zip(one.adapters(), other.adapters(), strict=True):
+            assert first.metadata == second.metadata
+            for key, tensor in first.tensors.items():
+                torch.testing.assert_close(second.tensors[key], tensor, rtol=0.01, atol=1e-4)
+
+
+def test_a_gradient_is_clipped_for_each_adapter_by_itself() -> None:
+    alone = [torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
+    gradients = [torch.tensor([[[3.0, 4, 0]] * 2, [[0.1, 0, 0]] * 2]), torch.tensor([[[1.0, 2]] * 2, [[0.2, 0]] * 2])]
+    stacked = [torch.zeros(gradient.shape, requires_grad=True) for gradient in gradients]
+    for parameter, gradient in zip(stacked, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    _clip_gradients(stacked, 2)
+    for index in range(2):
+        for parameter, gradient in zip(alone, gradients, strict=True):
+            parameter.grad = gradient[index].clone()
+        _clip_gradients(alone, 1)
+        for one, all_ in zip(alone, stacked, strict=True):
+            torch.testing.assert_close(all_.grad[index], one.grad)  # type: ignore[index]
+
+
+def test_side_by_side_needs_plain_adapters(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    for settings, together in ((config, 0), (replace(config, lora_dropout=0.1), 2)):
+        with pytest.raises(TrainingError, match="together must be at least 1"):
+            collect(settings, tasks_folder, tmp_path / "zoo", together=together)
+    assert not (tmp_path / "zoo").exists()
 
 
 def test_training_both_factors_moves_lora_a(config: CollectConfig, tasks_folder: Path, zoo: Zoo, tmp_path: Path) -> None:

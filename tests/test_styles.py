@@ -260,8 +260,22 @@ def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
     tuning = StyleTuning(parse(CollectConfig, section, "collect"))
     (style,) = tuning.load_tasks(styles_folder, ["embers"])
     torch.manual_seed(0)
-    loss = tuning.loss(next(tuning.batches(style, random.Random(0))), style)
+    loss = tuning.losses([next(tuning.batches(style, random.Random(0)))], [style])
     assert 0.3 < loss.item() < 3
+
+
+def test_style_adapters_trained_side_by_side_are_those_trained_alone(
+    style_recipe: dict[str, Any], styles_folder: Path, tmp_path: Path
+) -> None:
+    config = parse(CollectConfig, {**style_recipe["collect"], "steps": 6, "last_checkpoints": 1, "multitask_steps": 2}, "collect")
+    alone, together = (collect(config, styles_folder, tmp_path / f"{count}", together=count) for count in (1, 2))
+    for name in (*alone.task_names, *alone.unseen_names):
+        for one, other in zip(alone.runs(name), together.runs(name), strict=True):
+            assert abs(one.facts["test_loss"] - other.facts["test_loss"]) < 0.005
+            first, second = one.adapter(), other.adapter()
+            for module in first.modules:
+                (_, one_b), (_, other_b) = first.factors(module), second.factors(module)
+                assert (one_b - other_b).norm() < 0.05 * one_b.norm()
 
 
 # --- making styles -------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--tasks", required=True, type=Path, help="folder of task folders")
     collect.add_argument("--zoo", required=True, type=Path, help="folder to create or continue")
     collect.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="do every N-th job beginning with I")
+    collect.add_argument(
+        "--together", type=int, default=1, metavar="N", help="adapters trained side by side in one batch: many on a GPU (default: 1)"
+    )
     collect.set_defaults(run=commands.collect)
 
     train = add("train", help="train a generator on a zoo (resumable)")

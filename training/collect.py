@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.lora import LoraSpec, base_fingerprint
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.head_tuning import HeadTuning
 from cond_pdiff.training.precision import mixed_precision
@@ -31,6 +32,9 @@ from cond_pdiff.training.zoo import RUN_FILE, Zoo, write_run
 
 MULTITASK = "multitask"
 TUNINGS: dict[str, type] = {"text": TextTuning, "head": HeadTuning, "style": StyleTuning}
+
+Job = tuple[str, int]
+"""A task's name (or `MULTITASK`) and the number of the run."""
 
 
 class Tuning(Protocol):
@@ -53,14 +57,16 @@ class Tuning(Protocol):
     def batches(self, task: Any, rng: random.Random) -> Iterator[Any]:
         """Endless training batches."""
 
-    def loss(self, batch: Any, task: Any) -> torch.Tensor:
-        """The loss of a batch."""
+    def losses(self, batches: Sequence[Any], tasks: Sequence[Any]) -> torch.Tensor:
+        """The loss of each task's batch, shape `(len(tasks),)`. The base model reads equally many neighbouring rows for each."""
 
     def metrics(self, adapter: LoraAdapter, task: Any) -> dict[str, Any]:
         """Quality on rows that are not trained on, for the manifest."""
 
 
-def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path, shard: tuple[int, int] = (0, 1)) -> Zoo:
+def collect(
+    config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path, shard: tuple[int, int] = (0, 1), together: int = 1
+) -> Zoo:
     """Collect every missing adapter of the zoo.
 
     A finished job is a folder that exists; an interrupted one left nothing. Jobs are ordered by run, so that a zoo cut
@@ -71,7 +77,15 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
         tasks_folder: a task collection (see `cond_pdiff.training.tasks`).
         zoo_folder: created, or continued if it was collected with the same settings.
         shard: (i, n) does every n-th job beginning with i, so n processes can share the work.
+        together: adapters that are trained side by side, each on its own rows of one batch. They come out the same but for rounding,
+            on a GPU in a fraction of the time.
+
+    Raises:
+        TrainingError: settings that do not fit each other or the zoo, or a loss that is not finite.
+        TaskDataError: a task is missing or malformed.
     """
+    if together < 1 or (together > 1 and (config.modules_to_save or config.lora_dropout)):
+        raise TrainingError(f"together must be at least 1, and 1 with modules_to_save or lora_dropout, got {together}")
     tuning: Tuning = TUNINGS[config.kind](config)
     tasks = {task.name: task for task in tuning.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)}
     if not config.tasks:
@@ -88,12 +102,25 @@ def collect(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | P
         jobs.insert(0 if config.from_multitask else len(jobs), (MULTITASK, 0))
     mine = jobs[shard[0] :: shard[1]]
     tuner = _Tuner(tuning, config, zoo, lora_a)
-    for name, run in tqdm(mine, desc="collect", unit="adapter"):
-        folder = zoo.folder / MULTITASK if name == MULTITASK else zoo.run_folder(name, run)
-        if not (folder / RUN_FILE).exists():
-            tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], name, run, folder)
+    todo = [job for job in mine if not (tuner.folder(job) / RUN_FILE).exists()]
+    with tqdm(initial=len(mine) - len(todo), total=len(mine), desc="collect", unit="adapter") as bar:
+        for group in _side_by_side(todo, together):
+            if together == 1 or group[0][0] == MULTITASK:
+                name, _ = group[0]
+                tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], group[0])
+            else:
+                tuner.finetune_together([tasks[name] for name, _ in group], group[0][1])
+            bar.update(len(group))
     zoo.write_manifest()
     return zoo
+
+
+def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
+    """Neighbouring jobs of one run number, at most `most`, whose learning rate is one; the multi-task job stays alone."""
+    for _, alike in itertools.groupby(jobs, key=lambda job: (job[0] == MULTITASK, job[1])):
+        group = list(alike)
+        for start in range(0, len(group), most):
+            yield group[start : start + most]
 
 
 def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning: Tuning) -> tuple[Zoo, dict[str, torch.Tensor]]:
@@ -150,16 +177,20 @@ def _peft_config(config: CollectConfig, task_type: str | None) -> LoraConfig:
 
 
 class _Tuner:
-    """Fine-tunes one adapter after another on one base model."""
+    """Fine-tunes adapters on one base model, one after another or side by side."""
 
     def __init__(self, tuning: Tuning, config: CollectConfig, zoo: Zoo, lora_a: dict[str, torch.Tensor]) -> None:
         self.tuning, self.config, self.zoo, self.lora_a = tuning, config, zoo, lora_a
         self.spec = LoraSpec.from_json(zoo.facts["lora"])
 
-    def finetune(self, tasks: Sequence[Any], name: str, run: int, folder: Path) -> None:
+    def folder(self, job: Job) -> Path:
+        """Where its adapter goes."""
+        return self.zoo.folder / MULTITASK if job[0] == MULTITASK else self.zoo.run_folder(*job)
+
+    def finetune(self, tasks: Sequence[Any], job: Job) -> None:
         """Train one adapter on one task (or, for the multi-task baseline, on many) and save it with its `run.json`."""
-        config, started = self.config, time.monotonic()
-        seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}/{run}".encode()).digest()[:4], "big")
+        (name, run), config, started = job, self.config, time.monotonic()
+        seed = self._seed(job)
         steps = config.multitask_steps if name == MULTITASK else config.steps
         rate = config.learning_rates[run % len(config.learning_rates)]
         if name == MULTITASK and config.multitask_learning_rate:
@@ -168,8 +199,7 @@ class _Tuner:
         model = get_peft_model(self.tuning.model, _peft_config(config, self.tuning.task_type))
         try:
             set_peft_model_state_dict(model, self._start(name))
-            train_lora_a = config.train_lora_a or (config.from_multitask and name == MULTITASK)
-            parts = (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
+            parts = self._trained(name)
             trained = []
             for key, parameter in model.named_parameters():
                 parameter.requires_grad = any(part in key for part in parts)
@@ -178,25 +208,72 @@ class _Tuner:
             kept: dict[int, dict[str, torch.Tensor]] = {}
 
             def keep(step: int) -> None:
-                back, rest = divmod(steps - step, config.checkpoint_every)
-                if rest == 0 and back < config.last_checkpoints:
+                if self._keeps(step, steps):
                     kept[step] = {key: value.detach().to("cpu", copy=True) for key, value in get_peft_model_state_dict(model).items()}
 
-            loss = optimise(self.tuning, config, trained, tasks, steps, rate, seed, keep)
+            loss = optimise(self.tuning, config, trained, one_of(self.tuning, tasks, seed), steps, rate, keep)[0]
         finally:
             model.unload()
-        adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": config.base, "task": name})
-        facts: dict[str, Any] = {"task": name, "run": run, "seed": seed, "steps": steps, "learning_rate": rate, "loss": round(loss, 4)}
-        if name != MULTITASK:
-            adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(tasks[0])})
-            facts.update(self.tuning.metrics(adapter, tasks[0]))
-        facts["seconds"] = round(time.monotonic() - started, 1)
-        write_run(folder, adapter, facts, kept)
+        self._write(None if name == MULTITASK else tasks[0], job, kept, steps, rate, loss, time.monotonic() - started)
+
+    def finetune_together(self, tasks: Sequence[Any], run: int) -> None:
+        """Train an adapter on each of several tasks, all in one batch, and save them."""
+        config, started, model = self.config, time.monotonic(), self.tuning.model.requires_grad_(False)
+        jobs = [(task.name, run) for task in tasks]
+        parts, device = self._trained(tasks[0].name), next(model.parameters()).device
+        start = self._start(tasks[0].name)
+        for name, linear in target_linears(model, self.spec).items():  # a zoo does not keep the zeros that every `lora_B` begins with
+            start.setdefault(f"{KEY_PREFIX}{name}.lora_B.weight", torch.zeros(update_shape(linear, self.spec)[0], self.spec.rank))
+        stacked = {key: torch.stack([value] * len(tasks)).to(device) for key, value in start.items()}
+        trained = [value.requires_grad_() for key, value in stacked.items() if any(part in key for part in parts)]
+        streams = [one_of(self.tuning, [task], self._seed(job)) for job, task in zip(jobs, tasks, strict=True)]
+        rate = config.learning_rates[run % len(config.learning_rates)]
+        kept: dict[int, dict[str, torch.Tensor]] = {}
+
+        def keep(step: int) -> None:
+            if self._keeps(step, config.steps):
+                kept[step] = {key: value.detach().to("cpu", copy=True) for key, value in stacked.items()}
+
+        drawn = (([batch for (batch,), _ in each], tasks) for each in zip(*streams, strict=True))
+        with attached_to_groups(model, self.spec, stacked):
+            losses = optimise(self.tuning, config, trained, drawn, config.steps, rate, keep)
+        seconds = (time.monotonic() - started) / len(tasks)
+        for index, (job, task) in enumerate(zip(jobs, tasks, strict=True)):
+            own = {step: {key: value[index].clone() for key, value in tensors.items()} for step, tensors in kept.items()}
+            self._write(task, job, own, config.steps, rate, losses[index], seconds)
+
+    def _write(
+        self, task: Any, job: Job, kept: dict[int, dict[str, torch.Tensor]], steps: int, rate: float, loss: float, seconds: float
+    ) -> None:
+        """Save an adapter with its earlier checkpoints and its `run.json`; `task` None: it was trained on many."""
+        (name, run), started = job, time.monotonic()
+        adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "task": name})
+        facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
+        facts["loss"] = round(loss, 4)
+        if task is not None:
+            adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(task)})
+            facts.update(self.tuning.metrics(adapter, task))
+        facts["seconds"] = round(seconds + time.monotonic() - started, 1)
+        write_run(self.folder(job), adapter, facts, kept)
+
+    def _seed(self, job: Job) -> int:
+        name, run = job
+        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}/{run}".encode()).digest()[:4], "big")
+
+    def _trained(self, name: str) -> tuple[str, ...]:
+        """What the names of the tensors that a run trains have in them."""
+        train_lora_a = self.config.train_lora_a or (self.config.from_multitask and name == MULTITASK)
+        return (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
+
+    def _keeps(self, step: int, steps: int) -> bool:
+        """Is the adapter after this many of `steps` steps one of the last checkpoints?"""
+        back, rest = divmod(steps - step, self.config.checkpoint_every)
+        return rest == 0 and back < self.config.last_checkpoints
 
     def _start(self, name: str) -> dict[str, torch.Tensor]:
         """What a run's adapter is before its first step: the zoo's `lora_A` and head, or the multi-task adapter."""
         if not self.config.from_multitask or name == MULTITASK:
-            return self.lora_a
+            return dict(self.lora_a)
         if (start := self.zoo.multitask()) is None:
             raise TrainingError(
                 f"{self.zoo.folder} has no multi-task adapter yet, from which all runs start; "
@@ -205,29 +282,39 @@ class _Tuner:
         return dict(start.adapter().tensors)
 
 
+def one_of(tuning: Tuning, tasks: Sequence[Any], seed: int) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Endless batches, each of one of the tasks, drawn at random; as lists of a batch and its task."""
+    rng = random.Random(seed)
+    streams = [(task, tuning.batches(task, rng)) for task in tasks]
+    while True:
+        task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
+        yield [next(batches)], [task]
+
+
 def optimise(
     tuning: Tuning,
     config: CollectConfig,
-    parameters: Sequence[nn.Parameter],
-    tasks: Sequence[Any],
+    parameters: Sequence[torch.Tensor],
+    drawn: Iterator[tuple[Sequence[Any], Sequence[Any]]],
     steps: int,
     rate: float,
-    seed: int,
     after_step: Callable[[int], None] = lambda _: None,
-) -> float:
-    """Train parameters of the base model, or of what is attached to it, with the settings of a run; the mean of the last 20 losses.
+) -> list[float]:
+    """Train parameters of the base model, or of what is attached to it, with the settings of a run.
 
     Args:
         tuning: the base model and how it learns a task.
-        config: batch size, precision, warm-up and weight decay.
-        parameters: what moves.
-        tasks: one of them a step, drawn at random.
+        config: precision, warm-up and weight decay.
+        parameters: what moves. Of several adapters side by side, shape `(adapters, …)`.
+        drawn: for every step a batch for each adapter, and their tasks.
         steps: of AdamW; `rate` rises linearly in the warm-up and falls by a cosine.
-        seed: of the batches.
         after_step: is told the number of steps that are done.
 
+    Returns:
+        Each adapter's mean of the last 20 losses.
+
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: a loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
     warmup = max(1, round(config.warmup * steps))
@@ -235,20 +322,30 @@ def optimise(
         optimizer,
         lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)),
     )
-    rng = random.Random(seed)
-    streams = [(task, tuning.batches(task, rng)) for task in tasks]
-    recent: list[float] = []
-    for step in range(steps):
-        task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
+    recent: list[list[float]] = []
+    for step, (batches, tasks) in enumerate(itertools.islice(drawn, steps)):
         with mixed_precision(config.precision, parameters[0].device):
-            loss = tuning.loss(next(batches), task)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"{task.name}: the loss is {loss.item()} at step {step}; lower the learning rate ({rate})")
+            losses = tuning.losses(batches, tasks)
+        values = losses.tolist()
+        for task, value in zip(tasks, values, strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(f"{task.name}: the loss is {value} at step {step}; lower the learning rate ({rate})")
         optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        losses.sum().backward()
+        _clip_gradients(parameters, len(values))
         optimizer.step()
         schedule.step()
         after_step(step + 1)
-        recent = [*recent[-19:], loss.item()]
-    return sum(recent) / len(recent)
+        recent = [*recent[-19:], values]
+    return [sum(column) / len(column) for column in zip(*recent, strict=True)]
+
+
+def _clip_gradients(parameters: Sequence[torch.Tensor], adapters: int, most: float = 1.0) -> None:
+    """Scale each adapter's gradient to a norm of at most `most`."""
+    if adapters == 1:
+        nn.utils.clip_grad_norm_(parameters, most)
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    for gradient in gradients:
+        gradient *= (most / (norms + 1e-6)).clamp(max=1).view(-1, *(1,) * (gradient.ndim - 1))

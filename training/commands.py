@@ -291,7 +291,7 @@ def collect(arguments: argparse.Namespace) -> None:
     # peft reads every attribute of a transformers model while looking for modules, this deprecated one included.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     config = parse(CollectConfig, read_recipe(arguments.recipe).get("collect", {}), "collect")
-    zoo = collect(config, arguments.tasks, arguments.zoo, arguments.shard)
+    zoo = collect(config, arguments.tasks, arguments.zoo, arguments.shard, arguments.together)
     print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}")
 
 

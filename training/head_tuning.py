@@ -46,9 +46,9 @@ class HeadTuning(TaskTuning):
         self.model = self.backbone.model.to(training_device())
         return tasks
 
-    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
+    def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
         """The head's."""
-        return self.backbone.forward(texts, self.config.max_length)
+        return [self.backbone.forward(batch, self.config.max_length) for batch in texts]
 
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
         """The adapter's head's, or of the base model's new head."""

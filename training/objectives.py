@@ -37,7 +37,7 @@ def denoising_loss(target: torch.Tensor, predicted: torch.Tensor) -> torch.Tenso
     return nn.functional.mse_loss(predicted.float(), target.float())
 
 
-def draw_noise_levels(count: int, shift: float, rng: torch.Generator | None) -> torch.Tensor:
+def draw_noise_levels(count: int, shift: float, rng: torch.Generator) -> torch.Tensor:
     """Noise levels from 0 (clean) to 1 (noise), shape `(count,)`: sigmoids of N(shift, 1), and for a fifth of them uniform numbers.
 
     Middle levels are the hardest to learn; the uniform part keeps the ends, where sampling begins and stops, in view.

@@ -23,12 +23,20 @@ from cond_pdiff.training.text_to_image.pictures import to_input
 ENCODE_BATCH = 32
 
 
-class StyleBatch(NamedTuple):
+class EncodedPictures(NamedTuple):
     """Clean latents, and embeddings and masks of their captions, on the device that trains."""
 
     latents: torch.Tensor
     captions: torch.Tensor
     masks: torch.Tensor
+
+
+class StyleBatch(NamedTuple):
+    """Encoded pictures, and for each noise and a time: a noise level from 0 to 1, or a timestep of a scheduler over betas."""
+
+    pictures: EncodedPictures
+    noise: torch.Tensor
+    times: torch.Tensor
 
 
 class StyleTuning:
@@ -42,7 +50,7 @@ class StyleTuning:
         self.model: nn.Module = self.pipe.transformer
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)
-        self._encoded: dict[tuple[Path, str], StyleBatch] = {}
+        self._encoded: dict[tuple[Path, str], EncodedPictures] = {}
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
         """The named styles, or all."""
@@ -61,45 +69,57 @@ class StyleTuning:
         whole = self._encode(task, "train", self.config.max_pictures)
         count = len(whole.latents)
         kept = rng.sample(range(count), max(1, round(self.config.subset * count)))
+        noise = torch.Generator().manual_seed(rng.getrandbits(63))
         while True:
             picks = torch.tensor([rng.choice(kept) for _ in range(self.config.batch_size)])
-            yield StyleBatch(*(tensor[picks] for tensor in whole))
+            yield self._with_noise(EncodedPictures(*(tensor[picks] for tensor in whole)), noise)
 
-    def loss(self, batch: StyleBatch, task: Style) -> torch.Tensor:
+    def losses(self, batches: Sequence[StyleBatch], tasks: Sequence[Style]) -> torch.Tensor:
         """The base model's own objective (equation 3): flow matching, or what its scheduler's prediction type says."""
-        return self._loss(batch, None)
+        pictures, noise, times = zip(*batches, strict=True)
+        clean, captions, masks = (torch.cat(part) for part in zip(*pictures, strict=True))
+        target, predicted = self._predict(StyleBatch(EncodedPictures(clean, captions, masks), torch.cat(noise), torch.cat(times)))
+        pairs = zip(target.chunk(len(batches)), predicted.chunk(len(batches)), strict=True)
+        return torch.stack([denoising_loss(*pair) for pair in pairs])
 
     @torch.no_grad()
     def metrics(self, adapter: LoraAdapter, task: Style) -> dict[str, Any]:
         """The objective on held-out pictures, with the same noise for the base and for the adapter."""
-        batch = self._encode(task, "test", self.config.metric_rows)
-        base = float(self._loss(batch, torch.Generator().manual_seed(0)))
+        batch = self._with_noise(self._encode(task, "test", self.config.metric_rows), torch.Generator().manual_seed(0))
+        base = float(denoising_loss(*self._predict(batch)))
         with adapter.attached(self.pipe, check=False):
-            adapted = float(self._loss(batch, torch.Generator().manual_seed(0)))
+            adapted = float(denoising_loss(*self._predict(batch)))
         return {"test_loss": round(adapted, 5), "test_loss_base": round(base, 5)}
 
-    def _loss(self, batch: StyleBatch, rng: torch.Generator | None) -> torch.Tensor:
-        """`rng` None draws from torch's own generator, which `collect` seeds for each adapter; either draws on the CPU."""
-        clean, size = batch.latents, len(batch.latents)
-        noise = torch.randn(clean.shape, generator=rng).to(clean)
+    def _with_noise(self, pictures: EncodedPictures, rng: torch.Generator) -> StyleBatch:
+        """Draws on the CPU, so that a seed means the same everywhere."""
+        clean, size = pictures.latents, len(pictures.latents)
+        noise = torch.randn(clean.shape, generator=rng)
         if self.scheduler is None:
-            levels = draw_noise_levels(size, self.config.time_shift, rng).to(clean)
-            noisy, target = flow_pair(clean, noise, levels)
-            timesteps = levels * self.pipe.scheduler.config.num_train_timesteps
+            times = draw_noise_levels(size, self.config.time_shift, rng)
         else:
-            timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=rng).to(clean.device)
-            noisy, target = self.scheduler.add_noise(clean, noise, timesteps), diffusion_target(self.scheduler, clean, noise, timesteps)
+            times = torch.randint(self.scheduler.config.num_train_timesteps, (size,), generator=rng)
+        return StyleBatch(pictures, noise.to(clean), times.to(clean.device))
+
+    def _predict(self, batch: StyleBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the transformer is to predict, and what it predicts, shape of the latents."""
+        (clean, captions, masks), noise, times = batch
+        if self.scheduler is None:
+            noisy, target = flow_pair(clean, noise, times)
+            times = times * self.pipe.scheduler.config.num_train_timesteps
+        else:
+            noisy, target = self.scheduler.add_noise(clean, noise, times), diffusion_target(self.scheduler, clean, noise, times)
         predicted = self.model(
             noisy,
-            encoder_hidden_states=batch.captions,
-            encoder_attention_mask=batch.masks,
-            timestep=timesteps,
+            encoder_hidden_states=captions,
+            encoder_attention_mask=masks,
+            timestep=times,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return denoising_loss(target, predicted[:, : clean.shape[1]])  # PixArt-XL also predicts a variance, which is not trained
+        return target, predicted[:, : clean.shape[1]]  # PixArt-XL also predicts a variance, which is not trained
 
-    def _encode(self, style: Style, split: str, limit: int) -> StyleBatch:
+    def _encode(self, style: Style, split: str, limit: int) -> EncodedPictures:
         """The first pictures of a split, encoded once for all runs: that takes as long as a dozen training steps."""
         key = (style.folder, split)
         if key not in self._encoded:
@@ -107,7 +127,7 @@ class StyleTuning:
         return self._encoded[key]
 
     @torch.no_grad()
-    def _encode_pictures(self, pixels: torch.Tensor, captions: list[str], limit: int) -> StyleBatch:
+    def _encode_pictures(self, pixels: torch.Tensor, captions: list[str], limit: int) -> EncodedPictures:
         pixels, captions = pixels[:limit], captions[:limit]
         latents, embeddings, masks = [], [], []
         for start in range(0, len(captions), ENCODE_BATCH):
@@ -118,4 +138,4 @@ class StyleTuning:
             )
             embeddings.append(text)
             masks.append(mask)
-        return StyleBatch(torch.cat(latents), torch.cat(embeddings), torch.cat(masks))
+        return EncodedPictures(torch.cat(latents), torch.cat(embeddings), torch.cat(masks))

@@ -57,9 +57,11 @@ class TaskTuning(ABC):
             rng.shuffle(batches)
             yield from batches
 
-    def loss(self, batch: list[Row], task: Task) -> torch.Tensor:
+    def losses(self, batches: Sequence[list[Row]], tasks: Sequence[Task]) -> torch.Tensor:
         """See `task_loss`."""
-        return task_loss(task, self.batch_outputs([text for text, _ in batch], task), [label for _, label in batch])
+        outputs = self.batch_outputs([[text for text, _ in batch] for batch in batches], tasks)
+        labels = [[label for _, label in batch] for batch in batches]
+        return torch.stack([task_loss(*each) for each in zip(tasks, outputs, labels, strict=True)])
 
     def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
         """Accuracy on rows of the reported split; of a regression task its own metric."""
@@ -70,11 +72,11 @@ class TaskTuning(ABC):
         return {**{name: round(measure(name, predicted, labels), 4) for name in names}, "split": task.report_split}
 
     @abstractmethod
-    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
-        """Of one batch by the model as it is, with gradients.
+    def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
+        """Of one batch of each task by the model as it is, with gradients.
 
         Returns:
-            Logits, shape `(len(texts), number of labels)`; of a regression task scores, shape `(len(texts),)`.
+            For each task logits, shape `(its number of texts, number of labels)`; for a regression task scores, `(its number of texts,)`.
         """
 
     @abstractmethod
@@ -92,39 +94,48 @@ class TextTuning(TaskTuning):
         self.backbone = SentenceBackbone.load(Backbone.from_json(config.base))
         self.model = self.backbone.model.to(training_device())
 
-    def batch_outputs(self, texts: list[Text], task: Task) -> torch.Tensor:
+    def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
         """See `read_texts`."""
-        return read_texts(task, texts, lambda texts: self.backbone.forward(texts, self.config.max_length))
+        return read_texts(tasks, texts, lambda groups: self.backbone.forward_groups(groups, self.config.max_length))
 
     @torch.no_grad()
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
         """`read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
 
-        def embed(texts: Sequence[Text]) -> torch.Tensor:
+        def embed(groups: Sequence[Sequence[Text]]) -> list[torch.Tensor]:
             with mixed_precision(self.config.precision, next(self.model.parameters()).device):
-                return self.backbone.embed(texts, self.config.max_length).float().cpu()
+                return [self.backbone.embed(group, self.config.max_length).float().cpu() for group in groups]
 
         with adapter.attached(self.model, check=False) if adapter else contextlib.nullcontext():
-            return read_texts(task, texts, embed)
+            return read_texts([task], [texts], embed)[0]
 
 
-def read_texts(task: Task, texts: Sequence[Text], embed: Callable[[Sequence[Text]], torch.Tensor]) -> torch.Tensor:
-    """What a sentence encoder says of texts.
+def read_texts(
+    tasks: Sequence[Task], texts: Sequence[Sequence[Text]], embed: Callable[[Sequence[Sequence[Text]]], list[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """What a sentence encoder says of texts of one or several tasks.
 
     Args:
-        embed: texts → unit-length embeddings, shape `(len(texts), embedding_dim)`.
+        texts: of each task.
+        embed: one group of texts a task → unit-length embeddings of each group, shape `(len(group), embedding_dim)`.
 
     Returns:
-        Of a classification task scaled cosine similarities to the label names, shape `(len(texts), len(task.labels))`; of a
-        regression task scores, shape `(len(texts),)`: the cosine similarity of the two texts, on the label range (orthogonal
-        texts have the lowest score).
+        For each classification task scaled cosine similarities to the label names, shape `(its number of texts, len(task.labels))`; for
+        each regression task scores, shape `(its number of texts,)`: the cosine similarity of the two texts, on the label range
+        (orthogonal texts have the lowest score).
     """
-    if task.label_range is not None:
-        low, high = task.label_range
-        first, second = embed([text[0] for text in texts]), embed([text[1] for text in texts])
-        return low + (high - low) * (first * second).sum(1)
-    prototypes = embed([label_text(label) for label in task.labels])
-    return LOGIT_SCALE * embed(texts) @ prototypes.T
+    pairs = list(zip(tasks, texts, strict=True))
+    # Label names and texts apart, because names are short and a batch is as long as its longest text.
+    first = embed([list(map(label_text, task.labels)) if task.label_range is None else [text[0] for text in own] for task, own in pairs])
+    second = embed([own if task.label_range is None else [text[1] for text in own] for task, own in pairs])
+    outputs = []
+    for task, left, right in zip(tasks, first, second, strict=True):
+        if task.label_range is None:
+            outputs.append(LOGIT_SCALE * right @ left.T)
+        else:
+            low, high = task.label_range
+            outputs.append(low + (high - low) * (left * right).sum(1))
+    return outputs
 
 
 def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch.Tensor:

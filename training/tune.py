@@ -115,19 +115,16 @@ class TuneStage:
         """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
         tensors = torch.vmap(self.pipe.template.to_tensors)(module([episode.prompt for episode in batch], rng))
         texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
-        size = max(map(len, texts))
-        padded = [text for row in texts for text in [*row, *row[:1] * (size - len(row))]]  # each adapter reads as many rows
         base = self.pipe.base_model()
         with attached_to_groups(base.model, self.pipe.template.spec, tensors):
-            rows = base.forward(padded, self.config.max_length).unflatten(0, (len(batch), size))
+            rows = base.forward_groups(texts, self.config.max_length)
         losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
         return torch.stack(losses).mean()
 
     @staticmethod
     def _episode_loss(episode: Episode, embeddings: torch.Tensor) -> torch.Tensor:
-        """From the embeddings of label names, examples and padding, shape `(rows, embedding_dim)`."""
-        count = len(episode.prompt.labels)
-        names, examples = embeddings[:count], embeddings[count : count + len(episode.texts)]
+        """From the embeddings of label names and examples, shape `(rows, embedding_dim)`."""
+        names, examples = embeddings.split([len(episode.prompt.labels), len(episode.texts)])
         targets, asked = episode.targets.to(examples.device), episode.asked.to(examples.device)
         both = (LOGIT_SCALE * examples @ names.T, held_out_logits(names, examples, targets))
         return torch.stack([nn.functional.cross_entropy(logits[asked], targets[asked]) for logits in both]).mean()

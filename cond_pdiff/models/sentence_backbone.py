@@ -44,6 +44,17 @@ class SentenceBackbone(TextBackbone):
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         return nn.functional.normalize(pooled, dim=-1)
 
+    def forward_groups(self, groups: Sequence[Sequence[Text]], max_length: int) -> list[torch.Tensor]:
+        """`forward` of several groups in one batch, in which every group has as many rows, as adapters `attached_to_groups` need it.
+
+        Returns:
+            for each group, shape `(its number of texts, embedding_dim)`.
+        """
+        size = max(map(len, groups))
+        padded = [text for group in groups for text in [*group, *[group[0]] * (size - len(group))]]
+        rows = self.forward(padded, max_length).unflatten(0, (len(groups), size))
+        return [row[: len(group)] for row, group in zip(rows, groups, strict=True)]
+
     def embed(self, texts: Sequence[Text], max_length: int = 256, batch_size: int = 32) -> torch.Tensor:
         """Embed any number of texts, without gradients; batches are formed by length, the order is kept.
 

@@ -13,7 +13,7 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.collect import collect, optimise
+from cond_pdiff.training.collect import collect, one_of, optimise
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.metrics import measure, metric_names, predictions
 from cond_pdiff.training.reproduce.config import Settings
@@ -80,7 +80,8 @@ class Lab:
         """The metrics after all weights of the base model were trained like an adapter: same objective, data and steps."""
         lab = Lab(self.settings, self.tasks_folder, self.out)  # its own base model, which is changed here
         parameters = list(lab.tuning.model.requires_grad_(True).parameters())
-        optimise(lab.tuning, lab.collect, parameters, [task], lab.collect.steps, self.config.full_learning_rate, self.config.seed)
+        drawn = one_of(lab.tuning, [task], self.config.seed)
+        optimise(lab.tuning, lab.collect, parameters, drawn, lab.collect.steps, self.config.full_learning_rate)
         return lab.score(task, lab.predict(task, None))
 
     # --- making -------------------------------------------------------------------------------------------------
