@@ -1,11 +1,13 @@
-"""What it would take to serve tasks that the generator has never seen: curves over the examples, and over the zoo's tasks.
+"""What it would take to serve tasks that the generator has never seen: curves over the examples, steps of refining, and the zoo's tasks.
 
     python benchmarks/unseen_curves.py examples --tasks tasks --zoo zoo --out curves
+    python benchmarks/unseen_curves.py steps    --tasks tasks --zoo zoo --out curves
     python benchmarks/unseen_curves.py tasks    --tasks tasks --zoo zoo --out curves
-    python benchmarks/unseen_curves.py draw     --tasks tasks --zoo zoo --out curves    # curves.png, curves.md
+    python benchmarks/unseen_curves.py draw     --out curves    # curves.png, curves.md
 
 Mean accuracy over the zoo's unseen tasks on up to 200 rows of their reported split, one draw of examples, one sample a prompt.
 *examples*: the bundled generator, with 1 to 16 examples a class in the prompt and in the prototypes, the same for every column.
+*steps*: eight examples a class, and 0 to 24 steps of `refine` from a generated adapter and from zeros.
 *tasks*: generators trained on random 7, 14, 29 and all of the zoo's tasks (each a part of the next, one run a task, the settings of the
 recipe), with eight examples a class in the prompt and in the prototypes, and with none. What is measured is not measured again.
 """
@@ -35,15 +37,18 @@ from cond_pdiff.training.zoo import Zoo
 
 GENERATOR = RECIPE = "minilm-text-tasks"
 SHOTS = (1, 2, 4, 8, 16)
+STEPS = (0, 1, 2, 4, 8, 12, 24)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 COLUMNS = {
     "examples": ("base", "multi-task", "generated", "refined", "trained"),
+    "steps": ("base", "refined", "refined from nothing", "trained"),
     "tasks": ("base", "generated", "base, names only", "generated, names only"),
 }
-TITLES = {"examples": "labelled examples a class", "tasks": "tasks in the zoo"}
+TITLES = {"examples": "labelled examples a class", "steps": "steps of refining", "tasks": "tasks in the zoo"}
 LOOKS = {
     "base": ("#56B4E9", "o-"), "multi-task": ("#CC79A7", "x-"), "generated": ("#D55E00", "x-"), "refined": ("#009E73", "s-"),
-    "trained": ("black", "D-"), "base, names only": ("#56B4E9", "+--"), "generated, names only": ("#D55E00", "*--"),
+    "refined from nothing": ("#0072B2", "v-"), "trained": ("black", "D-"),
+    "base, names only": ("#56B4E9", "+--"), "generated, names only": ("#D55E00", "*--"),
 }  # fmt: skip
 
 
@@ -55,6 +60,17 @@ def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
         adapters["refined"] = refine(bench.classifier(task, adapters["generated"], prompt))
     found = {column: bench.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
     return {**found, "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
+
+
+def with_steps(bench: Bench, task: Task, steps: int) -> dict[str, float]:
+    """Accuracies after this many steps, with eight examples a class in the prototypes; of the trained adapter with names only."""
+    prompt = task.prompt("shots/0", 8 * len(task.labels))
+    generated = bench.generate(prompt, 1).adapter
+    found = {"base": bench.accuracy(task, None, prompt), "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
+    for column, start in (("refined", generated), ("refined from nothing", generated.scaled(0.0))):
+        adapter = refine(bench.classifier(task, start, prompt), steps) if steps else start
+        found[column] = bench.accuracy(task, adapter, prompt)
+    return found
 
 
 def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
@@ -81,10 +97,11 @@ def generator_of(zoo: Zoo, count: int, tasks_folder: Path, out: Path) -> Path:
 
 def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tuple[int, Callable[[Task], dict[str, float]]]]:
     """The numbers that a curve is over, and what measures a task there."""
-    if curve == "examples":
+    if curve != "tasks":
         bench = Bench(f"cond-pdiff/{GENERATOR}", zoo)
-        for shots in SHOTS:
-            yield shots, partial(with_examples, bench, shots=shots)
+        numbers, measured = (SHOTS, with_examples) if curve == "examples" else (STEPS, with_steps)
+        for number in numbers:
+            yield number, lambda task, number=number: measured(bench, task, number)
         return
     for count in (round(share * len(zoo.task_names)) for share in SHARES):
         generator = generator_of(zoo, count, tasks_folder, out / "generators" / str(count))
@@ -110,13 +127,13 @@ def means(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def draw(out: Path) -> None:
-    """Both curves as a picture and as tables."""
+    """All curves as a picture and as tables."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(COLUMNS), figsize=(13, 3.8), sharey=True, layout="constrained")
     text = []
     for place, (curve, columns) in zip(axes, COLUMNS.items(), strict=True):
         found = means(out / curve)
@@ -124,7 +141,8 @@ def draw(out: Path) -> None:
             there = [number for number, row in found.items() if column in row]
             colour, line = LOOKS[column]
             place.plot(there, [found[number][column] for number in there], line, color=colour, label=column)
-        place.set(xscale="log", xlabel=TITLES[curve], title=f"over {curve}")
+        place.set(xlabel=TITLES[curve], title=f"over {curve}")
+        place.set_xscale("symlog" if 0 in found else "log")
         place.set_xticks(list(found), list(map(str, found)))
         place.minorticks_off()
         place.legend(fontsize="small")
@@ -138,12 +156,14 @@ def draw(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("curve", choices=[*COLUMNS, "draw"])
-    parser.add_argument("--tasks", required=True, type=Path)
-    parser.add_argument("--zoo", required=True, type=Path)
+    parser.add_argument("--tasks", type=Path)
+    parser.add_argument("--zoo", type=Path)
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
     if arguments.curve == "draw":
         draw(arguments.out)
+    elif arguments.tasks is None or arguments.zoo is None:
+        parser.error(f"{arguments.curve} needs --tasks and --zoo")
     else:
         measure(arguments.curve, Zoo(arguments.zoo), arguments.tasks, arguments.out)
 

@@ -152,9 +152,13 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
     again = pipe(StyleImage(picture), generator=[torch.Generator().manual_seed(1)])
     torch.testing.assert_close(dict(again.adapter.tensors), dict(out.adapters[1].tensors), rtol=0, atol=1e-5)
     assert {neighbour.task for neighbour in out.report.nearest} == {"embers", "lagoon"}
-    shown = np.asarray(pipe.condition_index.preview("lagoon"))
-    scene = Image.fromarray(Style.load(styles_folder / "lagoon").pictures("train")[0][0].numpy())
-    assert np.array_equal(shown, np.asarray(scene.resize((48, 48), Image.Resampling.BOX)))
+    for name in ("embers", "lagoon"):
+        shown = np.asarray(pipe.condition_index.preview(name), int)
+        scene = Image.fromarray(Style.load(styles_folder / name).pictures("train")[0][0].numpy())
+        small = np.asarray(scene.resize((48, 48), Image.Resampling.BOX), int)
+        assert shown.shape == (48, 48, 3)
+        assert np.abs(shown - small).mean() < 12
+        assert np.abs(shown.mean((0, 1)) - small.mean((0, 1))).max() < 4
     assert str(out.report).startswith("request    ")
     assert "labels" not in str(out.report)
 

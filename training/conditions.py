@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
 from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
-from cond_pdiff.text_to_image import stack_pictures
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.styles import Style
 from cond_pdiff.training.tasks import Task
@@ -29,8 +29,8 @@ WORD_DROPOUT = 0.15
 SMALLEST_CROP = 0.4
 """Of a style picture's sides."""
 
-PREVIEW_SIDE = 48
-"""Pixels of the small picture of each style that goes with a generator."""
+PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
+"""Of the small WebP picture of each style that goes with a generator: about 700 bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class ConditionBank:
         facts: of each task, for the generator's index.
         inputs: embeddings, shape `(num_tasks, variants, condition_dim)`; for an encoder that is trained with the U-Net its
             inputs, shape `(num_tasks, variants, 3, side, side)`, uint8.
-        previews: of styles, one scene in each, uint8 of shape `(num_tasks, side, side, 3)`.
+        previews: of styles, one scene in each, as a WebP file.
     """
 
     encoder: ConditionEncoder
     names: list[str]
     facts: dict[str, dict[str, Any]]
     inputs: torch.Tensor
-    previews: torch.Tensor | None
+    previews: list[bytes]
 
     @property
     def trained_encoder(self) -> StyleCnnConditionEncoder | None:
@@ -76,13 +76,11 @@ class ConditionBank:
         count = config.variants_per_task
         if styles:
             facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
-            scenes = [Image.fromarray(style.pictures("train")[0][0].numpy()) for style in styles]
-            small = [scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX) for scene in scenes]
-            previews: torch.Tensor | None = stack_pictures(small)
+            previews = [_preview(style) for style in styles]
             variants: list[Any] = [style_variants(style, count) for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
-            previews = None
+            previews = []
             variants = [[prompt_variant(task, index) for index in range(count)] for task in texts]
         names = [task.name for task in tasks]
         if isinstance(encoder, StyleCnnConditionEncoder):
@@ -92,6 +90,13 @@ class ConditionBank:
         if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
             encoder.fit_center([row[0] for row in variants])
         return cls(encoder, names, facts, torch.stack([encoder.encode(row)[0] for row in variants]), previews)
+
+
+def _preview(style: Style) -> bytes:
+    """The first scene in the style, small."""
+    scene, file = Image.fromarray(style.pictures("train")[0][0].numpy()), io.BytesIO()
+    scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX).save(file, "WEBP", quality=PREVIEW_QUALITY)
+    return file.getvalue()
 
 
 def prompt_variant(task: Task, index: int) -> TaskPrompt:

@@ -76,13 +76,11 @@ class UNetStage:
         bank: ConditionBank | None = None,
     ) -> None:
         self.autoencoder, self.config = autoencoder, config
-        data = autoencoder.data
         autoencoder.module.fit_scaling_factor(autoencoder.values)
         with torch.no_grad():
             self.latents = join_statistics(autoencoder.module.encode(autoencoder.values), autoencoder.statistics)
         torch.manual_seed(config.fit.seed)
         self.bank = bank or ConditionBank.build(tasks, config)
-        self.adapters_of = [(data.tasks == index).nonzero()[:, 0] for index in range(len(tasks))]
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
         self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model)
@@ -98,16 +96,9 @@ class UNetStage:
         self.identity: dict[str, Any] = {"config": asdict(config), "autoencoder": autoencoder.identity}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of tasks, all equally likely, and of one of each task's adapters."""
-        tasks = torch.randint(len(self.bank.names), (batch_size,), generator=rng)
-        picks = torch.rand(batch_size, generator=rng)
-        adapters = torch.stack(
-            [
-                self.adapters_of[task][int(pick * len(self.adapters_of[task]))]
-                for task, pick in zip(tasks.tolist(), picks.tolist(), strict=True)
-            ]
-        )
-        return tasks, adapters
+        """Indices of tasks and of one adapter of each. Adapters are equally likely: a recoloured style, of one run, is drawn less often."""
+        adapters = torch.randint(len(self.latents), (batch_size,), generator=rng)
+        return self.autoencoder.data.tasks[adapters], adapters
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
         """Equation 8, with one timestep a sample, some samples without a condition, and some that are mixtures of two tasks."""
@@ -142,11 +133,11 @@ class UNetStage:
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
         bank = self.bank
-        side = 0 if bank.previews is None else bank.previews.shape[1]
-        index = ConditionIndex(bank.facts, bank.encoder.condition_dim, bank.names, **bank.encoder.index_options, preview_side=side)
+        sizes = [len(file) for file in bank.previews]
+        index = ConditionIndex(bank.facts, bank.encoder.condition_dim, bank.names, **bank.encoder.index_options, preview_sizes=sizes)
         index.fit(bank.embeddings())
-        if bank.previews is not None:
-            index.previews.copy_(bank.previews)
+        if bank.previews:
+            index.previews.copy_(torch.frombuffer(bytearray(b"".join(bank.previews)), dtype=torch.uint8))
         return CondPDiffPipeline(
             autoencoder=self.autoencoder.module,
             unet=self.unet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ class ConditionIndex(Component):
         num_parts: unit vectors that an embedding consists of, side by side.
         last_is_evidence: the last part can only add to a similarity. Two short examples look like no task's rows; they are
             no reason to doubt what description and label names say.
-        preview_side: of a small picture that stands for each task; 0: there are none.
+        preview_sizes: bytes of the small WebP picture that stands for each task, in the order of the embeddings; none: there are none.
     """
 
     __module__ = "cond_pdiff"
@@ -49,14 +50,14 @@ class ConditionIndex(Component):
         names: Sequence[str] | None = None,
         num_parts: int = 1,
         last_is_evidence: bool = False,
-        preview_side: int = 0,
+        preview_sizes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.register_to_config(names=list(names or tasks))
         self.register_buffer("embeddings", torch.zeros(len(tasks), condition_dim))
         self.register_buffer("threshold", torch.zeros(1))
-        if preview_side:
-            self.register_buffer("previews", torch.zeros(len(tasks), preview_side, preview_side, 3, dtype=torch.uint8))
+        if preview_sizes:
+            self.register_buffer("previews", torch.zeros(sum(preview_sizes), dtype=torch.uint8))  # all files, one after the other
 
     @property
     def names(self) -> list[str]:
@@ -91,9 +92,12 @@ class ConditionIndex(Component):
 
     def preview(self, task: str) -> Image.Image | None:
         """A picture that stands for a trained task, if the generator has such."""
-        if not self.config.preview_side:
+        sizes, place = list(self.config.preview_sizes), self.names.index(task)
+        if not sizes:
             return None
-        return Image.fromarray(self.previews[self.names.index(task)].cpu().numpy())
+        start = sum(sizes[:place])
+        file = self.previews[start : start + sizes[place]].cpu().numpy().tobytes()
+        return Image.open(io.BytesIO(file), formats=["WEBP"]).convert("RGB")
 
     def fit(self, own: torch.Tensor) -> None:
         """Measure the index on prompts of the trained tasks.
