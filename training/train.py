@@ -32,7 +32,7 @@ def train(
         tensorboard: also write tensorboard events.
 
     Returns:
-        The generator's folder. Autoencoder and U-Net are stored in half precision (and loaded in float32 by default).
+        The generator's folder. Autoencoder, U-Net and condition encoder are stored in half precision (and loaded in float32 by default).
     """
     run_folder = Path(run_folder)
     zoo = Zoo(zoo_folder)
@@ -53,8 +53,8 @@ def train(
 
 def save_generator(pipe: CondPDiffPipeline, folder: Path) -> None:
     """Save a generator, complete or not at all, replacing the one of an earlier run of the same command; its card stays."""
-    pipe.autoencoder.half()
-    pipe.unet.half()
+    for part in (pipe.autoencoder, pipe.unet, pipe.condition_encoder):
+        part.half()
     own = ("model_index.json", *pipe.components, *CARD_FILES)
     with atomic_folder(folder, own, overwrite=True) as aside:
         pipe.save_pretrained(aside)
