@@ -77,19 +77,25 @@ class ConditionBank:
         if styles:
             facts: dict[str, dict[str, Any]] = {style.name: {"group": style.group} for style in styles}
             previews = [_preview(style) for style in styles]
-            variants: list[Any] = [style_variants(style, count) for style in styles]
         else:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
             previews = []
-            variants = [[prompt_variant(task, index) for index in range(count)] for task in texts]
+
+        def variants(task: Any) -> Sequence[Any]:
+            return style_variants(task, count) if styles else [prompt_variant(task, index) for index in range(count)]
+
+        # One task at a time, and pictures as small as the encoder reads them: all variants of some hundred styles at once, as they
+        # were cut, do not fit into memory.
         names = [task.name for task in tasks]
         if isinstance(encoder, StyleCnnConditionEncoder):
             side = encoder.config.image_side
-            pixels = [torch.stack([style_pixels(variant, side) for variant in row]) for row in variants]
-            return cls(encoder, names, facts, (torch.stack(pixels) * 255).round().to(torch.uint8), previews)
+            pixels = torch.empty((len(tasks), count, 3, side, side), dtype=torch.uint8)
+            for row, task in zip(pixels, tasks, strict=True):
+                row.copy_((255 * torch.stack([style_pixels(variant, side) for variant in variants(task)])).round())
+            return cls(encoder, names, facts, pixels, previews)
         if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
-            encoder.fit_center([row[0] for row in variants])
-        return cls(encoder, names, facts, torch.stack([encoder.encode(row)[0] for row in variants]), previews)
+            encoder.fit_center([variants(task)[0] for task in tasks])
+        return cls(encoder, names, facts, torch.stack([encoder.encode(variants(task))[0] for task in tasks]), previews)
 
 
 def _preview(style: Style) -> bytes:
