@@ -142,7 +142,7 @@ SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
     "paper-language-half": (BERT, 768, 1, 73_728, (4, 117), 512),
     "paper-style-half": (PIXART, 1152, 1, 516_096, (1, 256), 256),
     "pixart-mini-continuum": (PIXART[:64], 160, 4, 81_920, (1, 96), 256),
-    "pixart-mini-styles": (PIXART[:64], 160, 4, 40_960, (1, 96), 256),
+    "pixart-mini-styles": (PIXART[:64], 160, 4, 40_960, (1, 88), 256),
     "reproduce-minilm": (BERT[:24], 384, 4, 36_864, (1, 96), 1152),
 }
 
