@@ -27,7 +27,7 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     zoo, runs, results = tmp_path / "zoo", tmp_path / "run", tmp_path / "results"
     data = ["--tasks", tasks_folder, "--zoo", zoo]
     for shard, count in (("1/2", 1), ("0/2", 3)):  # 3 jobs: two tasks, one unseen; and the multi-task baseline
-        done = run("collect", "--recipe", recipe, *data, "--shard", shard)
+        done = run("collect", "--recipe", recipe, *data, "--shard", shard, "--together", count)
         assert done.status == 0
         assert done.out[-1].endswith(f" adapters in {zoo}")
         assert len(list(zoo.glob("tasks/*/run-0/run.json"))) >= count
@@ -59,6 +59,7 @@ def test_a_part_of_the_evaluation_says_so(run: Any, tiny_generator: Path, tiny_z
         (["collect", "--tasks", "GONE", "--zoo", "NEW"], "is not a folder of tasks"),
         (["collect", "--tasks", "TASKS", "--zoo", "NEW"], "is not a task folder: meta.json is missing"),
         (["collect", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "TASKS"], "is not ours to replace"),
+        (["collect", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "NEW", "--together", "0"], "together must be at least 1"),
         (["train", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "GONE", "--out", "NEW"], "is not a zoo: zoo.json is missing"),
         (["train", "--recipe", "RECIPE", "--tasks", "GONE", "--zoo", "ZOO", "--out", "NEW"], "is not a folder of tasks"),
         (["evaluate", "nobody/gone", "--tasks", "TASKS", "--zoo", "ZOO", "--out", "NEW"], "nobody/gone is not in the cache"),

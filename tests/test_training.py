@@ -358,11 +358,11 @@ def test_tensorboard_events_are_written_on_demand(data: ZooParams, tmp_path: Pat
     assert b"loss" in events.read_bytes()
 
 
-def test_the_unet_stage_draws_tasks_evenly_and_only_their_adapters(unet_stage: UNetStage, data: ZooParams) -> None:
+def test_the_unet_stage_draws_adapters_evenly_with_their_tasks(unet_stage: UNetStage, data: ZooParams) -> None:
     tasks, adapters = unet_stage.draw(400, torch.Generator().manual_seed(0))
     assert torch.equal(data.tasks[adapters], tasks)
-    assert sorted(set(adapters.tolist())) == [0, 1, 2, 3]
-    assert abs(int((tasks == 0).sum()) - 200) < 60
+    assert len(adapters.bincount()) == 4
+    assert adapters.bincount().sub(100).abs().max() < 40
     assert unet_stage.describe((tasks[:1], torch.tensor([3]))) == data.names[3]
 
 
