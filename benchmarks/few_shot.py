@@ -114,11 +114,11 @@ class Bench:
 
     def setfit(self, task: Task, shots: int, seed: int) -> dict[str, dict[str, float]]:
         """Accuracy and seconds of SetFit, and of the quickest refined adapter, with the same examples."""
-        rows = task.report_rows(ROWS)
+        texts, targets = map(list, zip(*reported(task), strict=True))
         prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
         classes = [task.labels.index(label) for _, label in prompt.examples]
         folder, given = str(self.base.model.name_or_path), [text for text, _ in prompt.examples]
-        right, seconds = setfit(folder, given, classes, [text for text, _ in rows], [label for _, label in rows])
+        right, seconds = setfit(folder, given, classes, texts, targets)
         started = time.perf_counter()
         adapter = refine(self.classifier(task, self.generate(prompt, 1).adapter, prompt), QUICK_STEPS)
         quick = time.perf_counter() - started

@@ -81,7 +81,7 @@ class ConditionBank:
             facts = {task.name: {"description": task.description, "labels": list(task.labels), "group": task.group} for task in texts}
             previews = []
 
-        def variants(task: Any) -> Sequence[Any]:
+        def variants(task: Any, count: int = count) -> Sequence[Any]:
             return style_variants(task, count) if styles else [prompt_variant(task, index) for index in range(count)]
 
         # One task at a time, and pictures as small as the encoder reads them: all variants of some hundred styles at once, as they
@@ -94,7 +94,7 @@ class ConditionBank:
                 row.copy_((255 * torch.stack([style_pixels(variant, side) for variant in variants(task)])).round())
             return cls(encoder, names, facts, pixels, previews)
         if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
-            encoder.fit_center([variants(task)[0] for task in tasks])
+            encoder.fit_center([variants(task, 1)[0] for task in tasks])
         return cls(encoder, names, facts, torch.stack([encoder.encode(variants(task))[0] for task in tasks]), previews)
 
 
