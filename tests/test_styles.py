@@ -341,8 +341,9 @@ def test_recoloured_styles_name_their_source_and_stay_out_of_the_zoo_with_it(
     shown = [np.asarray(made[name].image.image, float) for name in ("stripes", "stripes_recoloured_1", "stripes_recoloured_2")]
     for first, second in itertools.combinations(shown, 2):
         assert np.abs(first - second).mean() > 10
-    style_recipe["collect"].update(tasks=[], unseen=["dots"], runs=2, steps=1, last_checkpoints=1, multitask_steps=0)
-    zoo = collect(parse(CollectConfig, style_recipe["collect"], "collect"), tmp_path / "styles", tmp_path / "zoo")
+    changes = {"tasks": [], "unseen": ["dots"], "runs": 2, "steps": 1, "last_checkpoints": 1, "multitask_steps": 0}
+    section = {**style_recipe["collect"], **changes}
+    zoo = collect(parse(CollectConfig, section, "collect"), tmp_path / "styles", tmp_path / "zoo")
     assert zoo.task_names == ["stripes", "stripes_recoloured_1", "stripes_recoloured_2"]
     assert zoo.unseen_names == ["dots"]
     assert [zoo.facts["tasks"][name].get("source") for name in zoo.task_names] == [None, "stripes", "stripes"]
