@@ -10,7 +10,16 @@ from diffusers.models.modeling_utils import ModelMixin
 from cond_pdiff.errors import HubError
 
 
-class Component(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both define config_name, as in every diffusers model
+class PathlessConfig(ConfigMixin):
+    """A diffusers config that does not keep the folder it was loaded from: it would be saved, and published, with what is saved again."""
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Set entries of the config."""
+        kwargs.pop("_name_or_path", None)
+        super().register_to_config(**kwargs)
+
+
+class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both define config_name, as in every diffusers model
     """A diffusers model whose weights are safetensors, always: a pickle is never read, also not from a local folder.
 
     Subclasses set `__module__ = "cond_pdiff"`: `model_index.json` then names a component by its public place, which stays

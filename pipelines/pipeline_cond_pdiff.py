@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.component import PathlessConfig
 from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.few_shot import KNOWN_SIMILARITY, KNOWN_TASK, UNKNOWN_TASK, Choice, choose, choose_with_head
@@ -45,7 +46,7 @@ BROKEN_GENERATOR = (
 REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
 
-class CondPDiffPipeline(DiffusionPipeline):
+class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     """Generate LoRA adapters from a condition (paper, sections 3.3 and 4.1 "inference procedures").
 
     Args:

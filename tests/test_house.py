@@ -306,6 +306,8 @@ def check_bundle(folder: Path) -> list[str]:
         shown = name.parts[0] == "pictures" and path.suffix == ".png"  # in the card, on the Hub; never fetched
         if not shown and not any(fnmatch(path.name, pattern) for pattern in BUNDLE_PATTERNS):
             found.append(f"{folder.name}: {name} is of a kind that is never fetched")
+        if path.suffix == ".json" and "_name_or_path" in path.read_text(encoding="utf-8"):
+            found.append(f"{folder.name}: {name} names a folder of the machine that saved it")
         if len(name.parts) > 2:
             found.append(f"{folder.name}: {name} is too deep for the package data in pyproject.toml")
     return found
@@ -328,12 +330,12 @@ def test_bundled_generators_are_small_and_complete() -> None:
 
 def test_bundle_checker_refuses(tmp_path: Path) -> None:
     (tmp_path / "unet" / "deep").mkdir(parents=True)
-    (tmp_path / "model_index.json").touch()
+    (tmp_path / "model_index.json").write_text('{"_name_or_path": "/somewhere"}')
     (tmp_path / "unet" / "weights.bin").touch()
     (tmp_path / "unet" / "deep" / "config.json").touch()
     with (tmp_path / "unet" / "model.safetensors").open("wb") as file:
         file.truncate(MAX_BUNDLE_BYTES + 1)
     found = check_bundle(tmp_path)
-    assert len(found) == 3
-    assert "at most" in found[0]
-    assert {"deep/config.json" in found[1], "weights.bin" in found[2]} == {True}
+    assert len(found) == 4
+    for problem, part in zip(found, ("at most", "model_index.json names", "deep/config.json", "weights.bin"), strict=True):
+        assert part in problem

@@ -63,6 +63,13 @@ def test_saved_and_loaded_it_gives_the_same_bits(pipe: CondPDiffPipeline, tmp_pa
     assert params(pipe).std() > 0
 
 
+def test_saved_again_it_does_not_tell_where_it_was(tiny_generator: Path, tmp_path: Path) -> None:
+    CondPDiffPipeline.from_pretrained(tiny_generator).save_pretrained(tmp_path)
+    configs = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json")]
+    assert len(configs) == 8
+    assert not any(str(tiny_generator) in text or "_name_or_path" in text for text in configs)
+
+
 def test_model_index_names_the_public_places(tiny_generator: Path) -> None:
     index = json.loads((tiny_generator / "model_index.json").read_text())
     assert {name: value for name, value in index.items() if not name.startswith("_")} == {
