@@ -25,6 +25,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.head_tuning import HeadTuning
+from cond_pdiff.training.loop import rate_factor
 from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
@@ -318,10 +319,7 @@ def optimise(
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=config.weight_decay)
     warmup = max(1, round(config.warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)),
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps, warmup))
     recent: list[list[float]] = []
     for step, (batches, tasks) in enumerate(itertools.islice(drawn, steps)):
         with mixed_precision(config.precision, parameters[0].device):

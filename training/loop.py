@@ -92,12 +92,16 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     accelerator.end_training()
 
 
+def rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """The share of the learning rate with which a step is done: a linear warm-up, then a cosine to zero."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
+
+
 def learning_rate(config: FitConfig, step: int) -> float:
-    """Linear warm-up, then cosine to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    """That of a step."""
+    return config.learning_rate * rate_factor(step, config.steps, config.warmup_steps)
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
