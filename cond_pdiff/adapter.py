@@ -47,6 +47,9 @@ UNSUPPORTED_OPTIONS = (
 )
 """Entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
 
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Ways in which peft begins an adapter that leave the base model as it is."""
+
 PEFT_HEADS = ("classifier", "score")
 """What peft adds to `modules_to_save` of every sequence classifier, whether or not the model has it."""
 
@@ -347,6 +350,11 @@ def _spec_from_peft(config: Mapping[str, Any], path: Path, tensors: Mapping[str,
     for name in UNSUPPORTED_OPTIONS:
         if config.get(name):
             raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
+    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
+        raise AdapterError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}: peft changes the base model's own weights for it; "
+            "convert it to plain LoRA (peft: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: bias is {config['bias']!r}, expected 'none'")
     named = {name: config.get(name) or [] for name in ("target_modules", "modules_to_save")}

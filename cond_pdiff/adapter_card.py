@@ -26,6 +26,7 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
     fields = {
         "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
         "base_model": _line(base),
+        "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": _story(metadata) + (f"\n\n![Without and with the adapter]({preview})" if preview else ""),
         "facts": "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),

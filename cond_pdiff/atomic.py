@@ -50,7 +50,8 @@ def check_output_folder(target: Path, own_files: Collection[str], overwrite: boo
     found = sorted(entry.name for entry in target.iterdir())
     if found and not overwrite:
         raise OutputExistsError(
-            f"{target} is not empty (it holds {found[0]!r}); choose another folder, or replace it (overwrite=True, --force)"
+            f"{target} is not empty (it holds {found[0]!r}); choose another folder, "
+            "delete it, or replace it where that is offered (--force, overwrite=True)"
         )
     foreign = [name for name in found if name not in own_files]
     if foreign:
@@ -67,10 +68,12 @@ def atomic_folder(target: Path, own_files: Collection[str], overwrite: bool = Fa
         overwrite: replace an existing folder.
 
     Raises:
-        OutputExistsError: `target` holds something that may not be replaced.
+        OutputExistsError: `target` holds something that may not be replaced, or is the current folder.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()  # what a link names is to be filled, not the link replaced
     check_output_folder(target, own_files, overwrite)
+    if Path.cwd().is_relative_to(target):
+        raise OutputExistsError(f"{target} is the current folder, or holds it, and cannot be replaced; name a new one")
     made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

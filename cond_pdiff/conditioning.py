@@ -222,9 +222,12 @@ def _size(image: Image.Image) -> str:
 
 
 def _file_size(path: Path) -> int:
-    if not path.is_file():
-        raise ConditionError(f"there is no image file {str(path)!r:.200}")
-    return path.stat().st_size
+    try:
+        if path.is_file():
+            return path.stat().st_size
+    except OSError:  # a name that is too long, perhaps because it is a description
+        pass
+    raise ConditionError(f"there is no image file {str(path)!r:.200}")
 
 
 def _check_header(image: Image.Image) -> None:

@@ -13,7 +13,8 @@ from cond_pdiff.atomic import atomic_folder, write_bytes
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
 from cond_pdiff.lora import KEY_PREFIX
-from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_transformer
 
 SENTENCE_WEIGHTS = "model.safetensors"
 COMFYUI_PREFIX = "transformer."
@@ -85,7 +86,9 @@ def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second.detach().to("cpu"))
 
 
-def save_merged(adapter: LoraAdapter, folder: str | Path, base: Backbone | None = None, scale: float = 1.0) -> Path:
+def save_merged(
+    adapter: LoraAdapter, folder: str | Path, base: Backbone | None = None, scale: float = 1.0, overwrite: bool = False
+) -> Path:
     """Write a copy of the base model whose weights are W + scale · ΔW, in the base's own precision and layout of files.
 
     Args:
@@ -93,25 +96,24 @@ def save_merged(adapter: LoraAdapter, folder: str | Path, base: Backbone | None 
 
     Raises:
         HubError: the base is not to be had.
-        AdapterError: the adapter does not fit it, or brings a head.
-        OutputExistsError: `folder` is not empty.
+        AdapterError: the adapter is not for it, or brings a head.
+        OutputExistsError: `folder` is not empty (with `overwrite`: holds what is not of this base model).
     """
     _refuse_heads(adapter)
     reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
     weights = TRANSFORMER_WEIGHTS if all(".attn" in module for module in adapter.modules) else SENTENCE_WEIGHTS
     source, folder = find_backbone(reference, weights), Path(folder)
+    adapter.check_base(load_transformer(reference) if weights == TRANSFORMER_WEIGHTS else SentenceBackbone.load(reference).model)
     tensors = load((source / weights).read_bytes())
     for module in adapter.modules:
         delta, key = scale * adapter.delta(module), f"{module}.weight"
-        if key not in tensors or tensors[key].shape != delta.shape:
-            found = tuple(tensors[key].shape) if key in tensors else "missing"
-            raise AdapterError(f"{source / weights}: {key} is {found}, expected {tuple(delta.shape)}; is this the adapter's base?")
+        if key not in tensors:
+            raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")
         tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
-    with atomic_folder(folder, ()) as aside:
-        for pattern in ALLOWED_PATTERNS:
-            for path in source.rglob(pattern):
-                target = aside / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+    files = [path.relative_to(source) for pattern in ALLOWED_PATTERNS for path in source.rglob(pattern)]
+    with atomic_folder(folder, {file.parts[0] for file in files}, overwrite) as aside:
+        for file in files:
+            (aside / file).parent.mkdir(parents=True, exist_ok=True)
+            (aside / file).write_bytes((source / file).read_bytes())
         (aside / weights).write_bytes(save(tensors, metadata={"format": "pt"}))
     return folder

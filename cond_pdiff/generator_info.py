@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ class GeneratorInfo:
 def known_generators(cache_dir: str | Path | None = None) -> list[GeneratorInfo]:
     """The generators that can be loaded without a network: bundled ones, then those in the Hub cache."""
     found = [GeneratorInfo._read(name, bundled(name), None) for name in bundled_generators()]
-    return found + [GeneratorInfo._read(*cached) for cached in cached_generators(cache_dir)]
+    for cached in cached_generators(cache_dir):
+        with contextlib.suppress(HubError):  # a fetch that broke off
+            found.append(GeneratorInfo._read(*cached))
+    return found
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

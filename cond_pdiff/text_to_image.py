@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import torch
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,6 +21,24 @@ TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="5f89b7aa30578d55254cdf1964705987df7043d27aafe1461a6a75db7aaf65cf")
 
 
+BROKEN_BASE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
+"""What diffusers and torch raise on files that are not a base model's."""
+
+
+def load_transformer(base: Backbone) -> PixArtTransformer2DModel:
+    """What adapters are attached to, without the rest of the pipeline, in the precision of its files.
+
+    Raises:
+        HubError: see `load_text_to_image`.
+    """
+    folder = (find_backbone(base, TRANSFORMER_WEIGHTS) / TRANSFORMER_WEIGHTS).parent
+    try:
+        transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+    except BROKEN_BASE as error:
+        raise HubError(f"{folder} cannot be loaded as a PixArt transformer: {type(error).__name__}: {error}") from error
+    return transformer
+
+
 def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     """A PixArt pipeline in float32, from safetensors only; the transformer's weights are checked against `base.sha256`.
 
@@ -29,7 +48,7 @@ def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     folder = find_backbone(base, TRANSFORMER_WEIGHTS)
     try:
         pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except BROKEN_BASE as error:
         raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
     for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
         if module.dtype != torch.float32:

@@ -60,6 +60,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     """
 
     model_cpu_offload_seq: Any = "condition_encoder->unet->autoencoder"
+    _exclude_from_cpu_offload: Any = ("normalizer", "template", "condition_index")  # small, and read in other ways than by `forward`
     _callback_tensor_inputs = ("latents", "condition_embeddings")
 
     autoencoder: ParamAutoencoder
@@ -308,11 +309,10 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                     condition_embeddings = changed.get("condition_embeddings", condition_embeddings)
                 bar.update()
 
-        if output_type == "latent":
-            return latents
-        params = self.decode(latents)
-        if output_type == "params":
-            return params
+        result = latents if output_type == "latent" else self.decode(latents)
+        self.maybe_free_model_hooks()
+        if output_type != "adapter":
+            return result
         settings = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -324,8 +324,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             "versions": {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__},
         }
         made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
-        output = self._to_output(checked, params, made, latents, condition_embeddings[0], condition_report)
-        self.maybe_free_model_hooks()
+        output = self._to_output(checked, result, made, latents, condition_embeddings[0], condition_report)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_the_snippets_of_a_text_card_run(text_adapter: Path, monkeypatch: pytest
     exec(peft, scope)
     assert any("lora_B" in name for name, _ in scope["model"].named_parameters())
     exec(sentence_transformers, scope)
+    plain = LoraAdapter.load("adapter")
+    replace(plain, metadata={"base": plain.metadata["base"]}).save("plain")  # records no labels
+    exec(snippets(Path("plain/README.md").read_text(encoding="utf-8"))[0].replace('"adapter"', '"plain"'), scope)
+    assert "label" in capsys.readouterr().out
     module = scope["model"][0].auto_model
     assert sum(len(part._forward_hooks) for part in module.modules()) == len(LoraAdapter.load("adapter").modules)
 

@@ -109,6 +109,7 @@ CONFIG_CORRUPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "rank-stabilised": ({"use_rslora": True}, "use_rslora is True"),
     "rank pattern": ({"rank_pattern": {"query": 4}}, "rank_pattern"),
     "alpha pattern": ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
+    "another base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': peft changes the base model's own weights"),
     "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
     "whole modules": ({"modules_to_save": ["pooler"]}, "modules_to_save"),
     "transposed weights": ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be true or false, got 'yes'"),

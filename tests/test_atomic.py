@@ -79,6 +79,18 @@ def test_what_may_not_be_replaced_stays(tmp_path: Path, name: str, overwrite: bo
     assert contents(tmp_path) == {"target": "/", f"target/{name}": "old"}
 
 
+def test_the_current_folder_stays_and_a_link_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deep")
+    with pytest.raises(OutputExistsError, match="is the current folder"):
+        write(Path())
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "a.txt").is_file()
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("old")
     with pytest.raises(OutputExistsError, match="is a file"):

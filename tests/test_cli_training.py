@@ -61,6 +61,7 @@ def test_a_part_of_the_evaluation_says_so(run: Any, tiny_generator: Path, tiny_z
         (["collect", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "TASKS"], "is not ours to replace"),
         (["collect", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "NEW", "--together", "0"], "together must be at least 1"),
         (["train", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "GONE", "--out", "NEW"], "is not a zoo: zoo.json is missing"),
+        (["train", "--recipe", "RECIPE", "--tasks", "TASKS", "--zoo", "BAD", "--out", "NEW"], "must hold a JSON object with base, lora,"),
         (["train", "--recipe", "RECIPE", "--tasks", "GONE", "--zoo", "ZOO", "--out", "NEW"], "is not a folder of tasks"),
         (["evaluate", "nobody/gone", "--tasks", "TASKS", "--zoo", "ZOO", "--out", "NEW"], "nobody/gone is not in the cache"),
         (["evaluate", "GENERATOR", "--tasks", "TASKS", "--zoo", "GONE", "--out", "NEW"], "is not a zoo"),
@@ -84,8 +85,10 @@ def test_other_commands_refuse_and_write_nothing(
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    new, gone = tmp_path / "new", tmp_path / "gone"
-    places = {"RECIPE": recipe, "TASKS": tasks_folder, "ZOO": tiny_zoo, "GENERATOR": tiny_generator, "NEW": new, "GONE": gone}
+    new, gone, bad = tmp_path / "new", tmp_path / "gone", tmp_path / "bad"
+    bad.mkdir()
+    (bad / "zoo.json").write_text('{"base": {}}')
+    places = {"RECIPE": recipe, "TASKS": tasks_folder, "ZOO": tiny_zoo, "GENERATOR": tiny_generator, "NEW": new, "GONE": gone, "BAD": bad}
     done = run(*(places.get(argument, argument) for argument in arguments))
     assert (done.status, done.out) == (1, [])
     assert [line for line in done.err if line.startswith("cond-pdiff: error: ")] == done.err[-1:]

@@ -299,6 +299,12 @@ def test_half_precision_trains_nearly_the_same_adapter(config: CollectConfig, ta
         replace(config, precision="fp16")
 
 
+def test_a_task_is_trained_on_or_unseen(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="'moods' is named both as a task to train on and as unseen"):
+        collect(replace(config, tasks=("animals", "moods"), unseen=("moods",)), tasks_folder, tmp_path / "zoo")
+    assert not (tmp_path / "zoo").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"moods: the loss is (nan|inf) at step \d+; lower the learning rate"):
         collect(replace(config, learning_rates=(1e30,)), tasks_folder, tmp_path / "zoo")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import fingerprint, refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.convert import from_comfyui, save_comfyui, save_merged, to_comfyui
-from cond_pdiff.errors import AdapterError, OutputExistsError
+from cond_pdiff.errors import AdapterError, HubError, OutputExistsError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
@@ -89,13 +90,28 @@ def test_a_merged_pixart_has_the_sums_and_is_else_the_base(style_adapter: LoraAd
     assert make_pictures(merged, ["a red house beside a tree"])[0].size == (64, 64)
 
 
-def test_what_does_not_fit_is_refused(tiny_adapter: LoraAdapter, tiny_base: Backbone, style_adapter: LoraAdapter, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model.safetensors").write_bytes(
-        (Path(tiny_base.repo_id) / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    )
-    with pytest.raises(AdapterError, match=r"is missing, expected .*is this the adapter's base"):
-        save_merged(tiny_adapter, tmp_path / "merged", Backbone(str(tmp_path / "other")))
+def test_what_does_not_fit_is_refused(
+    tiny_adapter: LoraAdapter, tiny_backbone: Backbone, tiny_base: Backbone, style_adapter: LoraAdapter, tmp_path: Path
+) -> None:
+    for adapter, base, file in (
+        (tiny_adapter, tiny_backbone, "model.safetensors"),
+        (style_adapter, tiny_base, "transformer/diffusion_pytorch_model.safetensors"),
+    ):
+        other = tmp_path / adapter.modules[0]
+        shutil.copytree(base.repo_id, other)
+        weights = {key: tensor + 0.1 if tensor.is_floating_point() else tensor for key, tensor in load_file(other / file).items()}
+        save_file(weights, other / file, {"format": "pt"})
+        with pytest.raises(AdapterError, match="fingerprints differ"):
+            save_merged(adapter, tmp_path / "merged", Backbone(str(other)))
+        (other / file).write_bytes(b"{}")
+        with pytest.raises(HubError, match="cannot be loaded"):
+            save_merged(adapter, tmp_path / "merged", Backbone(str(other)))
+    prefixed = tmp_path / "prefixed"  # as saved from a model with a head: it loads, but under other names than the adapter's
+    shutil.copytree(tiny_backbone.repo_id, prefixed)
+    weights = {f"bert.{key}": tensor for key, tensor in load_file(prefixed / "model.safetensors").items()}
+    save_file(weights, prefixed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="is not saved as the model"):
+        save_merged(tiny_adapter, tmp_path / "merged", Backbone(str(prefixed)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(OutputExistsError):
@@ -109,4 +125,11 @@ def test_the_command_converts_both_ways(run: Any, style_adapter: LoraAdapter, ti
     assert (done.status, done.out) == (0, [f"LoRA file  {tmp_path / 'embers.safetensors'}"])
     done = run("convert", folder, "--to", "merged", "--out", tmp_path / "merged", "--base", tiny_base.repo_id)
     assert (done.status, done.out) == (0, [f"model      {tmp_path / 'merged'}"])
-    refused(run("convert", folder, "--to", "comfyui", "--out", tmp_path / "embers.safetensors"), "is already there")
+    again = ["convert", folder, "--to", "comfyui", "--out", tmp_path / "embers.safetensors"]
+    refused(run(*again), "is already there")
+    assert run(*again, "--force").status == 0
+    again = ["convert", folder, "--to", "merged", "--out", tmp_path / "merged", "--base", tiny_base.repo_id]
+    refused(run(*again), "is not empty")
+    assert run(*again, "--force").status == 0
+    (tmp_path / "merged" / "mine.txt").touch()
+    refused(run(*again, "--force"), "not ours to replace")

@@ -13,10 +13,12 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import CondPDiffError, HubError
+from cond_pdiff.generator_info import known_generators
 from cond_pdiff.hub import MINILM, Backbone, bundled, bundled_generators, cached_generators, fetch, find_backbone, find_generator
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
@@ -61,6 +63,12 @@ def test_missing_weights_are_named(tiny_backbone: Backbone, tmp_path: Path, name
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(HubError, match=rf"has no {name}"):
         find_backbone(Backbone(str(folder)), name)
+
+
+def test_a_backbone_stored_in_half_precision_is_loaded_in_single(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_backbone.repo_id, tmp_path / "base"))
+    AutoModel.from_pretrained(folder).half().save_pretrained(folder)
+    assert SentenceBackbone.load(Backbone(str(folder))).model.dtype == torch.float32
 
 
 def test_truncated_backbone_weights_are_refused(tiny_backbone: Backbone, tmp_path: Path) -> None:
@@ -163,6 +171,15 @@ def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
     local = CondPDiffPipeline.from_pretrained(tiny_generator)
     latents = torch.randn(pipe("x", output_type="latent").shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(*(each("Is the film good?", latents=latents, output_type="params") for each in (pipe, local)))
+
+
+def test_a_fetch_that_broke_off_is_not_listed(tiny_generator: Path, tmp_path: Path) -> None:
+    for name, lost in (("whole", "nothing"), ("half", "template")):
+        repository = tmp_path / f"models--owner--{name}"
+        shutil.copytree(tiny_generator, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns(lost))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+    assert [info.name for info in known_generators(tmp_path) if info.revision] == ["owner/whole"]
 
 
 def test_an_unknown_repository_and_a_dead_network_are_told_apart(tiny_hub: LoopbackHub, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import TARGETS
 from peft import PeftModel
 from transformers import AutoModel
@@ -61,6 +62,29 @@ def test_saved_and_loaded_it_gives_the_same_bits(pipe: CondPDiffPipeline, tmp_pa
     for folder in (tmp_path / "copy", str(tmp_path / "copy")):
         assert torch.equal(params(quiet(CondPDiffPipeline.from_pretrained(folder))), expected)
     assert params(pipe).std() > 0
+
+
+@pytest.mark.parametrize("output_type", ["adapter", "params", "latent"])
+def test_offloading_moves_every_network_and_ends_with_the_call(
+    pipe: CondPDiffPipeline, monkeypatch: pytest.MonkeyPatch, output_type: str
+) -> None:
+    moved: list[str] = []
+
+    class Recorder(ModelHook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            moved.append(self.name)
+            return args, kwargs
+
+    freed: list[bool] = []
+    monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: freed.append(True))
+    for name in ("unet", "autoencoder"):
+        add_hook_to_module(getattr(pipe, name), Recorder(name))
+    pipe(PROMPT, output_type=output_type)
+    assert set(moved) == ({"unet"} if output_type == "latent" else {"unet", "autoencoder"})
+    assert freed == [True]
 
 
 def test_saved_again_it_does_not_tell_where_it_was(tiny_generator: Path, tmp_path: Path) -> None:

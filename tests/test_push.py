@@ -248,7 +248,16 @@ def test_a_dry_run_needs_no_hub(hub: LoopbackHub, run: Any, tiny_generator: Path
     assert "would be sent to the model repository owner/x" in done.out[-1]
     assert any(line.endswith("  unet/config.json") for line in done.out)
     assert run("push", saved, "--repo", "owner/x", "--dry-run").out[-1].startswith("dry run: 4 files")
+    (saved / "README.md").unlink()  # it gets a new one
+    assert run("push", saved, "--repo", "owner/x", "--dry-run").out[-1].startswith("dry run: 4 files")
     assert hub.requests == []
+
+
+def test_an_adapters_own_card_is_pushed(hub: LoopbackHub, run: Any, saved: Path) -> None:
+    card = (saved / "README.md").read_text() + "\n## My notes\n"
+    (saved / "README.md").write_text(card)
+    assert run("push", saved, "--repo", "owner/adapter").status == 0
+    assert hub.files("owner/adapter")["README.md"].decode() == card
 
 
 @pytest.mark.parametrize("name", ["a b", "x/y/z", "-x", ""])

@@ -41,6 +41,8 @@ TINY_AE = TINY_RECIPE["autoencoder"]["model"]
         (FitConfig, {"steps": True}, "here: steps must be int, got True"),
         (FitConfig, {"learning_rate": None}, "here: learning_rate must be float, got None"),
         (FitConfig, {"precision": 16}, "here: precision must be str, got 16"),
+        (FitConfig, {"log_every": 0}, "fit, log_every: expected at least 1, got 0"),
+        (UNetConfig, {"prediction_type": "v-prediction"}, "prediction_type: expected one of .*'v_prediction'.*, got 'v-prediction'"),
         (FitConfig, 5, "here must be a JSON object"),
         (FitConfig, ["steps"], "here must be a JSON object"),
         (AutoencoderConfig, {"fit": {"step": 1}}, "here, fit: unknown entry 'step'"),

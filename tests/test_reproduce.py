@@ -187,9 +187,7 @@ def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Pa
         ({"way": "walk"}, "no way 'walk' of collecting"),
     ],
 )
-def test_variants_that_mean_nothing_are_refused(
-    recipe: Path, tasks: Path, tmp_path: Path, entries: dict[str, Any], message: str
-) -> None:
+def test_variants_that_mean_nothing_are_refused(recipe: Path, tasks: Path, tmp_path: Path, entries: dict[str, Any], message: str) -> None:
     changed = json.loads(recipe.read_text())
     changed["ablation"]["variants"] = [{"group": "a", "name": "b", **entries}]
     (tmp_path / "changed.json").write_text(json.dumps(changed))
@@ -305,6 +303,8 @@ def test_table2_collects_trains_and_measures_styles_once(
     monkeypatch.setattr("torch.optim.AdamW.step", None)  # nothing is trained again
     assert reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json") == result
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    with pytest.raises(TrainingError, match="begun with other settings"):
+        reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json", quick=True)
     assert read_quick("pixart-mini-styles", quick=True)["reproduce"]["max_rows"] == 4
 
 

@@ -100,3 +100,6 @@ def test_very_long_pictures_are_read_in_the_middle() -> None:
 def test_a_missing_backbone_is_named(tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"no model.safetensors"):
         BackboneStyleConditionEncoder(Backbone(str(tmp_path)).to_json()).encode([texture(0)])
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(HubError, match="cannot be loaded as"):
+        BackboneStyleConditionEncoder(Backbone(str(tmp_path)).to_json()).encode([texture(0)])

@@ -164,6 +164,6 @@ def test_what_is_no_picture_is_refused(condition: Any) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.png", tmp_path):
+    for path in (tmp_path / "none.png", tmp_path, "a description instead of a picture " * 20):
         with pytest.raises(ConditionError, match="there is no image file"):
             StyleImage.open(path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import json
 import random
 import shutil
 from pathlib import Path
@@ -354,6 +355,12 @@ def test_make_styles_refuses_bad_pictures(paintings: Path, tmp_path: Path) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(TaskDataError, match="no PNG, JPEG or WebP pictures"):
         make_styles(tmp_path / "empty", tmp_path / "styles")
+    (paintings / "twice.png").touch()
+    (paintings / "twice.webp").touch()
+    with pytest.raises(TaskDataError, match=r"twice\.png and .*twice\.webp would both be the style 'twice'"):
+        make_styles(paintings, tmp_path / "styles", train=1, test=1)
+    (paintings / "twice.png").unlink()
+    (paintings / "twice.webp").unlink()
     (paintings / "broken.png").write_bytes(b"no picture")
     with pytest.raises(TaskDataError, match=r"broken\.png"):
         make_styles(paintings, tmp_path / "styles", train=1, test=1)
@@ -436,6 +443,7 @@ def test_a_continuum_is_made_learnt_and_recovered(
     generator = train(copy.deepcopy(style_recipe), folder / "zoo", folder / "styles", tmp_path / "run")
     result = evaluate_continuum(generator, folder, tmp_path / "result")
     assert result["tests"] == 10
+    assert json.loads((tmp_path / "result" / "ratios.json").read_text()) == result
     assert result["mean_error"] == pytest.approx(np.mean([abs(true - found) for true, found in result["ratios"]]), abs=1e-3)
     with Image.open(tmp_path / "result" / "continuum.png") as picture:
         assert picture.size[0] > 800

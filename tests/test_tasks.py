@@ -301,7 +301,10 @@ def write_csv(path: Path, rows: list[tuple[object, ...]]) -> None:
 @pytest.mark.usefixtures("_private_cache")
 def test_import_of_a_folder_of_csv(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    write_csv(source / "train.csv", [("body", "mood"), ("good", "kind"), ("bad, very", "unkind"), ("", "kind"), ("fine ü", "kind")])
+    write_csv(
+        source / "train.csv",
+        [("body", "mood"), ("good", "kind"), ("bad, very", "unkind"), ("", "kind"), ("  ", "kind"), ("fine ü", "kind")],
+    )
     write_csv(source / "test.csv", [("body", "mood"), ("awful", "unkind"), ("what", "")])
     task = import_dataset(str(source), tmp_path / "films", "Is it kind?", ["body"], "mood")
     assert task == Task.load(tmp_path / "films")

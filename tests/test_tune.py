@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def test_only_the_unet_is_trained(tuned: Path, tiny_generator: Path) -> None:
     assert list(before) == list(after)
     assert [name for name in before if before[name] != after[name]] == ["unet/diffusion_pytorch_model.safetensors"]
     assert (tuned / "README.md").is_file()
+
+
+def test_what_was_measured_of_the_old_generator_does_not_come_along(
+    tiny_generator: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(tiny_generator, old)
+    for name in ("pictures/unseen.png", ".eval_results/evaluation.yaml"):
+        (old / name).parent.mkdir()
+        (old / name).write_text("measured")
+    (old / "README.md").write_text("# Old")
+    new = tune({"tune": {**SECTION, "fit": {**SECTION["fit"], "steps": 1}}}, old, tasks_folder, tmp_path / "tune")
+    assert not (new / "pictures").exists()
+    assert not (new / ".eval_results").exists()
+    assert "Nothing has been measured" in (new / "README.md").read_text()
 
 
 def test_the_decoder_is_trained_if_that_is_asked_for(pipe: CondPDiffPipeline, tasks: list[Task]) -> None:

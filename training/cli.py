@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CondPDiffError, OSError) as error:  # OSError: no space left, no permission …
         print(f"cond-pdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"cond-pdiff: error: this needs the package {error.name}: pip install 'cond-pdiff[train]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("cond-pdiff: interrupted; finished parts are kept, run the same command again to go on", file=sys.stderr)
         return 130
@@ -98,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--out", required=True, type=Path, metavar="PATH", help="file or folder to write")
     convert.add_argument("--scale", type=float, default=1.0, help="strength of a merged adapter (default: %(default)s)")
     convert.add_argument("--base", metavar="FOLDER", help="the base model's folder (default: found by its recorded name)")
+    convert.add_argument("--force", action="store_true", help="replace what an earlier conversion wrote there")
     convert.set_defaults(run=commands.convert)
 
     push = add("push", help="push a generator or an adapter, with its card, to the Hub")
@@ -189,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     recover = add("evaluate-continuum", help="recover the ratios of unseen mixtures from their pictures")
     recover.add_argument("generator", help="trained on the continuum")
     recover.add_argument("--continuum", required=True, type=Path, help="made by make-continuum")
-    recover.add_argument("--out", required=True, type=Path, help="folder for continuum.json and continuum.png")
+    recover.add_argument("--out", required=True, type=Path, help="folder for ratios.json and continuum.png")
     recover.set_defaults(run=commands.evaluate_continuum)
 
     reproduce = add("reproduce", help="measure a table or the figures of the paper anew (resumable)")

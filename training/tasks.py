@@ -297,7 +297,7 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
         index = {value: number for number, value in enumerate(values)}
     splits: dict[str, list[Row]] = {}
     for split in (name for name in SPLITS if name in loaded):
-        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED and all(row[column] for column in text_columns)]
+        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED and all(map(_has_text, map(row.get, text_columns)))]
         unknown = [row[label_column] for row in labelled if row[label_column] not in index]
         if unknown:
             raise TaskDataError(f"{dataset}: the {split} split has the label {unknown[0]!r}, which the train split has not")
@@ -306,3 +306,7 @@ def import_dataset(dataset: str, folder: str | Path, description: str, text_colu
             splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
     origin = {} if Path(dataset).exists() else {"dataset": dataset}
     return write_task(folder, description, labels, splits, None, **origin)
+
+
+def _has_text(value: object) -> bool:
+    return value is not None and bool(str(value).strip())

@@ -52,7 +52,11 @@ def train(
 
 
 def save_generator(pipe: CondPDiffPipeline, folder: Path) -> None:
-    """Save a generator, complete or not at all, replacing the one of an earlier run of the same command; its card stays."""
+    """Save a generator, complete or not at all, replacing the one of an earlier run of the same command; its card stays.
+
+    Of a generator that was loaded and then trained, the old card, pictures and results do not come along.
+    """
+    pipe._card_folder = None
     for part in (pipe.autoencoder, pipe.unet, pipe.condition_encoder):
         part.half()
     own = ("model_index.json", *pipe.components, *CARD_FILES)

@@ -26,6 +26,8 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 
 RUN_FILE = "run.json"
+ZOO_PARTS = ("base", "lora", "collect", "tasks", "unseen")
+"""Of `zoo.json`, each a JSON object."""
 
 
 def file_sha256(path: Path) -> str:
@@ -97,6 +99,8 @@ class Zoo:
             raise TaskDataError(f"{self.folder} is not a zoo: zoo.json is missing; `cond-pdiff collect` makes one") from error
         except ValueError as error:
             raise TaskDataError(f"{self.folder / 'zoo.json'} is not valid JSON: {error}") from error
+        if not isinstance(self.facts, dict) or not all(isinstance(self.facts.get(part), dict) for part in ZOO_PARTS):
+            raise TaskDataError(f"{self.folder / 'zoo.json'} must hold a JSON object with {', '.join(ZOO_PARTS)}")
 
     @property
     def kind(self) -> str:

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from cond_pdiff.conditioning import Text
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.text_backbone import TextBackbone, load_frozen
+from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
 
 
 class HeadBackbone(TextBackbone):
@@ -36,7 +36,7 @@ class HeadBackbone(TextBackbone):
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it would warn of the heads, which are meant to be new
         try:
-            model, tokenizer, missing = load_frozen(backbone, AutoModelForSequenceClassification, num_labels=num_labels)
+            model, tokenizer, missing = load_text_model(backbone, AutoModelForSequenceClassification, num_labels=num_labels)
         finally:
             transformers_logging.set_verbosity(verbosity)
         lost = sorted(key for key in missing if not any(key.startswith(head + ".") for head in heads))

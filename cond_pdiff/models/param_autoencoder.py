@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.activations import ACT2CLS, get_activation
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from cond_pdiff.component import Component
@@ -119,6 +120,7 @@ class ParamAutoencoder(Component):
             return 1, self.config.latent_dim
         return self.config.encoder_channels[-1], self.bottom_length
 
+    @apply_forward_hook
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Normalised params, shape `(batch, num_params)` → scaled latents, shape `(batch, *latent_shape)` (equation 6a)."""
         if values.ndim != 2 or values.shape[1] != self.config.num_params:
@@ -128,6 +130,7 @@ class ParamAutoencoder(Component):
             hidden = self.to_latent(hidden.flatten(1))[:, None]
         return hidden * self.config.scaling_factor
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Scaled latents, shape `(batch, *latent_shape)` → normalised params, shape `(batch, num_params)` (equation 6b)."""
         if tuple(latents.shape[1:]) != self.latent_shape:

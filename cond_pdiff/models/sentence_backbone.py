@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from cond_pdiff.conditioning import Text
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.text_backbone import TextBackbone, load_frozen
+from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
 
 
 class SentenceBackbone(TextBackbone):
@@ -24,7 +24,7 @@ class SentenceBackbone(TextBackbone):
     @classmethod
     def load(cls, backbone: Backbone) -> SentenceBackbone:
         """Load a frozen backbone in evaluation mode, float32, on the CPU; `HubError` if that fails."""
-        model, tokenizer, _ = load_frozen(backbone, AutoModel)
+        model, tokenizer, _ = load_text_model(backbone, AutoModel)
         return cls(model, tokenizer)
 
     @property

@@ -19,7 +19,8 @@ from transformers import AutoModel
 
 from cond_pdiff.component import Component
 from cond_pdiff.conditioning import StyleImage
-from cond_pdiff.hub import Backbone, find_backbone
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.frozen import load_frozen
 
 MAX_ASPECT = 3
 """Of a picture that is longer than this, the middle is read."""
@@ -145,10 +146,9 @@ class BackboneStyleConditionEncoder(Component):
 
     @property
     def backbone(self) -> Any:
-        """The frozen backbone, on this module's device."""
+        """The frozen backbone, on this module's device; `HubError` if it cannot be loaded."""
         if not self._loaded:
-            folder = find_backbone(Backbone.from_json(self.config.backbone))
-            self._loaded.append(AutoModel.from_pretrained(folder).requires_grad_(False).eval())
+            self._loaded.append(load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0])
         return self._loaded[0].to(self.center.device)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:

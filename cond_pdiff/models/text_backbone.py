@@ -7,40 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from cond_pdiff.conditioning import Text
 from cond_pdiff.errors import HubError
-from cond_pdiff.hub import Backbone, find_backbone
+from cond_pdiff.hub import Backbone
+from cond_pdiff.models.frozen import BROKEN_MODEL, load_frozen
 
 
-def load_frozen(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
-    """A model in evaluation mode, float32, on the CPU, its tokenizer, and the names of weights that the files lack.
-
-    Args:
-        auto_model: one of transformers' `AutoModel…`.
-        options: for its `from_pretrained`.
-
-    Raises:
-        HubError: not to be had, or not such a model.
-    """
-    folder = find_backbone(backbone)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
+    """`load_frozen`, with the tokenizer instead of the folder."""
+    model, folder, missing = load_frozen(backbone, auto_model, **options)
     try:
-        model, info = auto_model.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
-        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise HubError(f"{folder} cannot be loaded as {backbone.repo_id}: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    return model.requires_grad_(False).eval(), tokenizer, set(info["missing_keys"])
+    except BROKEN_MODEL as error:
+        raise HubError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    return model, tokenizer, missing
 
 
 class TextBackbone(ABC):

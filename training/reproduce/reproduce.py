@@ -69,7 +69,9 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
         raise CondPDiffError(f"there is no reproduction {name!r}; there are {sorted([*REPRODUCTIONS, STYLES])}")
     line = command(name, recipe, quick)
     if name == STYLES:
-        measured = table2.measure(read_quick(recipe or STYLE_RECIPE, quick), tasks_folder, out)
+        style_recipe = read_quick(recipe or STYLE_RECIPE, quick)
+        open_folder(out, {"styles": {section: style_recipe[section] for section in SECTIONS if section in style_recipe}})
+        measured = table2.measure(style_recipe, tasks_folder, out)
         result = {"command": line, "quick": quick, **measured}
         write_text(out / f"{name}.json", dump_json(result))
         write_text(out / f"{name}.md", table2.to_markdown(result, line))
