@@ -113,6 +113,11 @@ class LoraAdapter:
         return {key: tensor for key, tensor in self.tensors.items() if self.spec.saves(key.removeprefix(KEY_PREFIX))}
 
     @property
+    def paints(self) -> bool:
+        """Is it for the attention layers of a diffusers transformer, as style adapters for a PixArt are?"""
+        return all(".attn1." in module or ".attn2." in module for module in self.modules)
+
+    @property
     def layout(self) -> ParamLayout:
         """Keys and shapes, sorted by key."""
         return ParamLayout.from_tensors(self.tensors)
@@ -125,6 +130,12 @@ class LoraAdapter:
         """ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
         lora_a, lora_b = self.factors(module)
         return self.spec.scale * (lora_b.float() @ lora_a.float())
+
+    def __repr__(self) -> str:
+        """One line, without the numbers."""
+        known = {name: self.metadata.get(name) for name in ("task", "labels", "seed")}
+        facts = "".join(f", {name}={value!r:.60}" for name, value in known.items() if value is not None)
+        return f"LoraAdapter({self.spec.base_model!r}, rank={self.spec.rank}, {self.layout.num_adapter_params:,} numbers{facts})"
 
     # --- disk ---------------------------------------------------------------------------------------------------
 

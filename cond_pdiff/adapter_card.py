@@ -8,6 +8,7 @@ from typing import Any
 
 from cond_pdiff.model_cards import fill_card
 
+CARD_FILE = "README.md"
 TEMPLATES = {"FEATURE_EXTRACTION": "text_adapter.md", "SEQ_CLS": "head_adapter.md"}
 """Card of an adapter by peft's task type; adapters for text-to-image models have none."""
 
@@ -22,16 +23,41 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
         preview: name of a picture in the repository that shows what the adapter does.
     """
     base = str(lora["base_model"] or "an unknown base model")
-    rows = {name: value for name, value in _facts(lora, num_params, metadata) if value}
     fields = {
         "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
         "base_model": _line(base),
         "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
-        "story": _story(metadata) + (f"\n\n![Without and with the adapter]({preview})" if preview else ""),
-        "facts": "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]),
+        "story": _story(metadata) + (f"\n\n![What the adapter does]({preview})" if preview else ""),
+        "facts": _table(lora, num_params, metadata),
     }
     return fill_card(TEMPLATES.get(str(lora["task_type"]), "style_adapter.md"), fields)
+
+
+def merged_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any], scale: float) -> str:
+    """The card of a base model with an adapter merged in.
+
+    Args:
+        lora, num_params, metadata: see `adapter_card`.
+        scale: the adapter's strength in it.
+    """
+    base = str(lora["base_model"] or "an unknown base model")
+    text = lora["task_type"] == "FEATURE_EXTRACTION"
+    fields = {
+        "base_string": json.dumps(base),
+        "base_model": _line(base),
+        "tag": "sentence-similarity" if text else "text-to-image",
+        "library": "transformers" if text else "diffusers",
+        "scale": f"{scale:g}",
+        "story": _story(metadata),
+        "facts": _table(lora, num_params, metadata),
+    }
+    return fill_card("merged_model.md", fields)
+
+
+def _table(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in _facts(lora, num_params, metadata) if value]
+    return "\n".join(["| | |", "|---|---|", *rows])
 
 
 def _story(metadata: Mapping[str, Any]) -> str:
@@ -66,7 +92,8 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
         commit = f" at commit `{_line(generator['revision'])}`" if generator.get("revision") else ""
         yield "generator", f"`{_line(generator.get('name'))}`{commit}, sha256 `{_line(generator.get('sha256'))[:12]}`"
     if isinstance(metadata.get("seed"), int):
-        again = "" if "refined" in metadata else "; `cond-pdiff verify adapter` makes it again and compares the bytes"
+        shown = " --image PICTURE" if isinstance(metadata.get("condition"), Mapping) and "image_sha256" in metadata["condition"] else ""
+        again = "" if "refined" in metadata else f"; `cond-pdiff verify adapter{shown}` makes it again and compares the bytes"
         yield "seed", f"{metadata['seed']}{again}"
     if "scheduler" in metadata:
         steps, guidance = metadata.get("num_inference_steps"), metadata.get("guidance_scale")
@@ -81,9 +108,9 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
     nearest = metadata.get("nearest")
     if isinstance(nearest, list):
         pairs = [pair for pair in nearest if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], (int, float))]
-        yield "nearest trained tasks", ", ".join(f"{_line(name)} {similarity:.2f}" for name, similarity in pairs)
+        yield "nearest trained", ", ".join(f"{_line(name)} {similarity:.2f}" for name, similarity in pairs)
     if isinstance(metadata.get("in_distribution"), bool):
-        inside = "in distribution" if metadata["in_distribution"] else "**out of distribution**, unlike every trained task: test it first"
+        inside = "in distribution" if metadata["in_distribution"] else "**out of distribution**, unlike all that was trained on: test first"
         yield "request", inside
     if isinstance(versions, Mapping):
         yield "versions", ", ".join(f"{_line(name)} {_line(value)}" for name, value in versions.items())

@@ -11,7 +11,7 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditioning import Text, check_examples, check_labels, check_text, label_text
-from cond_pdiff.errors import AdapterError
+from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
@@ -105,6 +105,8 @@ class PrototypeClassifier:
                 when it was chosen or refined, unless other labels are given.
         """
         adapter = LoraAdapter.load(folder)
+        if adapter.paints:
+            raise AdapterError(f"{folder} is not an adapter for texts (is it a style? `cond-pdiff preview` shows those)")
         if examples is None:
             examples = () if labels else adapter.metadata.get("prototype_examples", ())
         labels = labels or adapter.metadata.get("labels")
@@ -127,7 +129,13 @@ class PrototypeClassifier:
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities."""
+        """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities.
+
+        Raises:
+            ConditionError: not a list of texts or pairs, or an empty one among them.
+        """
+        if isinstance(texts, str):
+            raise ConditionError(f"give a list of texts, got the single string {texts!r:.80}")
         names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
         prototypes = nn.functional.normalize(_sums(names, examples, self.targets.to(names.device)), dim=1)
         return LOGIT_SCALE * asked @ prototypes.T

@@ -95,7 +95,7 @@ class TaskPrompt:
             return condition
         if isinstance(condition, str):
             return cls(condition)
-        raise ConditionError(f"a condition is a string or a TaskPrompt, got {type(condition).__name__}")
+        raise ConditionError(f"this generator reads a task description (a string or a TaskPrompt), got a {type(condition).__name__}")
 
 
 def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
@@ -199,7 +199,8 @@ class StyleImage:
                 f"the image has too many pixels; at most {MAX_IMAGE_PIXELS // 1_000_000} megapixels are accepted"
             ) from error
         except Exception as error:  # as above
-            raise ConditionError(f"not an image that can be read; expected one of {', '.join(IMAGE_FORMATS)}") from error
+            name = "the data" if isinstance(source, bytes) else f"{str(source)!r:.200}"
+            raise ConditionError(f"{name} is not an image that can be read; expected one of {', '.join(IMAGE_FORMATS)}") from error
         with image:
             _check_header(image)
             image.draft("RGB", (STYLE_IMAGE_SIDE, STYLE_IMAGE_SIDE))  # a JPEG is decoded at a fraction of its size
@@ -214,7 +215,7 @@ class StyleImage:
             return cls(condition)
         if isinstance(condition, (str, Path, bytes)):
             return cls.open(condition)
-        raise ConditionError(f"a condition is a style image (Pillow image, path or bytes), got {type(condition).__name__}")
+        raise ConditionError(f"this generator reads a style image (Pillow image, path or bytes), got a {type(condition).__name__}")
 
 
 def _size(image: Image.Image) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from safetensors.torch import load, save
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.adapter_card import CARD_FILE, merged_card
 from cond_pdiff.atomic import atomic_folder, write_bytes
-from cond_pdiff.errors import AdapterError, OutputExistsError
+from cond_pdiff.errors import AdapterError, CondPDiffError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
 from cond_pdiff.lora import KEY_PREFIX
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -63,7 +65,7 @@ def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False
     file = Path(file)
     if file.exists() and not overwrite:
         raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
-    if not all(".attn" in module for module in adapter.modules):
+    if not adapter.paints:
         raise AdapterError(f"only adapters of PixArt's attention layers can be converted, this one is for {adapter.spec.base_model!r}")
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in sorted(to_comfyui(adapter).items())}
     data = save(tensors, metadata={"format": "pt", "base_model": str(adapter.spec.base_model)})
@@ -91,17 +93,22 @@ def save_merged(
 ) -> Path:
     """Write a copy of the base model whose weights are W + scale · ΔW, in the base's own precision and layout of files.
 
+    Its card is a new one: it is another model than its base.
+
     Args:
         base: None for the one that the adapter records.
 
     Raises:
+        CondPDiffError: `scale` is not finite.
         HubError: the base is not to be had.
         AdapterError: the adapter is not for it, or brings a head.
         OutputExistsError: `folder` is not empty (with `overwrite`: holds what is not of this base model).
     """
     _refuse_heads(adapter)
+    if not math.isfinite(scale):
+        raise CondPDiffError(f"the strength must be a finite number, got {scale}")
     reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
-    weights = TRANSFORMER_WEIGHTS if all(".attn" in module for module in adapter.modules) else SENTENCE_WEIGHTS
+    weights = TRANSFORMER_WEIGHTS if adapter.paints else SENTENCE_WEIGHTS
     source, folder = find_backbone(reference, weights), Path(folder)
     adapter.check_base(load_transformer(reference) if weights == TRANSFORMER_WEIGHTS else SentenceBackbone.load(reference).model)
     tensors = load((source / weights).read_bytes())
@@ -110,10 +117,12 @@ def save_merged(
         if key not in tensors:
             raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")
         tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
+    card = merged_card(adapter.spec.to_json(), adapter.layout.num_adapter_params, adapter.metadata, scale)
     files = [path.relative_to(source) for pattern in ALLOWED_PATTERNS for path in source.rglob(pattern)]
-    with atomic_folder(folder, {file.parts[0] for file in files}, overwrite) as aside:
+    with atomic_folder(folder, {CARD_FILE, *(file.parts[0] for file in files)}, overwrite) as aside:
         for file in files:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             (aside / file).write_bytes((source / file).read_bytes())
         (aside / weights).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

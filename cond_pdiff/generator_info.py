@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, Styl
 
 STYLE_ENCODERS = tuple(encoder.__name__ for encoder in (StyleCnnConditionEncoder, BackboneStyleConditionEncoder))
 MEASURED = "## What was measured"
+RECOLOURED = re.compile(r"_recoloured_\d+$")
+"""How `make-styles` names the further forms of a style."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,10 @@ class GeneratorInfo:
         spec, layout = self.spec, self.layout
         modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
         heads = [f"head {name}" for name in spec.modules_to_save]
+        named = [name for name in self.tasks if not RECOLOURED.search(name)]
+        title = f"{'styles' if self.makes == 'style' else 'tasks':<10} {len(named)}: "
+        if len(named) < len(self.tasks):
+            title = title.replace(":", f", and {len(self.tasks) - len(named)} recoloured forms of them:")
         lines = [
             f"generator  {self.name}" + (f" at {self.revision}" if self.revision else ""),
             f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
@@ -91,7 +99,7 @@ class GeneratorInfo:
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
             f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*spec.target_modules, *heads])}: "
             f"{layout.num_adapter_params:,} numbers in {len(layout.shapes)} tensors{modelled}",
-            f"{'styles' if self.makes == 'style' else 'tasks':<10} {len(self.tasks)}: {', '.join(self.tasks)}",
+            textwrap.fill(", ".join(named), 120, initial_indent=title, subsequent_indent=" " * 11, break_on_hyphens=False),
         ]
         return "\n".join([*lines, *(["", self.measured] if self.measured else [])])
 
@@ -116,8 +124,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _section(path: Path, title: str) -> str:
-    """A section of a Markdown file, without its title."""
+    """A section of a Markdown file, without its title and pictures."""
     if not path.is_file():
         return ""
     _, _, rest = path.read_text(encoding="utf-8").partition(f"\n{title}\n")
-    return rest.partition("\n## ")[0].strip()
+    lines = rest.partition("\n## ")[0].strip().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("!["))

@@ -10,13 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.adapter_card import CARD_FILE
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import BUNDLED_NAMESPACE, EVAL_RESULTS, Push, push_folder
 from cond_pdiff.model_cards import fill_card
 
-CARD_FILE = "README.md"
 CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
 """The card and what belongs to it."""
 

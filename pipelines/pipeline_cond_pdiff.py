@@ -268,7 +268,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                 examples is chosen (the paper generates 20 and chooses on training data).
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 switches it off.
-            generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only.
+            generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only. Default: a new one
+                from a seed that is drawn; adapters record it.
             latents: initial noise, shape `(num_adapters, channels, length)`, instead of drawing it.
             output_type: "adapter"; or "params" / "latent" for the tensor, without adapters.
             return_dict: False gives the output as a tuple.
@@ -289,6 +290,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         )
         self._guidance_scale, self._interrupt = guidance_scale, False
 
+        if generator is None:  # so that it is recorded which adapter this is
+            generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
         seeds = _seeds(None if latents is not None else generator, num_adapters)
         condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
         latents = self.prepare_latents(num_adapters, generator, latents)

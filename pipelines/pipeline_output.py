@@ -43,7 +43,8 @@ class GenerationReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        where = "in distribution" if self.in_distribution else "OUT OF DISTRIBUTION, unlike every trained task"
+        kind = "task" if isinstance(self.condition, ConditionReport) else "style"
+        where = "in distribution" if self.in_distribution else f"OUT OF DISTRIBUTION, unlike every trained {kind}"
         similarity = self.nearest[0].similarity if self.nearest else 0.0
         lines = [
             f"request    {where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",

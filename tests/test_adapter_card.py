@@ -46,7 +46,7 @@ FACTS = """## How it was made
 | generator | `generator`, sha256 `{sha256}` |
 | seed | 3; `cond-pdiff verify adapter` makes it again and compares the bytes |
 | sampler | DPMSolverMultistepScheduler, 10 steps, guidance 1.5 |
-| nearest trained tasks | {nearest} |
+| nearest trained | {nearest} |
 | request | {request} |
 | versions | {versions} |
 """
@@ -69,7 +69,7 @@ def test_the_whole_card_of_a_generated_text_adapter(text_adapter: Path, tiny_bac
         base=tiny_backbone.repo_id,
         sha256=facts["generator"]["sha256"][:12],
         nearest=", ".join(f"{name} {similarity:.2f}" for name, similarity in facts["nearest"]),
-        request="in distribution" if facts["in_distribution"] else "**out of distribution**, unlike every trained task: test it first",
+        request="in distribution" if facts["in_distribution"] else "**out of distribution**, unlike all that was trained on: test first",
         versions=", ".join(f"{name} {facts['versions'][name]}" for name in ("cond_pdiff", "diffusers", "torch")),
     )
     assert card.startswith(TEXT_CARD.format(base=tiny_backbone.repo_id))

@@ -55,6 +55,11 @@ def test_a_batch_is_as_its_texts_one_by_one(classifier: PrototypeClassifier) -> 
     torch.testing.assert_close(together.flip(0), classifier.logits(TEXTS[::-1]), atol=1e-4, rtol=0)
 
 
+def test_one_text_is_no_list_of_texts(classifier: PrototypeClassifier) -> None:
+    with pytest.raises(ConditionError, match="give a list of texts, got the single string 'great'"):
+        classifier.predict("great")
+
+
 def test_no_texts_give_no_predictions(classifier: PrototypeClassifier) -> None:
     assert classifier.logits([]).shape == (0, len(LABELS))
     assert classifier.predict([]) == []

@@ -201,7 +201,7 @@ def test_a_preview_can_stand_in_the_card(run: Any, style_generator: Path, pictur
     done = run("preview", adapter, "--prompt", "a red house", "--steps", 2, "--card")
     assert (done.status, done.out[1:]) == (0, [f"card       {adapter / 'README.md'}"]), done.err
     after = files()
-    assert "![Without and with the adapter](preview.png)" in after.pop("README.md").decode()
+    assert "![What the adapter does](preview.png)" in after.pop("README.md").decode()
     assert after.pop("preview.png") == (tmp_path / "embers-preview.png").read_bytes()
     assert after == {name: data for name, data in before.items() if name != "README.md"}
     assert run(*generate, "--force").status == 0
@@ -265,6 +265,7 @@ def test_a_picture_and_a_description_exclude_each_other(run: Any, tmp_path: Path
         (["--prompt", "a house", "--seed", -1], "seed must be a non-negative"),
         (["--prompt", "a house", "--mix", "other", "much"], "must be a number, got 'much'"),
         (["--prompt", "a house", "--mix", "other", "1"], "other"),
+        (["--prompt", "a house", "--mix", "other", "1", "--towards", "other"], "give one of them"),
     ],
 )
 def test_preview_refuses_and_writes_nothing(
@@ -272,6 +273,7 @@ def test_preview_refuses_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.png"), message)
+    refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.jpg"), "ends in .png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -319,6 +321,12 @@ def test_classify_takes_other_labels_and_another_base_folder(
 )
 def test_classify_refuses(run: Any, adapter: Path, arguments: list[str], message: str) -> None:
     refused(run("classify", adapter, *arguments), message)
+
+
+def test_adapters_of_the_other_kind_are_named(run: Any, adapter: Path, style_zoo: Zoo) -> None:
+    style = style_zoo.runs("embers")[0].folder
+    refused(run("classify", style, "a text", "--label", "a", "--label", "b"), "is not an adapter for texts")
+    refused(run("preview", adapter, "--prompt", "a house"), "is not a style adapter")
 
 
 def test_classify_refuses_what_is_no_adapter(run: Any, adapter: Path, tiny_generator: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.convert import from_comfyui, save_comfyui, save_merged, to_comfyui
-from cond_pdiff.errors import AdapterError, HubError, OutputExistsError
+from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, OutputExistsError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
@@ -68,7 +68,12 @@ def test_a_merged_sentence_model_is_the_base_with_the_adapter(
     torch.testing.assert_close(merged.embed(TEXTS), expected, atol=1e-5, rtol=1e-4)
     assert float((merged.embed(TEXTS) - sentence_backbone.embed(TEXTS)).abs().max()) > 1e-3
     names = {path.name for path in Path(tiny_backbone.repo_id).iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".md")}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {*names, "README.md"}
+    card = (folder / "README.md").read_text()
+    assert "base_model_relation: merge" in card
+    assert "plus 1 times the adapter's update" in card
+    with pytest.raises(CondPDiffError, match="must be a finite number, got nan"):
+        save_merged(tiny_adapter, tmp_path / "nan", tiny_backbone, scale=float("nan"))
     none = save_merged(tiny_adapter, tmp_path / "none", tiny_backbone, scale=0.0)
     assert fingerprint(AutoModel.from_pretrained(none)) == fingerprint(AutoModel.from_pretrained(tiny_backbone.repo_id))
     assert fingerprint(sentence_backbone.model) == before

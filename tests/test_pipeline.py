@@ -150,7 +150,12 @@ def test_without_a_generator_the_global_seed_decides(pipe: CondPDiffPipeline) ->
     torch.manual_seed(3)
     assert torch.equal(params(pipe, generator=None), first)
     assert not torch.equal(first, second)
-    assert pipe(PROMPT).adapter.metadata["seed"] is None
+    torch.manual_seed(3)
+    adapter = pipe(PROMPT).adapter
+    again = pipe(PROMPT, generator=seeds(adapter.metadata["seed"])[0]).adapter
+    assert all(torch.equal(again.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+    assert len(repr(adapter)) < 300
+    assert f"seed={adapter.metadata['seed']}" in repr(adapter)
 
 
 def test_one_generator_serves_all_candidates(pipe: CondPDiffPipeline) -> None:
@@ -292,7 +297,7 @@ def test_other_precisions_keep_constants_exact_and_give_float32(
         ({"callback_on_step_end_tensor_inputs": ["unet"]}, "callbacks can have"),
         ({"condition": ""}, "the task description is empty"),
         ({"condition": "the " * 300}, "302 tokens; the condition encoder reads 256"),
-        *(({"condition": value}, "a condition is a string or a TaskPrompt") for value in (None, 5, {"description": "x"})),
+        *(({"condition": value}, "this generator reads a task description") for value in (None, 5, {"description": "x"})),
         *(({"condition": value}, "one condition a call, please") for value in (["x"], ("x", "y"), [PROMPT])),
     ],
 )

@@ -142,6 +142,10 @@ def preview(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"{str(arguments.adapter).rstrip('/')}-preview.png")
     if out.exists() and not arguments.force:
         raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
+    if out.suffix.lower() != ".png":
+        raise CondPDiffError(f"previews are PNG files; name one that ends in .png, got {out}")
+    if arguments.mix and arguments.towards:
+        raise CondPDiffError("--mix adds a second adapter, --towards shows the way to one; give one of them")
     _check_seed(arguments.seed)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -149,6 +153,9 @@ def preview(arguments: argparse.Namespace) -> None:
     if arguments.mix:
         mixed.append((Path(arguments.mix[0]), _number(arguments.mix[1], "the strength of the second adapter")))
     adapters = [(LoraAdapter.load(folder), scale) for folder, scale in mixed]
+    for (folder, _), (adapter, _) in zip(mixed, adapters, strict=True):
+        if not adapter.paints:
+            raise CondPDiffError(f"{folder} is not a style adapter (one for texts? `cond-pdiff classify` tries those)")
     reference = adapters[0][0].metadata.get("base") or {"repo_id": adapters[0][0].spec.base_model}
     pipe = load_text_to_image(Backbone(arguments.base) if arguments.base else Backbone.from_json(reference))
     settings = (arguments.seed, arguments.steps, arguments.guidance_scale)
@@ -157,7 +164,7 @@ def preview(arguments: argparse.Namespace) -> None:
         steps = [[(start.interpolate(end, step / 5), arguments.scale)] for step in range(6)]
         rows = {prompt: [make_pictures(pipe, [prompt], mixture, *settings)[0] for mixture in steps] for prompt in arguments.prompt}
     else:
-        captions, title = arguments.prompt, "with " + " and ".join(f"{folder.name} × {scale:g}" for folder, scale in mixed)
+        captions, title = arguments.prompt, "with " + " and ".join(f"{folder.name} at strength {scale:g}" for folder, scale in mixed)
         rows = {"base": make_pictures(pipe, captions, (), *settings), title: make_pictures(pipe, captions, adapters, *settings)}
     sheet = encode_png(picture_sheet(rows, captions))
     write_bytes(out, sheet)
@@ -226,8 +233,9 @@ def info(arguments: argparse.Namespace) -> None:
 def push(arguments: argparse.Namespace) -> None:
     """A generator or an adapter → Hub."""
     from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
+    from cond_pdiff.adapter_card import CARD_FILE
     from cond_pdiff.hub import push_folder
-    from cond_pdiff.publish import CARD_FILE, push_generator
+    from cond_pdiff.publish import push_generator
 
     options, folder = _push_options(arguments), Path(arguments.folder)
     if (folder / CONFIG_FILE).is_file():

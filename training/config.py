@@ -138,6 +138,7 @@ class UNetConfig:
     latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
     noise_draws: int = 1            # noise levels at which a step trains each sample; its condition is embedded once for all of them
     mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
+    mixing_beyond: float = 0.0      # how far mixtures go past either task, in units of the way between them
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:

@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
             timesteps: of each, shape `(draws * batch,)`.
             condition: embeddings, or the trained encoder's inputs (uint8), of the batch.
             partner: with whose condition each sample's is mixed, shape `(batch,)`.
-            ratio: from 0 (its own condition) to 1 (its partner's), shape `(batch, 1)`.
+            ratio: 0 is its own condition, 1 its partner's, shape `(batch, 1)`; below and above lie on the line through both.
             disturbance: added to the embeddings, shape `(draws * batch, condition_dim)`.
             keep: False where a sample is trained without its condition, shape `(draws * batch, 1)`.
         """
@@ -116,7 +116,9 @@ class UNetStage:
         partner, ratio = torch.arange(size), torch.zeros(size, 1)
         if config.mixing:
             partner = torch.randperm(size, generator=rng)
-            ratio = torch.rand(size, 1, generator=rng) * (torch.rand(size, 1, generator=rng) < config.mixing)
+            beyond, between = config.mixing_beyond, torch.rand(size, 1, generator=rng)
+            mixed = torch.rand(size, 1, generator=rng) < config.mixing
+            ratio = torch.where(mixed, (1 + 2 * beyond) * between - beyond, 0)
             clean = torch.lerp(clean, clean[partner], ratio[..., None])
         clean = clean.repeat(config.noise_draws, 1, 1)
         noisy = self.scheduler.add_noise(clean, noise, timesteps)
