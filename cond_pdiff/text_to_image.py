@@ -97,6 +97,12 @@ def make_pictures(
     return images
 
 
+def unknown_words(pipe: PixArtAlphaPipeline, prompt: str) -> list[str]:
+    """Words of a prompt that the base model's tokenizer has never seen: they make no difference to the picture."""
+    tokenizer = pipe.tokenizer
+    return [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+
 def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), side: int = 192) -> Image.Image:
     """Rows of pictures, each with its title above it, and a caption below every column.
 

@@ -198,7 +198,8 @@ def test_a_preview_can_stand_in_the_card(run: Any, style_generator: Path, pictur
     generate = ["generate", "--image", picture, "--generator", style_generator, "--out", adapter, "--seed", 3]
     assert run(*generate).status == 0
     before = files()
-    done = run("preview", adapter, "--prompt", "a red house", "--steps", 2, "--card")
+    done = run("preview", adapter, "--prompt", "a red house and a dragon", "--steps", 2, "--card")
+    assert done.err == ["note: words that the base model does not know: dragon"]
     assert (done.status, done.out[1:]) == (0, [f"card       {adapter / 'README.md'}"]), done.err
     after = files()
     assert "![What the adapter does](preview.png)" in after.pop("README.md").decode()

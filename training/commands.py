@@ -137,7 +137,7 @@ def preview(arguments: argparse.Namespace) -> None:
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.atomic import write_bytes
     from cond_pdiff.hub import Backbone
-    from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet
+    from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, unknown_words
 
     out = arguments.out or Path(f"{str(arguments.adapter).rstrip('/')}-preview.png")
     if out.exists() and not arguments.force:
@@ -159,6 +159,8 @@ def preview(arguments: argparse.Namespace) -> None:
     reference = adapters[0][0].metadata.get("base") or {"repo_id": adapters[0][0].spec.base_model}
     pipe = load_text_to_image(Backbone(arguments.base) if arguments.base else Backbone.from_json(reference))
     settings = (arguments.seed, arguments.steps, arguments.guidance_scale)
+    if unknown := dict.fromkeys(word for prompt in arguments.prompt for word in unknown_words(pipe, prompt)):
+        print(f"note: words that the base model does not know: {', '.join(unknown)}", file=sys.stderr)
     if arguments.towards:
         start, end, captions = adapters[0][0], LoraAdapter.load(arguments.towards), [f"{step / 5:.0%}" for step in range(6)]
         steps = [[(start.interpolate(end, step / 5), arguments.scale)] for step in range(6)]
