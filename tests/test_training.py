@@ -377,14 +377,16 @@ def test_a_mixture_is_mixed_in_condition_and_latents_alike(unet_stage: UNetStage
         return unet_stage.module(*inputs)
 
     network.parameters = unet_stage.module.parameters  # type: ignore[attr-defined]
-    for mixing in (0.0, 1.0):
-        unet_stage.config = replace(unet_stage.config, mixing=mixing)
+    for mixing, beyond in ((0.0, 0.5), (1.0, 0.0), (1.0, 0.5)):
+        unet_stage.config = replace(unet_stage.config, mixing=mixing, mixing_beyond=beyond)
         assert torch.isfinite(unet_stage.loss(network, batch, torch.Generator().manual_seed(0)))  # type: ignore[arg-type]
-    (plain, _, condition, same, none, *_), (mixed, _, _, partner, ratio, *_) = seen
+    (plain, _, condition, same, none, *_), (mixed, _, _, partner, ratio, *_), (past, _, _, others, further, *_) = seen
     assert same.tolist() == list(range(8))
     assert not none.any()
     assert 0.05 < float(ratio.std()) < 0.5
     torch.testing.assert_close(mixed, torch.lerp(plain, plain[partner], ratio[..., None]))
+    torch.testing.assert_close(further, 2 * ratio - 0.5)
+    torch.testing.assert_close(past, torch.lerp(plain, plain[others], further[..., None]))
     # At a ratio of one, the condition is the partner's; between, it keeps the length of an embedding.
     still, keep, steps = torch.zeros(8, condition.shape[1]), torch.ones(8, 1), torch.zeros(8, dtype=torch.long)
     with torch.no_grad():
