@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +144,8 @@ MAX_IMAGE_PIXELS = 32_000_000
 MAX_DECODED_PIXELS = {"JPEG": 10_000_000, "PNG": 10_000_000, "WEBP": 3_000_000}
 """Where an image must be decoded whole, at most 64 MB are spent on it. (A baseline JPEG is decoded at a fraction of its size.)"""
 MIN_IMAGE_SIDE = 16
+SMALLEST_CROP = 0.4
+"""Of a style picture's shorter side, where a crop stands for the picture."""
 STYLE_IMAGE_SIDE = 512
 """Longer side of a style image as it is kept; encoders read far less."""
 
@@ -175,6 +178,11 @@ class StyleImage:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready facts, kept with the adapters that are made from this image; the picture itself is not."""
         return {"image_size": list(self.image.size), "image_sha256": self.sha256}
+
+    def crops(self, count: int) -> list[StyleImage]:
+        """Square crops of the picture, the same ones every time: ways to see one style."""
+        rng = random.Random(0)
+        return [StyleImage(square_crop(self.image, rng.uniform(SMALLEST_CROP, 1.0), rng)) for _ in range(count)]
 
     @property
     def sha256(self) -> str:
@@ -216,6 +224,13 @@ class StyleImage:
         if isinstance(condition, (str, Path, bytes)):
             return cls.open(condition)
         raise ConditionError(f"this generator reads a style image (Pillow image, path or bytes), got a {type(condition).__name__}")
+
+
+def square_crop(image: Image.Image, share: float, rng: random.Random) -> Image.Image:
+    """A square somewhere in a picture, its side that `share` of the picture's shorter one."""
+    side = max(MIN_IMAGE_SIDE, round(min(image.size) * share))
+    left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _size(image: Image.Image) -> str:

@@ -30,12 +30,15 @@ from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
+from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport, blurred
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, recorded_seeds
 from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
+STYLE_VIEWS = 16
+"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles."""
+
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 BROKEN_GENERATOR = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError),
@@ -220,9 +223,12 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         return self._interrupt
 
     def encode_condition(self, condition: Any, num_adapters: int) -> tuple[torch.Tensor, ConditionReport | StyleReport]:
-        """The condition embedding, repeated to shape `(num_adapters, condition_dim)`, and the encoder's report."""
+        """Condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
         embeddings, reports = self.condition_encoder.encode([condition])
-        return embeddings.to(self._execution_device, self.unet.dtype).expand(num_adapters, -1), reports[0]
+        if isinstance(condition, StyleImage) and not self._nearest(embeddings[0])[1]:
+            crops: list[Any] = condition.crops(STYLE_VIEWS - 1)
+            embeddings = torch.cat([embeddings, blurred(self.condition_encoder.encode(crops)[0])])
+        return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
 
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
@@ -275,7 +281,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             return_dict: False gives the output as a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return changed
                 tensors.
-            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings".
+            callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings"; for an
+                out-of-distribution style picture, `STYLE_VIEWS` of each for every adapter.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -292,11 +299,14 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
         if generator is None:  # so that it is recorded which adapter this is
             generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
-        seeds = _seeds(None if latents is not None else generator, num_adapters)
+        seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
         condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
         latents = self.prepare_latents(num_adapters, generator, latents)
+        views = len(condition_embeddings) // num_adapters
+        latents = latents.repeat_interleave(views, 0)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
-        step_options = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
+        step_options = {"generator": drawn} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         with self.progress_bar(total=num_inference_steps) as bar:
             for index, timestep in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
@@ -312,6 +322,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                     condition_embeddings = changed.get("condition_embeddings", condition_embeddings)
                 bar.update()
 
+        latents = latents.unflatten(0, (num_adapters, views)).mean(1)
         result = latents if output_type == "latent" else self.decode(latents)
         self.maybe_free_model_hooks()
         if output_type != "adapter":
@@ -332,6 +343,11 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
     # --- internals ----------------------------------------------------------------------------------------------
 
+    def _nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
+        """The nearest trained tasks of a condition, and is it in-distribution?"""
+        nearest = tuple(self.condition_index.nearest(embedding.to(self.condition_index.device, torch.float32)))
+        return nearest, bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
+
     def _to_output(
         self,
         condition: TaskPrompt | StyleImage,
@@ -341,8 +357,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         embedding: torch.Tensor,
         condition_report: ConditionReport | StyleReport,
     ) -> CondPDiffPipelineOutput:
-        nearest = tuple(self.condition_index.nearest(embedding.to(self.condition_index.device, torch.float32)))
-        inside = bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
+        nearest, inside = self._nearest(embedding)
         metadata = {
             "condition": condition.to_json(),
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
@@ -433,16 +448,3 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         if self.template.spec.modules_to_save and named not in (0, self._num_labels):
             raise ConditionError(f"the adapters' heads tell {self._num_labels} labels apart, the prompt names {named}")
         return checked
-
-
-def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
-    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
-    if generator is None:
-        return [None] * count
-    seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]
-    return seeds if isinstance(generator, Sequence) else seeds * count
-
-
-def _seed(rng: torch.Generator) -> int | None:
-    fresh = torch.Generator(rng.device).manual_seed(rng.initial_seed())
-    return rng.initial_seed() if torch.equal(rng.get_state(), fresh.get_state()) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,16 @@ class CondPDiffPipelineOutput(BaseOutput):
     def save_adapter(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the chosen adapter as a peft adapter folder (see `LoraAdapter.save`)."""
         return self.adapter.save(folder, overwrite)
+
+
+def recorded_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
+    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
+    if generator is None:
+        return [None] * count
+    seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]
+    return seeds if isinstance(generator, Sequence) else seeds * count
+
+
+def _seed(rng: torch.Generator) -> int | None:
+    fresh = torch.Generator(rng.device).manual_seed(rng.initial_seed())
+    return rng.initial_seed() if torch.equal(rng.get_state(), fresh.get_state()) else None

@@ -157,6 +157,16 @@ def test_text_chunks_cannot_fill_the_memory() -> None:
         StyleImage.open(data[:33] + bomb + data[33:])
 
 
+@pytest.mark.parametrize("size", [(90, 60), (16, 200)])
+def test_crops_are_square_and_the_same_every_time(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = StyleImage(Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)))
+    first, second = image.crops(5), image.crops(5)
+    assert [view.sha256 for view in first] == [view.sha256 for view in second]
+    assert len({view.sha256 for view in first}) == 5
+    assert all(view.image.width == view.image.height >= 16 for view in first)
+
+
 @pytest.mark.parametrize("condition", [None, 3, ["a.png"], torch.zeros(3, 64, 64), np.zeros((64, 64, 3), np.uint8)])
 def test_what_is_no_picture_is_refused(condition: Any) -> None:
     with pytest.raises(ConditionError, match="style image"):

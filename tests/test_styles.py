@@ -15,6 +15,7 @@ import torch
 from conftest import TINTS, interrupt_at
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from peft import PeftModel
 from PIL import Image
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
 from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.models.style_encoders import blurred
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
@@ -178,6 +180,32 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
     with_peft = make_pictures(stock, PROMPTS, num_inference_steps=2)
     for ours, theirs in zip(attached, with_peft, strict=True):
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+def test_the_adapter_of_an_unseen_picture_is_the_mean_over_views(
+    style_generator: Path, styles_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = CondPDiffPipeline.from_pretrained(style_generator)
+    picture = Style.load(styles_folder / "embers").image
+
+    def latents(threshold: float, views: int) -> torch.Tensor:
+        pipe.condition_index.threshold.fill_(threshold)
+        monkeypatch.setattr("cond_pdiff.pipelines.pipeline_cond_pdiff.STYLE_VIEWS", views)
+        rngs = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return pipe(picture, num_adapters=2, generator=rngs, output_type="latent", num_inference_steps=3)
+
+    known = latents(-1.0, 3)
+    mean = latents(2.0, 3)
+    assert not torch.allclose(mean, known, atol=1e-4)
+    embeddings = torch.cat([pipe.condition_encoder.encode([picture])[0], blurred(pipe.condition_encoder.encode(picture.crops(2))[0])])
+    alone = []
+    for embedding in embeddings:
+        monkeypatch.setattr(pipe, "encode_condition", lambda condition, count, one=embedding: (one.expand(count, -1), None))
+        alone.append(latents(-1.0, 3))
+    torch.testing.assert_close(mean, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-4)
+    monkeypatch.undo()
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)  # draws noise at every step
+    assert latents(2.0, 3).shape == known.shape
 
 
 def test_the_trained_encoder_is_part_of_the_generator(style_generator: Path, style_recipe: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cond_pdiff.conditioning import StyleImage, TaskPrompt
+from cond_pdiff.conditioning import SMALLEST_CROP, StyleImage, TaskPrompt, square_crop
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
@@ -26,8 +26,6 @@ CONDITION_ENCODERS = {
 }
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 WORD_DROPOUT = 0.15
-SMALLEST_CROP = 0.4
-"""Of a style picture's sides."""
 
 PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
 """Of the small WebP picture of each style that goes with a generator: about 700 bytes."""
@@ -135,9 +133,7 @@ def style_variants(style: Style, count: int, split: str = "train") -> list[Style
     for index in range(count):
         rng = random.Random(f"{style.name}/variant/{split}/{index}")
         image = shown if index % 2 == 0 else Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
-        side = round(min(image.size) * (1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0)))
-        left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-        variants.append(StyleImage(image.crop((left, top, left + side, top + side))))
+        variants.append(StyleImage(square_crop(image, 1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0), rng)))
     return variants
 
 
