@@ -30,7 +30,7 @@ from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport, blurred
+from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, recorded_seeds
 from cond_pdiff.publish import add_card, push_generator
@@ -227,7 +227,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         embeddings, reports = self.condition_encoder.encode([condition])
         if isinstance(condition, StyleImage) and not self._nearest(embeddings[0])[1]:
             crops: list[Any] = condition.crops(STYLE_VIEWS - 1)
-            embeddings = torch.cat([embeddings, blurred(self.condition_encoder.encode(crops)[0])])
+            embeddings = torch.cat([embeddings, self.condition_encoder.encode(crops)[0]])
         return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
 
     def prepare_latents(

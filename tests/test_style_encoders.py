@@ -12,7 +12,7 @@ from cond_pdiff import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.errors import ConditionError, HubError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.style_encoders import blurred, style_pixels
+from cond_pdiff.models.style_encoders import style_pixels
 
 Encoder = StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 
@@ -71,16 +71,6 @@ def test_saved_and_loaded_it_gives_the_same(encoder: Encoder, tmp_path: Path) ->
     back = type(encoder).from_pretrained(tmp_path)
     torch.testing.assert_close(back.encode([texture(3)])[0], encoder.encode([texture(3)])[0], rtol=0, atol=1e-6)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2_000_000
-
-
-def test_blurred_embeddings_keep_their_length_and_most_of_what_tells_them_apart() -> None:
-    embeddings = 3 * torch.nn.functional.normalize(torch.randn(8, 256, generator=torch.Generator().manual_seed(1)), dim=1)
-    first = blurred(embeddings)
-    assert torch.equal(blurred(embeddings), first)
-    torch.testing.assert_close(first.norm(dim=1), torch.full((8,), 3.0))
-    similarity = first @ embeddings.T / 9
-    assert similarity.diagonal().tolist() == pytest.approx([0.5**0.5] * 8, abs=0.1)
-    assert similarity.argmax(1).tolist() == list(range(8))
 
 
 def test_other_conditions_are_refused(encoder: Encoder) -> None:

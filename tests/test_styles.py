@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
 from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.style_encoders import blurred
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
@@ -197,7 +196,7 @@ def test_the_adapter_of_an_unseen_picture_is_the_mean_over_views(
     known = latents(-1.0, 3)
     mean = latents(2.0, 3)
     assert not torch.allclose(mean, known, atol=1e-4)
-    embeddings = torch.cat([pipe.condition_encoder.encode([picture])[0], blurred(pipe.condition_encoder.encode(picture.crops(2))[0])])
+    embeddings = pipe.condition_encoder.encode([picture, *picture.crops(2)])[0]
     alone = []
     for embedding in embeddings:
         monkeypatch.setattr(pipe, "encode_condition", lambda condition, count, one=embedding: (one.expand(count, -1), None))

@@ -56,17 +56,6 @@ def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
-def blurred(embeddings: torch.Tensor) -> torch.Tensor:
-    """Embeddings plus noise as long as they are, the same every time, brought back to their length; shape `(count, condition_dim)`.
-
-    Random directions are nearly at right angles to all that tells styles apart, so little of that is lost; the mean of what a U-Net
-    makes of several such embeddings is smoother in the condition than the U-Net itself.
-    """
-    noise = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0)).to(embeddings)
-    length = embeddings.norm(dim=1, keepdim=True)
-    return length * nn.functional.normalize(nn.functional.normalize(embeddings, dim=1) + nn.functional.normalize(noise, dim=1), dim=1)
-
-
 class StyleCnnConditionEncoder(Component):
     """The paper's style encoder: two strided convolutions, a mean over all places, a linear layer; trained with the U-Net.
 
