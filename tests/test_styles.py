@@ -217,7 +217,7 @@ def test_the_trained_encoder_is_part_of_the_generator(style_generator: Path, sty
 def test_a_generator_refuses_the_other_kind_of_condition(style_generator: Path, tiny_generator: Path) -> None:
     with pytest.raises(ConditionError, match="there is no image file"):
         CondPDiffPipeline.from_pretrained(style_generator)("Decide whether a sentence is good.")
-    with pytest.raises(ConditionError, match="reads a task description .*got a Image"):
+    with pytest.raises(ConditionError, match=r"reads a task description .*got a Image"):
         CondPDiffPipeline.from_pretrained(tiny_generator)(Image.new("RGB", (64, 64)))
 
 
