@@ -207,7 +207,7 @@ class StyleImage:
                 f"the image has too many pixels; at most {MAX_IMAGE_PIXELS // 1_000_000} megapixels are accepted"
             ) from error
         except Exception as error:  # as above
-            name = "the data" if isinstance(source, bytes) else f"{str(source)!r:.200}"
+            name = "the data" if isinstance(source, bytes) else f"{Path(source).name!r:.200}"
             raise ConditionError(f"{name} is not an image that can be read; expected one of {', '.join(IMAGE_FORMATS)}") from error
         with image:
             _check_header(image)

@@ -173,6 +173,12 @@ def test_what_is_no_picture_is_refused(condition: Any) -> None:
         StyleImage.of(condition)
 
 
+def test_a_broken_file_is_named_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ConditionError, match=r"^'broken\.png' is not an image that can be read"):
+        StyleImage.open(tmp_path / "broken.png")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path, "a description instead of a picture " * 20):
         with pytest.raises(ConditionError, match="there is no image file"):
