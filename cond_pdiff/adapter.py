@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from cond_pdiff.adapter_card import adapter_card
+from cond_pdiff.adapter_card import CARD_FILE, adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
@@ -38,7 +38,7 @@ from cond_pdiff.lora import (
 )
 
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, "README.md")
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, CARD_FILE)
 PREVIEW_FILE = "preview.png"
 FACTORS = ("lora_A", "lora_B")
 UNSUPPORTED_OPTIONS = (
@@ -156,7 +156,7 @@ class LoraAdapter:
             facts = {**self.metadata, "layout": self.layout.to_json(), "lora": self.spec.to_json()}
             (aside / METADATA_FILE).write_text(dump_json(facts), encoding="utf-8")
             card = adapter_card(self.spec.to_json(), self.layout.num_adapter_params, self.metadata, PREVIEW_FILE if preview else None)
-            (aside / "README.md").write_text(card, encoding="utf-8")
+            (aside / CARD_FILE).write_text(card, encoding="utf-8")
             if preview:
                 (aside / PREVIEW_FILE).write_bytes(preview)
         return target

@@ -22,42 +22,42 @@ def adapter_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str
         metadata: the adapter's; what it lacks, or what is not as this package writes it, is left out.
         preview: name of a picture in the repository that shows what the adapter does.
     """
-    base = str(lora["base_model"] or "an unknown base model")
-    fields = {
-        "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
-        "base_model": _line(base),
+    fields = _fields(lora, num_params, metadata)
+    fields |= {
         "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
-        "story": _story(metadata) + (f"\n\n![What the adapter does]({preview})" if preview else ""),
-        "facts": _table(lora, num_params, metadata),
+        "story": fields["story"] + (f"\n\n![What the adapter does]({preview})" if preview else ""),
     }
     return fill_card(TEMPLATES.get(str(lora["task_type"]), "style_adapter.md"), fields)
 
 
-def merged_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any], scale: float) -> str:
+def merged_card(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any], scale: float, paints: bool) -> str:
     """The card of a base model with an adapter merged in.
 
     Args:
         lora, num_params, metadata: see `adapter_card`.
         scale: the adapter's strength in it.
+        paints: is the base a text-to-image model?
     """
-    base = str(lora["base_model"] or "an unknown base model")
-    text = lora["task_type"] == "FEATURE_EXTRACTION"
-    fields = {
-        "base_string": json.dumps(base),
-        "base_model": _line(base),
-        "tag": "sentence-similarity" if text else "text-to-image",
-        "library": "transformers" if text else "diffusers",
+    fields = _fields(lora, num_params, metadata)
+    fields |= {
+        "tag": "text-to-image" if paints else "sentence-similarity",
+        "library": "diffusers" if paints else "transformers",
         "scale": f"{scale:g}",
-        "story": _story(metadata),
-        "facts": _table(lora, num_params, metadata),
     }
     return fill_card("merged_model.md", fields)
 
 
-def _table(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]) -> str:
+def _fields(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What both cards tell."""
+    base = str(lora["base_model"] or "an unknown base model")
     rows = [f"| {name} | {value} |" for name, value in _facts(lora, num_params, metadata) if value]
-    return "\n".join(["| | |", "|---|---|", *rows])
+    return {
+        "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
+        "base_model": _line(base),
+        "story": _story(metadata),
+        "facts": "\n".join(["| | |", "|---|---|", *rows]),
+    }
 
 
 def _story(metadata: Mapping[str, Any]) -> str:

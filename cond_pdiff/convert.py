@@ -117,7 +117,7 @@ def save_merged(
         if key not in tensors:
             raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")
         tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
-    card = merged_card(adapter.spec.to_json(), adapter.layout.num_adapter_params, adapter.metadata, scale)
+    card = merged_card(adapter.spec.to_json(), adapter.layout.num_adapter_params, adapter.metadata, scale, adapter.paints)
     files = [path.relative_to(source) for pattern in ALLOWED_PATTERNS for path in source.rglob(pattern)]
     with atomic_folder(folder, {CARD_FILE, *(file.parts[0] for file in files)}, overwrite) as aside:
         for file in files:
