@@ -18,14 +18,17 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtAlphaPipeline
 from loopback_hub import LoopbackHub
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.adapter import FACTORS, LoraAdapter
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.cli import main
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
@@ -45,6 +48,9 @@ GOOD, BAD = ("good", "great", "lovely", "fine"), ("bad", "awful", "poor", "dull"
 ANIMALS = {"cat": ("kitten", "purr", "whisker"), "dog": ("puppy", "bark", "leash"), "bird": ("feather", "nest", "wing")}
 NOUNS = ("film", "meal", "book", "room", "song")
 LABELS = ("positive", "negative", "same", "different", *ANIMALS)
+EXAMPLES = [("the good film", "positive"), ("the awful meal", "negative"), ("the lovely room", "positive"), ("the poor song", "negative")]
+PROMPT = TaskPrompt("Is the remark kind?", EXAMPLES)
+OTHER = TaskPrompt("Which animal is it about?", [("the kitten", "cat"), ("the leash", "dog"), ("a nest", "bird")])
 WORDS = ("the", *GOOD, *BAD, *NOUNS, *LABELS, *(word for words in ANIMALS.values() for word in words))
 
 
@@ -180,6 +186,24 @@ TINY_BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def pipe(tiny_generator: Path) -> CondPDiffPipeline:
+    return quiet(CondPDiffPipeline.from_pretrained(tiny_generator))
+
+
+def quiet(pipe: CondPDiffPipeline) -> CondPDiffPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(first: LoraAdapter, second: LoraAdapter) -> bool:
+    return first.layout == second.layout and all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a tiny base model. Only to be read."""
@@ -211,6 +235,11 @@ def styles_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_run: Path) -> Backbone:
     return Backbone(str(tiny_run / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def text_to_image(tiny_base: Backbone) -> PixArtAlphaPipeline:
+    return load_text_to_image(tiny_base)
 
 
 @pytest.fixture(scope="session")

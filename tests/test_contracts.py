@@ -16,11 +16,6 @@ COMPONENTS = ("autoencoder", "unet", "condition_encoder", "normalizer", "templat
 VARIANT_FILE = "diffusion_pytorch_model.fp16.safetensors"
 
 
-@pytest.fixture
-def pipe(tiny_generator: Path) -> CondPDiffPipeline:
-    return CondPDiffPipeline.from_pretrained(tiny_generator)
-
-
 def state(model: Component) -> dict[str, torch.Tensor]:
     return dict(model.state_dict())
 

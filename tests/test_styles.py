@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import copy
 import hashlib
-import itertools
-import json
 import random
 import shutil
 from pathlib import Path
@@ -12,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINTS, interrupt_at
+from conftest import TINTS
 from diffusers import PixArtAlphaPipeline
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
 from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
@@ -28,26 +24,14 @@ from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
 from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
-from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
-from cond_pdiff.training.evaluate.card import write_generator_card
-from cond_pdiff.training.evaluate.evaluate import evaluate
-from cond_pdiff.training.evaluate.measure import EvaluateConfig
-from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
-from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.make_styles import draw_scenes, make_styles
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.styles import Style, load_styles
 from cond_pdiff.training.train import train
 from cond_pdiff.training.train_autoencoder import ZooParams
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.zoo import Zoo
 
 B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]
-
-
-@pytest.fixture(scope="module")
-def text_to_image(tiny_base: Backbone) -> PixArtAlphaPipeline:
-    return load_text_to_image(tiny_base)
 
 
 def weights_sha256(pipe: PixArtAlphaPipeline) -> str:
@@ -79,7 +63,6 @@ def test_a_style_folder_is_read_as_written(styles_folder: Path) -> None:
     ],
 )
 def test_damaged_style_folders_are_named(styles_folder: Path, tmp_path: Path, damage: Any, message: str) -> None:
-    import shutil
 
     folder = Path(shutil.copytree(styles_folder / "moss", tmp_path / "moss"))
     damage(folder)
@@ -308,176 +291,3 @@ def test_style_adapters_trained_side_by_side_are_those_trained_alone(
             for module in first.modules:
                 (_, one_b), (_, other_b) = first.factors(module), second.factors(module)
                 assert (one_b - other_b).norm() < 0.05 * one_b.norm()
-
-
-# --- making styles -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def paintings(tmp_path: Path) -> Path:
-    """Two pictures: one in blues with stripes, one in reds with dots; and what is known of the first."""
-    folder = tmp_path / "paintings"
-    folder.mkdir()
-    y, x = np.mgrid[:80, :100]
-    stripes = np.stack([20 + 0 * x, 60 + 40 * (y // 8 % 2), 150 + 90 * (y // 8 % 2)], -1)
-    dots = np.stack([150 + 100 * ((x // 10 + y // 10) % 2), 40 + 0 * x, 30 + 0 * x], -1)
-    Image.fromarray(stripes.astype(np.uint8)).save(folder / "stripes.png")
-    Image.fromarray(dots.astype(np.uint8)).save(folder / "dots.jpg")
-    (folder / "index.json").write_text('{"images": [{"file": "x/stripes.png", "group": "lines", "artist": "nobody", "source": "here"}]}')
-    return folder
-
-
-def test_pictures_become_styles(paintings: Path, tmp_path: Path) -> None:
-    dots, stripes = make_styles(paintings, tmp_path / "styles", train=5, test=3)
-    assert (stripes.name, stripes.group, stripes.licence) == ("stripes", "lines", "nobody; here")
-    assert (dots.group, dots.licence) == ("", "")
-    pixels, captions = stripes.pictures("train")
-    assert pixels.shape == (5, 64, 64, 3)
-    assert dots.pictures("train")[1] == captions
-    assert len(dots.pictures("test")[1]) == 3
-    reds = dots.pictures("train")[0].float().mean((0, 1, 2))
-    blues = pixels.float().mean((0, 1, 2))
-    assert reds[0] > reds[2] + 30
-    assert blues[2] > blues[0] + 30
-    scenes, _ = draw_scenes(5, 0, held_out=False)
-    for made, scene in zip(pixels, scenes, strict=True):  # what was there is still there
-        grey = np.asarray(scene.resize((64, 64)).convert("L"), float)
-        assert np.corrcoef(grey.ravel(), made.float().mean(2).numpy().ravel())[0, 1] > 0.3
-
-
-def test_made_styles_are_kept_and_other_settings_refused(paintings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (paintings / "dots.jpg").unlink()
-    out = tmp_path / "styles"
-    first = make_styles(paintings, out, train=2, test=1)
-    with monkeypatch.context() as patch:
-        patch.setattr("cond_pdiff.training.make_styles.stylise", lambda *_: pytest.fail("made again"))
-        assert make_styles(paintings, out, train=2, test=1) == first
-    with pytest.raises(TaskDataError, match=r"was made with the settings .* choose another folder"):
-        make_styles(paintings, out, train=3, test=1)
-
-
-def test_recoloured_styles_name_their_source_and_stay_out_of_the_zoo_with_it(
-    paintings: Path, style_recipe: dict[str, Any], tmp_path: Path
-) -> None:
-    made = {style.name: style for style in make_styles(paintings, tmp_path / "styles", train=3, test=10, recoloured=2)}
-    assert {name: style.source for name, style in made.items()} == {
-        "dots": "", "dots_recoloured_1": "dots", "dots_recoloured_2": "dots",
-        "stripes": "", "stripes_recoloured_1": "stripes", "stripes_recoloured_2": "stripes",
-    }  # fmt: skip
-    assert made["stripes_recoloured_1"].group == "lines"
-    assert [len(made[name].pictures("test")[1]) for name in ("stripes", "stripes_recoloured_1")] == [10, 8]
-    shown = [np.asarray(made[name].image.image, float) for name in ("stripes", "stripes_recoloured_1", "stripes_recoloured_2")]
-    for first, second in itertools.combinations(shown, 2):
-        assert np.abs(first - second).mean() > 10
-    changes = {"tasks": [], "unseen": ["dots"], "runs": 2, "steps": 1, "last_checkpoints": 1, "multitask_steps": 0}
-    section = {**style_recipe["collect"], **changes}
-    zoo = collect(parse(CollectConfig, section, "collect"), tmp_path / "styles", tmp_path / "zoo")
-    assert zoo.task_names == ["stripes", "stripes_recoloured_1", "stripes_recoloured_2"]
-    assert zoo.unseen_names == ["dots"]
-    assert [zoo.facts["tasks"][name].get("source") for name in zoo.task_names] == [None, "stripes", "stripes"]
-    assert [len(zoo.runs(name)) for name in zoo.task_names] == [2, 1, 1]
-
-
-def test_make_styles_refuses_bad_pictures(paintings: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(TaskDataError, match="no PNG, JPEG or WebP pictures"):
-        make_styles(tmp_path / "empty", tmp_path / "styles")
-    (paintings / "twice.png").touch()
-    (paintings / "twice.webp").touch()
-    with pytest.raises(TaskDataError, match=r"twice\.png and .*twice\.webp would both be the style 'twice'"):
-        make_styles(paintings, tmp_path / "styles", train=1, test=1)
-    (paintings / "twice.png").unlink()
-    (paintings / "twice.webp").unlink()
-    (paintings / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(TaskDataError, match=r"broken\.png"):
-        make_styles(paintings, tmp_path / "styles", train=1, test=1)
-    assert not (tmp_path / "styles" / "broken").exists()
-    (paintings / "index.json").write_text("[]")
-    with pytest.raises(TaskDataError, match=r'index\.json: expected \{"images"'):
-        make_styles(paintings, tmp_path / "styles", train=1, test=1)
-
-
-# --- evaluation ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_style_generator_is_measured_beside_its_baselines(
-    style_generator: Path, style_zoo: Zoo, styles_folder: Path, text_to_image: PixArtAlphaPipeline, tmp_path: Path
-) -> None:
-    config = EvaluateConfig(samples=3, max_rows=2)
-    evaluation = evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config)
-    assert evaluation is not None
-    assert [result["task"] for result in evaluation["tasks"]] == ["embers", "lagoon", "moss"]
-    assert (evaluation["zoo"]["styles"], evaluation["unseen"]["styles"]) == (2, 1)
-    assert evaluation["zoo"]["routing_samples"] == 10
-    assert evaluation["unseen"]["routing"] is None
-    embers = evaluation["tasks"][0]
-    pixels, captions = Style.load(styles_folder / "embers").pictures("test")
-    images = make_pictures(text_to_image, captions, [(style_zoo.runs("embers")[0].adapter(), 1.0)])
-    made = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    assert embers["frechet"]["trained"] == pytest.approx(frechet_distance(features(made), features(pixels)), rel=1e-2)
-    assert embers["look"]["trained"] == pytest.approx(colour_texture_distance(colour_texture(made), colour_texture(pixels)), abs=1e-3)
-    assert embers["frechet"]["base"] != embers["frechet"]["trained"]
-    own = [run.adapter() for run in style_zoo.runs("embers")]
-    assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
-    assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
-    with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
-        assert sheet.size == (8 + 2 * 104, 8 + 7 * 124 + 20)  # two captions, seven rows
-    report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
-    assert "not Inception's" in report
-    assert "| 1 unseen styles, Fréchet distance |" in report
-    assert evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config) == evaluation
-    generator = tmp_path / "generator"
-    shutil.copytree(style_generator, generator)
-    card = write_generator_card(generator, style_zoo.folder, evaluation, tmp_path / "pictures").read_text(encoding="utf-8")
-    assert "![moss](pictures/unseen.png)" in card
-    assert (generator / "pictures" / "unseen.png").read_bytes() == (tmp_path / "pictures" / "moss.png").read_bytes()
-    assert (generator / "pictures" / "zoo.png").is_file()
-
-
-def test_distances_between_sets_of_pictures() -> None:
-    rng = torch.Generator().manual_seed(0)
-    first, shift = torch.randn(4000, 3, generator=rng, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0])
-    stretched = torch.randn(4000, 3, generator=rng, dtype=torch.float64) * torch.tensor([2.0, 1.0, 1.0])
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(first, first + shift) == pytest.approx(5, abs=1e-6)
-    assert frechet_distance(first, stretched) == pytest.approx(1, abs=0.15)  # (2 − 1)² of the deviations
-    grey, white = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8), torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
-    assert colour_texture(grey).shape == (15,)
-    assert colour_texture_distance(colour_texture(grey), colour_texture(white)) == pytest.approx(127 / 255 * 3**0.5, abs=1e-5)
-
-
-def test_a_continuum_is_made_learnt_and_recovered(
-    style_recipe: dict[str, Any], style_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "continuum"
-    with pytest.raises(TaskDataError, match="name two trained styles"):
-        make_continuum(style_zoo, "embers", "moss", folder)
-    with pytest.raises(TaskDataError, match="at least 20 mixtures"):
-        make_continuum(style_zoo, "embers", "lagoon", folder, count=3)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "cond_pdiff.training.continuum.make_pictures", 3)
-        with pytest.raises(KeyboardInterrupt):
-            make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
-    make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
-    made = Zoo(folder / "zoo")
-    assert [name.removeprefix("mixture-000") for name in made.task_names] == ["00", "01", "04", "05", "08", "09", "12", "13", "16", "17"]
-    ends = [soup([run.adapter() for run in style_zoo.runs(name)]) for name in ("embers", "lagoon")]
-    (run,) = made.runs("mixture-00005")
-    torch.testing.assert_close(run.adapter().tensors[B_KEY], torch.lerp(ends[0].tensors[B_KEY], ends[1].tensors[B_KEY], 5 / 19))
-    with pytest.raises(TaskDataError, match="holds another continuum"):
-        make_continuum(style_zoo, "lagoon", "embers", folder, count=20)
-
-    generator = train(copy.deepcopy(style_recipe), folder / "zoo", folder / "styles", tmp_path / "run")
-    result = evaluate_continuum(generator, folder, tmp_path / "result")
-    assert result["tests"] == 10
-    assert json.loads((tmp_path / "result" / "ratios.json").read_text()) == result
-    assert result["mean_error"] == pytest.approx(np.mean([abs(true - found) for true, found in result["ratios"]]), abs=1e-3)
-    with Image.open(tmp_path / "result" / "continuum.png") as picture:
-        assert picture.size[0] > 800
-    # A generator that returned what it was asked for would be right.
-    test = load_file(folder / "test.safetensors")
-    monkeypatch.setattr("cond_pdiff.training.continuum._params", lambda pipe, pixels, index: test["params"][index : index + 1])
-    perfect = evaluate_continuum(generator, folder, tmp_path / "result")
-    assert (perfect["mean_error"], perfect["mean_off_line"]) == (0, 0)
-    with pytest.raises(TaskDataError, match="has no test half"):
-        evaluate_continuum(generator, tmp_path, tmp_path / "result")

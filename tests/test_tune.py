@@ -20,13 +20,6 @@ SECTION: dict[str, Any] = {"fit": {**TINY_FIT, "steps": 30, "batch_size": 2, "le
 
 
 @pytest.fixture
-def pipe(tiny_generator: Path) -> CondPDiffPipeline:
-    pipe = CondPDiffPipeline.from_pretrained(tiny_generator)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
 def tasks(tasks_folder: Path) -> list[Task]:
     return load_tasks(tasks_folder, ["moods", "animals"])
 

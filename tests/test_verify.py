@@ -8,24 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, seeds
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
 from cond_pdiff.errors import AdapterError, ConditionError, HubError
 from cond_pdiff.verify import verify
 
 PROMPT = TaskPrompt("Is the film good?", [("great film", "positive"), ("poor film", "negative")], ["positive", "negative"])
-
-
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny_generator: Path) -> CondPDiffPipeline:
-    pipe = CondPDiffPipeline.from_pretrained(tiny_generator)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import interrupt_at
+from diffusers import PixArtAlphaPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.text_to_image import make_pictures
+from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
+from cond_pdiff.training.evaluate.card import write_generator_card
+from cond_pdiff.training.evaluate.evaluate import evaluate
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
+from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.styles import Style
+from cond_pdiff.training.train import train
+from cond_pdiff.training.zoo import Zoo, soup
+
+B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
+
+
+def test_a_style_generator_is_measured_beside_its_baselines(
+    style_generator: Path, style_zoo: Zoo, styles_folder: Path, text_to_image: PixArtAlphaPipeline, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(samples=3, max_rows=2)
+    evaluation = evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config)
+    assert evaluation is not None
+    assert [result["task"] for result in evaluation["tasks"]] == ["embers", "lagoon", "moss"]
+    assert (evaluation["zoo"]["styles"], evaluation["unseen"]["styles"]) == (2, 1)
+    assert evaluation["zoo"]["routing_samples"] == 10
+    assert evaluation["unseen"]["routing"] is None
+    embers = evaluation["tasks"][0]
+    pixels, captions = Style.load(styles_folder / "embers").pictures("test")
+    images = make_pictures(text_to_image, captions, [(style_zoo.runs("embers")[0].adapter(), 1.0)])
+    made = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    assert embers["frechet"]["trained"] == pytest.approx(frechet_distance(features(made), features(pixels)), rel=1e-2)
+    assert embers["look"]["trained"] == pytest.approx(colour_texture_distance(colour_texture(made), colour_texture(pixels)), abs=1e-3)
+    assert embers["frechet"]["base"] != embers["frechet"]["trained"]
+    own = [run.adapter() for run in style_zoo.runs("embers")]
+    assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
+    assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
+    with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
+        assert sheet.size == (8 + 2 * 104, 8 + 7 * 124 + 20)  # two captions, seven rows
+    report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+    assert "not Inception's" in report
+    assert "| 1 unseen styles, Fréchet distance |" in report
+    assert evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config) == evaluation
+    generator = tmp_path / "generator"
+    shutil.copytree(style_generator, generator)
+    card = write_generator_card(generator, style_zoo.folder, evaluation, tmp_path / "pictures").read_text(encoding="utf-8")
+    assert "![moss](pictures/unseen.png)" in card
+    assert (generator / "pictures" / "unseen.png").read_bytes() == (tmp_path / "pictures" / "moss.png").read_bytes()
+    assert (generator / "pictures" / "zoo.png").is_file()
+
+
+def test_distances_between_sets_of_pictures() -> None:
+    rng = torch.Generator().manual_seed(0)
+    first, shift = torch.randn(4000, 3, generator=rng, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0])
+    stretched = torch.randn(4000, 3, generator=rng, dtype=torch.float64) * torch.tensor([2.0, 1.0, 1.0])
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, first + shift) == pytest.approx(5, abs=1e-6)
+    assert frechet_distance(first, stretched) == pytest.approx(1, abs=0.15)  # (2 − 1)² of the deviations
+    grey, white = torch.full((2, 8, 8, 3), 128, dtype=torch.uint8), torch.full((2, 8, 8, 3), 255, dtype=torch.uint8)
+    assert colour_texture(grey).shape == (15,)
+    assert colour_texture_distance(colour_texture(grey), colour_texture(white)) == pytest.approx(127 / 255 * 3**0.5, abs=1e-5)
+
+
+def test_a_continuum_is_made_learnt_and_recovered(
+    style_recipe: dict[str, Any], style_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "continuum"
+    with pytest.raises(TaskDataError, match="name two trained styles"):
+        make_continuum(style_zoo, "embers", "moss", folder)
+    with pytest.raises(TaskDataError, match="at least 20 mixtures"):
+        make_continuum(style_zoo, "embers", "lagoon", folder, count=3)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "cond_pdiff.training.continuum.make_pictures", 3)
+        with pytest.raises(KeyboardInterrupt):
+            make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
+    make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
+    made = Zoo(folder / "zoo")
+    assert [name.removeprefix("mixture-000") for name in made.task_names] == ["00", "01", "04", "05", "08", "09", "12", "13", "16", "17"]
+    ends = [soup([run.adapter() for run in style_zoo.runs(name)]) for name in ("embers", "lagoon")]
+    (run,) = made.runs("mixture-00005")
+    torch.testing.assert_close(run.adapter().tensors[B_KEY], torch.lerp(ends[0].tensors[B_KEY], ends[1].tensors[B_KEY], 5 / 19))
+    with pytest.raises(TaskDataError, match="holds another continuum"):
+        make_continuum(style_zoo, "lagoon", "embers", folder, count=20)
+
+    generator = train(copy.deepcopy(style_recipe), folder / "zoo", folder / "styles", tmp_path / "run")
+    result = evaluate_continuum(generator, folder, tmp_path / "result")
+    assert result["tests"] == 10
+    assert json.loads((tmp_path / "result" / "ratios.json").read_text()) == result
+    assert result["mean_error"] == pytest.approx(np.mean([abs(true - found) for true, found in result["ratios"]]), abs=1e-3)
+    with Image.open(tmp_path / "result" / "continuum.png") as picture:
+        assert picture.size[0] > 800
+    # A generator that returned what it was asked for would be right.
+    test = load_file(folder / "test.safetensors")
+    monkeypatch.setattr("cond_pdiff.training.continuum._params", lambda pipe, pixels, index: test["params"][index : index + 1])
+    perfect = evaluate_continuum(generator, folder, tmp_path / "result")
+    assert (perfect["mean_error"], perfect["mean_off_line"]) == (0, 0)
+    with pytest.raises(TaskDataError, match="has no test half"):
+        evaluate_continuum(generator, tmp_path, tmp_path / "result")
