@@ -11,7 +11,8 @@ of the nearest trained task (retrieval), the adapter trained on the task itself,
 - probe: logistic regression on the base model's embeddings;
 - SetFit, where the package is installed, with its defaults, on tasks with few labels (its pairs grow with their square); and beside it,
   timed in the same minute, quick: `refine` with two steps from one generated adapter;
-- generated: the best of eight candidates, chosen by the pipeline on the examples; generated, one: the first of them;
+- generated: the best of eight candidates, chosen by the pipeline on the examples; one: a single candidate, which the examples may
+  reject for the base model; raw: the same without asking them;
 - refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
 
 *share* is (column − base) / (trained − base) of the means: the base with the examples, the trained adapter with names only, as it was
@@ -42,7 +43,7 @@ from cond_pdiff.training.zoo import Zoo, soup
 CANDIDATES = 8
 ROWS = 200
 NAMES_ONLY = ("base", "generated", "multi-task", "retrieval", "trained", "shuffled")
-WITH_EXAMPLES = (*NAMES_ONLY, "one", "probe", "setfit", "quick", "refined", "cold")
+WITH_EXAMPLES = (*NAMES_ONLY, "one", "raw", "probe", "setfit", "quick", "refined", "cold")
 QUICK_STEPS = 2
 
 
@@ -96,11 +97,14 @@ class Bench:
         started = time.perf_counter()
         add("refined", refine(self.classifier(task, output.adapter, prompt)), started - seconds["generated"])
         started = time.perf_counter()
-        add("one", self.generate(prompt, 1).adapter, started)
+        single = self.generate(prompt, 1)
+        add("one", single.adapter, started, single.report.choice.score.with_examples)
+        raw = single.adapters[0]
+        add("raw", raw, time.perf_counter())
         started = time.perf_counter()
-        add("cold", refine(self.classifier(task, output.adapter.scaled(0.0), prompt)), started)
+        add("cold", refine(self.classifier(task, raw.scaled(0.0), prompt)), started)
         wrong = TaskPrompt(other.description, other.prompt("shots/0", len(prompt.examples)).examples, other.labels)
-        add("shuffled", self.generate(wrong, 1).adapter, time.perf_counter())
+        add("shuffled", self.generate(wrong, 1).adapters[0], time.perf_counter())
         for name, adapter in self.fixed(task).items():
             add(name, adapter, time.perf_counter())
         given = [text for text, _ in prompt.examples]
@@ -110,7 +114,7 @@ class Bench:
         seconds["probe"] = time.perf_counter() - started
         texts, targets = zip(*reported(task), strict=True)
         values["probe"] = round(float(probe.score(self.embed(texts).numpy(), targets)), 4)
-        return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(output)}
+        return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(single)}
 
     def setfit(self, task: Task, shots: int, seed: int) -> dict[str, dict[str, float]]:
         """Accuracy and seconds of SetFit, and of the quickest refined adapter, with the same examples."""
@@ -120,7 +124,7 @@ class Bench:
         folder, given = str(self.base.model.name_or_path), [text for text, _ in prompt.examples]
         right, seconds = setfit(folder, given, classes, texts, targets)
         started = time.perf_counter()
-        adapter = refine(self.classifier(task, self.generate(prompt, 1).adapter, prompt), QUICK_STEPS)
+        adapter = refine(self.classifier(task, self.generate(prompt, 1).adapters[0], prompt), QUICK_STEPS)
         quick = time.perf_counter() - started
         return {
             "setfit": {"accuracy": right, "seconds": round(seconds, 2)},
@@ -205,13 +209,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def gains(results: list[dict[str, Any]]) -> str:
-    """How well the gain over the base model was predicted, and on which tasks the generated adapter is worse than it."""
+    """How well the gain of one adapter over the base model was predicted, and on which tasks it is worse than that."""
     from scipy.stats import spearmanr
 
     real, predicted, worse = [], [], []
     for result in results:
         rows = result["with examples"]
-        real.append(statistics.fmean(row["accuracy"]["generated"] - row["accuracy"]["base"] for row in rows))
+        real.append(statistics.fmean(row["accuracy"]["one"] - row["accuracy"]["base"] for row in rows))
         predicted.append(statistics.fmean(row["report"]["predicted_gain"] for row in rows))
         if real[-1] < -0.01:
             worse.append(f"{result['task']} {100 * real[-1]:.1f}")

@@ -55,7 +55,7 @@ LOOKS = {
 def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
     """Accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", shots * len(task.labels))
-    adapters = {"base": None, "multi-task": bench.multitask, "generated": bench.generate(prompt, 1).adapter}
+    adapters = {"base": None, "multi-task": bench.multitask, "generated": bench.generate(prompt, 1).adapters[0]}
     if shots > 1:  # each example is told apart by the others of its class
         adapters["refined"] = refine(bench.classifier(task, adapters["generated"], prompt))
     found = {column: bench.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
@@ -65,7 +65,7 @@ def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
 def with_steps(bench: Bench, task: Task, steps: int) -> dict[str, float]:
     """Accuracies after this many steps, with eight examples a class in the prototypes; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", 8 * len(task.labels))
-    generated = bench.generate(prompt, 1).adapter
+    generated = bench.generate(prompt, 1).adapters[0]
     found = {"base": bench.accuracy(task, None, prompt), "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
     for column, start in (("refined", generated), ("refined from nothing", generated.scaled(0.0))):
         adapter = refine(bench.classifier(task, start, prompt), steps) if steps else start
@@ -78,7 +78,7 @@ def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
     prompts = {"": task.prompt("shots/0", 8 * len(task.labels)), ", names only": TaskPrompt(task.description, labels=task.labels)}
     found = {}
     for name, prompt in prompts.items():
-        for column, adapter in (("base", None), ("generated", bench.generate(prompt, 1).adapter)):
+        for column, adapter in (("base", None), ("generated", bench.generate(prompt, 1).adapters[0])):
             found[column + name] = bench.accuracy(task, adapter, prompt)
     return found
 

@@ -99,7 +99,7 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
         steps, guidance = metadata.get("num_inference_steps"), metadata.get("guidance_scale")
         yield "sampler", f"{_line(metadata['scheduler'])}, {_line(steps)} steps, guidance {_line(guidance)}"
     if isinstance(metadata.get("strength"), (int, float)) and metadata["strength"] != 1:
-        yield "strength", f"{metadata['strength']:g} of the update that was generated, which the examples spoke for most"
+        yield "strength", f"{metadata['strength']:g}: the examples spoke for the base model"
     if isinstance(metadata.get("prototype_examples"), list):
         yield "class prototypes", f"of the label names and {len(metadata['prototype_examples'])} recorded examples"
     refined = metadata.get("refined")

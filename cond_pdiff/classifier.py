@@ -40,20 +40,39 @@ def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.
     of_class = nn.functional.one_hot(targets, len(names))
     fold = (of_class.cumsum(0) * of_class).sum(1) - 1  # how many examples of its class stand before each
     folds = int(fold.max()) + 1 if len(fold) else 0
-    held_out = examples.new_zeros(folds * len(names), names.shape[1]).index_add(0, fold * len(names) + targets, examples)
-    kept = _sums(names, examples, targets) - held_out.unflatten(0, (folds, len(names)))
-    return LOGIT_SCALE * torch.einsum("ed,eld->el", examples, nn.functional.normalize(kept, dim=2)[fold])
+    place, shape = fold * len(names) + targets, (folds, len(names))
+    sums = _summed(examples, targets, len(names)) - _summed(examples, place, folds * len(names)).unflatten(0, shape)
+    counts = of_class.sum(0) - place.bincount(minlength=folds * len(names)).unflatten(0, shape)
+    return LOGIT_SCALE * torch.einsum("ed,eld->el", examples, _prototypes(names, sums, counts)[fold])
 
 
-def _sums(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (NAME_WEIGHT * names).index_add(0, targets, examples)
+def _summed(examples: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
+    """The sum of each group's examples, shape `(count, embedding_dim)`."""
+    return examples.new_zeros(count, examples.shape[1]).index_add(0, groups, examples)
+
+
+def _prototypes(names: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Unit-length prototypes, shape of `sums`.
+
+    Texts are more like texts than like names, so that classes with examples would attract all texts: a class without examples gets
+    the mean of the others' sums.
+
+    Args:
+        names: embeddings of the label names, shape `(num_labels, embedding_dim)`.
+        sums: of the embeddings of each class's examples, shape `(…, num_labels, embedding_dim)`.
+        counts: examples of each class, shape `(…, num_labels)`.
+    """
+    without = (counts == 0)[..., None]
+    share = sums.sum(-2, keepdim=True) / (~without).sum(-2, keepdim=True).clamp(min=1)
+    return nn.functional.normalize(NAME_WEIGHT * names + sums + without * share, dim=-1)
 
 
 class PrototypeClassifier:
     """Classify texts by the nearest class prototype in the embedding space of the adapted base model.
 
     Each class's prototype is the embedding of its label name, under the same adapter as the texts; with labelled examples, the
-    direction of the sum of its examples' embeddings and `NAME_WEIGHT` times its name's.
+    direction of the sum of its examples' embeddings and `NAME_WEIGHT` times its name's. A class without examples, where others have
+    some, gets the mean over those others of their sums.
 
     Args:
         backbone: the base model; adapters are attached only while it works.
@@ -137,7 +156,8 @@ class PrototypeClassifier:
         if isinstance(texts, str):
             raise ConditionError(f"give a list of texts, got the single string {texts!r:.80}")
         names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
-        prototypes = nn.functional.normalize(_sums(names, examples, self.targets.to(names.device)), dim=1)
+        targets, count = self.targets.to(names.device), len(self.labels)
+        prototypes = _prototypes(names, _summed(examples, targets, count), targets.bincount(minlength=count))
         return LOGIT_SCALE * asked @ prototypes.T
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a few labelled examples can do beside the condition: choose an adapter and its strength, and gradient steps on them."""
+"""What a few labelled examples can do beside the condition: choose an adapter, or none, and gradient steps on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prior:
 
     Args:
         examples: how firmly.
-        gain: in accuracy of a full-strength adapter over the base model; half of it at half strength.
+        gain: in accuracy of an adapter over the base model.
         names: in accuracy of prototypes of label names alone over prototypes of names and examples.
     """
 
@@ -34,8 +34,9 @@ class Prior:
     names: float
 
 
-UNKNOWN_TASK, KNOWN_TASK = Prior(16, 0.05, -0.05), Prior(32, 0.2, 0.1)
-"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names."""
+UNKNOWN_TASK, KNOWN_TASK = Prior(63, 0.043, -1.0), Prior(32, 0.2, 0.1)
+"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names; for any other
+task, examples help in the prototypes. Number and gain of the first were fitted by `benchmarks/choice_prior.py`."""
 
 KNOWN_SIMILARITY = 0.92
 """From which similarity of a request to a trained task they may be the same; between different tasks of one kind it is lower."""
@@ -77,9 +78,9 @@ class Choice:
 
     Args:
         index: of the adapter with the least loss.
-        strength: by which its update should be multiplied: 1, 0.5, or 0 where the base model alone is expected to do better.
+        strength: by which its update should be multiplied: 1, or 0 where the base model alone is expected to do better.
         score: of that adapter at that strength.
-        scores: of all adapters, at full strength.
+        scores: of all adapters.
         base: the base model's; None for adapters that bring a head, without which there is nothing to compare.
         predicted_gain: in accuracy over the base model with the same examples, on texts like them; None for those adapters.
     """
@@ -98,16 +99,15 @@ class Choice:
             return ""
         if not self.strength:
             return "none expected: the adapter is the base model; fine-tune instead"
-        weakened = "" if self.strength == 1 else f" at strength {self.strength:g}, for which the examples speak most"
-        return f"{100 * self.predicted_gain:+.0f} points of accuracy expected over the base model with these examples{weakened}"
+        return f"{100 * self.predicted_gain:+.0f} points of accuracy expected over the base model with these examples"
 
 
 def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], prior: Prior = UNKNOWN_TASK) -> Choice:
-    """Choose an adapter, how much of it, and its class prototypes, by a classifier's examples: nothing else is ever selected on.
+    """Choose an adapter, or the base model, and class prototypes, by a classifier's examples: nothing else is ever selected on.
 
     The adapter with the least loss is taken. What it gains in accuracy on few examples is chance to a good part, so it is drawn
-    towards the prior: with n examples, the predicted gain at strength s is
-    (n · observed + `prior.examples` · s · `prior.gain`) / (n + `prior.examples`), and the strength with the largest is taken.
+    towards the prior: with n examples, the predicted gain is (n · observed + `prior.examples` · `prior.gain`) / (n + `prior.examples`).
+    Where it is negative, the base model is chosen.
 
     Args:
         classifier: of the task, with its examples.
@@ -123,20 +123,16 @@ def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], pri
     base = ExampleScore.measure(classifier.with_adapter(None), UNKNOWN_TASK)
     scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), prior) for adapter in adapters)
     index = _best(scores)
-    half = ExampleScore.measure(classifier.with_adapter(adapters[index].scaled(0.5)), prior)
-    options = {1.0: scores[index], 0.5: half, 0.0: base}
-    gains = {
-        strength: (count * (score.accuracy - base.accuracy) + prior.examples * strength * prior.gain) / (count + prior.examples)
-        for strength, score in options.items()
-    }
-    strength = max(gains, key=gains.__getitem__)
-    return Choice(index, strength, options[strength], scores, base, round(gains[strength], 4))
+    gain = (count * (scores[index].accuracy - base.accuracy) + prior.examples * prior.gain) / (count + prior.examples)
+    if gain < 0:
+        return Choice(index, 0.0, base, scores, base, 0.0)
+    return Choice(index, 1.0, scores[index], scores, base, round(gain, 4))
 
 
 def choose_with_head(
     base: HeadBackbone, labels: Sequence[str], examples: Sequence[tuple[Text, str]], adapters: Sequence[LoraAdapter], max_length: int
 ) -> Choice:
-    """Choose among adapters that bring a trained head, by its logits of the examples; always at full strength.
+    """Choose among adapters that bring a trained head, by its logits of the examples; never the base model.
 
     Args:
         base: what the adapters are for.

@@ -270,8 +270,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         Args:
             condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
                 a Pillow image, or the path or bytes of an image file.
-            num_adapters: how many candidates. With two or more and examples in the prompt, the one that does best on the
-                examples is chosen (the paper generates 20 and chooses on training data).
+            num_adapters: how many candidates. With examples in the prompt, the one that does best on them is chosen (the paper
+                generates 20 and chooses on training data), or the base model if it is expected to do better.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 switches it off.
             generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only. Default: a new one
@@ -376,7 +376,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = None
-        if isinstance(condition, TaskPrompt) and condition.examples and len(adapters) > 1:
+        if isinstance(condition, TaskPrompt) and condition.examples and (len(adapters) > 1 or not self.template.spec.modules_to_save):
             choice = self._choose(adapters, labels, condition.examples, nearest)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)

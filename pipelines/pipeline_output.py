@@ -28,7 +28,7 @@ class GenerationReport:
         condition: what the condition encoder read.
         labels: label names kept with the adapter; none for a style.
         labels_from: "prompt", "nearest trained task" (a prompt without labels that is in-distribution), or "nowhere".
-        choice: what the prompt's examples say of the candidates; None where there were none, or only one candidate.
+        choice: what the prompt's examples say of the candidates; None where there were none, or one candidate that brings a head.
     """
 
     nearest: tuple[Neighbour, ...]
@@ -84,7 +84,7 @@ class CondPDiffPipelineOutput(BaseOutput):
 
     @property
     def adapter(self) -> LoraAdapter:
-        """The chosen adapter, weakened if the prompt's examples say so (see `Choice`), with the prototypes that suit it."""
+        """The chosen adapter, or the base model if the prompt's examples say so (see `Choice`), with the prototypes that suit it."""
         adapter, choice = self.adapters[self.chosen], self.report.choice
         if choice is None:
             return adapter

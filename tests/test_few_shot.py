@@ -48,6 +48,20 @@ def test_prototypes_hold_the_examples(classifier: PrototypeClassifier) -> None:
     torch.testing.assert_close(classifier.logits(["a film", "bad bad"]), LOGIT_SCALE * texts @ torch.stack(prototypes).T, atol=1e-4, rtol=0)
 
 
+def test_a_class_without_examples_gets_the_mean_of_the_others(sentence_backbone: SentenceBackbone) -> None:
+    labels, given = ("positive", "negative", "same"), EXAMPLES[:4]
+    names, examples, texts = (
+        sentence_backbone.embed(part) for part in ([label_text(label) for label in labels], [text for text, _ in given], ["a film"])
+    )
+    kept = [index for index, (_, label) in enumerate(given) if label == "positive"]
+    for chosen, classes in ((kept, 1), (list(range(len(given))), 2)):
+        share = examples[chosen].sum(0) / classes
+        own = [share if classes == 1 else examples[[i for i in chosen if given[i][1] == label]].sum(0) for label in labels[:2]]
+        expected = torch.stack([unit(NAME_WEIGHT * name + sums) for name, sums in zip(names, [*own, share], strict=True)])
+        classifier = PrototypeClassifier(sentence_backbone, labels, examples=[given[index] for index in chosen])
+        torch.testing.assert_close(classifier.logits(["a film"]), LOGIT_SCALE * texts @ expected.T, atol=1e-4, rtol=0)
+
+
 def test_examples_are_judged_by_the_others_one_of_every_class_held_out(classifier: PrototypeClassifier) -> None:
     logits = held_out_logits(*classifier.example_embeddings(), classifier.targets)
     for index, (text, _) in enumerate(EXAMPLES):
@@ -72,8 +86,11 @@ def test_classes_may_have_different_numbers_of_examples() -> None:
     logits = held_out_logits(names, examples, targets)
     for fold, held in enumerate([[0, 1], [2, 4], [3]]):
         sums = NAME_WEIGHT * names
-        for place in set(range(5)) - set(held):
+        kept = [place for place in range(5) if place not in held]
+        for place in kept:
             sums[targets[place]] += examples[place]
+        for label in set(range(3)) - set(targets[kept].tolist()):  # of no examples: the mean of the others' sums
+            sums[label] += examples[kept].sum(0) / len(targets[kept].unique())
         torch.testing.assert_close(logits[held], LOGIT_SCALE * examples[held] @ nn.functional.normalize(sums, dim=1).T, msg=str(fold))
 
 
@@ -126,11 +143,11 @@ def test_of_adapters_the_one_that_helps_is_chosen(classifier: PrototypeClassifie
     assert choice.predicted_gain == pytest.approx((count * gain + prior.examples * prior.gain) / (count + prior.examples), abs=1e-4)
 
 
-def test_an_adapter_that_the_examples_speak_against_is_weakened(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_the_examples_speak_against_is_not_taken(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
     assert classifier.adapter is not None
     many = PrototypeClassifier(classifier.backbone, LABELS, examples=EXAMPLES * 20)
-    for accuracy, strength in (({1.0: 0.2, 0.5: 0.3}, 0.0), ({1.0: 0.2, 0.5: 0.52}, 0.5), ({1.0: 0.495, 0.5: 0.495}, 1.0)):
-        found = iter([0.5, accuracy[1.0], accuracy[0.5]])  # the base model, the adapter, half of it
+    for accuracy, strength in ((0.2, 0.0), (0.47, 0.0), (0.495, 1.0), (0.9, 1.0)):
+        found = iter([0.5, accuracy])  # the base model, the adapter
         monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
         choice = choose(many, [classifier.adapter])
         assert choice.strength == strength
@@ -140,7 +157,7 @@ def test_an_adapter_that_the_examples_speak_against_is_weakened(classifier: Prot
 def test_a_known_task_is_trusted_more(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
     assert classifier.adapter is not None
     for prior, strength in ((UNKNOWN_TASK, 0.0), (KNOWN_TASK, 1.0)):
-        found = iter([0.6, 0.3, 0.35])  # the base model, the adapter, half of it; on six examples
+        found = iter([0.9, 0.2])  # the base model, the adapter; on six examples
         monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
         assert choose(classifier, [classifier.adapter], prior).strength == strength
 

@@ -19,6 +19,7 @@ import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.errors import HubError
+from cond_pdiff.few_shot import choose
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -101,12 +102,22 @@ def right(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return float((logits.argmax(1) == targets).float().mean())
 
 
+def test_a_single_candidate_is_judged_too(pipe: CondPDiffPipeline, tmp_path: Path) -> None:
+    output = pipe(PROMPT, generator=seeds(0))
+    choice = output.report.choice
+    assert choice == choose(PrototypeClassifier(pipe.base_model(), PROMPT.labels, examples=PROMPT.examples), output.adapters)
+    assert "chosen     1 of 1, accuracy" in str(output.report)
+    loaded = LoraAdapter.load(output.save_adapter(tmp_path / "adapter"))
+    assert loaded.metadata["strength"] == choice.strength
+    assert ("prototype_examples" in loaded.metadata) == choice.score.with_examples
+
+
 @pytest.mark.parametrize(
     ("condition", "count"),
-    [(PROMPT, 1), (PROMPT.description, 3), (TaskPrompt("Is it?", labels=["no", "yes"]), 3)],
+    [(PROMPT.description, 1), (PROMPT.description, 3), (TaskPrompt("Is it?", labels=["no", "yes"]), 3)],
     ids=["one", "no examples", "labels only"],
 )
-def test_without_a_choice_the_first_is_taken_and_no_base_model_is_loaded(pipe: CondPDiffPipeline, condition: Any, count: int) -> None:
+def test_without_examples_the_first_is_taken_and_no_base_model_is_loaded(pipe: CondPDiffPipeline, condition: Any, count: int) -> None:
     output = pipe(condition, num_adapters=count)
     assert (output.chosen, output.report.choice, len(output.adapters)) == (0, None, count)
     assert pipe._base is None

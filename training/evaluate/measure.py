@@ -112,7 +112,7 @@ class ZooEvaluator(ABC):
     def _routed(self, task: Any) -> list[bool]:
         """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
         conditions = self.other_conditions(task)
-        adapters = [self.generate(condition, 1, 1000 + index).adapter for index, condition in enumerate(conditions)]
+        adapters = [self.generate(condition, 1, 1000 + index).adapters[0] for index, condition in enumerate(conditions)]
         return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def soup(self, name: str) -> LoraAdapter:
