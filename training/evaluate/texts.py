@@ -1,11 +1,13 @@
 """Generators of text adapters: accuracy in all columns, the generated adapters beside all baselines.
 
 Rows are of the test split where a task has one, else of the validation split; nothing is selected on them. The best of the
-generated adapters is chosen on at most 32 training rows, which are also the examples of the prompt.
+generated adapters is chosen on at most 32 training rows, which are also the examples of the prompt. Class prototypes are of label
+names alone, in every column and for that choice.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.errors import TaskDataError
+from cond_pdiff.few_shot import Prior, choose
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
@@ -25,6 +28,7 @@ from cond_pdiff.training.tasks import Task, load_tasks
 SELECTION_ROWS = 32
 ROUTING_PROMPTS = 5
 ROUTING_EXAMPLES = 4
+NAMES_ALONE = Prior(1, 0.0, math.inf)
 
 
 class TextEvaluator(ZooEvaluator):
@@ -68,7 +72,7 @@ class TextEvaluator(ZooEvaluator):
             "multitask": accuracy(predict(self.multitask)) if self.multitask else None,
             "retrieval": accuracy(souped if retrieved == task.name else predict(self.soup(retrieved))),
             "generated_mean": round(statistics.fmean(map(accuracy, generated)), 4),
-            "generated_best": accuracy(generated[output.chosen]),
+            "generated_best": accuracy(generated[self._best(task, output.adapters)]),
         }
         return {
             "dataset": task.dataset,
@@ -78,6 +82,12 @@ class TextEvaluator(ZooEvaluator):
             "novelty": self._novelty(task, output.adapters, generated, trained, targets, texts, classifier),
             "distinct": len({tuple(predicted.tolist()) for predicted in generated}),
         }
+
+    def _best(self, task: Task, adapters: Sequence[LoraAdapter]) -> int:
+        """Which adapter does best on the prompt's examples with the prototypes that all columns are measured with."""
+        max_length, examples = self.pipe.template.config.max_length, self.condition(task).examples
+        classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, adapters[0], max_length, examples)
+        return choose(classifier, adapters, NAMES_ALONE).index
 
     def _novelty(
         self,
