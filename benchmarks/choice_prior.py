@@ -23,7 +23,6 @@ from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
 from cond_pdiff import CondPDiffPipeline, PrototypeClassifier
-from cond_pdiff.classifier import held_out_logits
 from cond_pdiff.few_shot import ExampleScore
 from cond_pdiff.training.config import read_recipe
 from cond_pdiff.training.tasks import Task, sample_rows
@@ -41,8 +40,7 @@ def measure(pipe: CondPDiffPipeline, task: Task, draw: int, shots: int) -> dict[
     on_examples, on_rows = [], []
     for tried in (None, adapter):
         classifier = PrototypeClassifier(pipe.base_model(), task.labels, tried, examples=prompt.examples)
-        names, examples = classifier.example_embeddings()
-        on_examples.append(ExampleScore.of(held_out_logits(names, examples, classifier.targets), classifier.targets, True).accuracy)
+        on_examples.append(ExampleScore.measure(classifier, with_examples=True).accuracy)
         on_rows.append(float((classifier.logits(texts).argmax(1) == torch.tensor(labels)).float().mean()))
     return {
         "examples": len(prompt.examples),

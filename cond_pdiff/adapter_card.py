@@ -98,8 +98,8 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
     if "scheduler" in metadata:
         steps, guidance = metadata.get("num_inference_steps"), metadata.get("guidance_scale")
         yield "sampler", f"{_line(metadata['scheduler'])}, {_line(steps)} steps, guidance {_line(guidance)}"
-    if isinstance(metadata.get("strength"), (int, float)) and metadata["strength"] != 1:
-        yield "strength", f"{metadata['strength']:g}: the examples spoke for the base model"
+    if metadata.get("strength") == 0:
+        yield "strength", "0: the examples spoke for the base model"
     if isinstance(metadata.get("prototype_examples"), list):
         yield "class prototypes", f"of the label names and {len(metadata['prototype_examples'])} recorded examples"
     refined = metadata.get("refined")

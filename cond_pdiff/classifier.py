@@ -120,8 +120,8 @@ class PrototypeClassifier:
         Args:
             labels: default: the labels recorded with the adapter.
             base: a local folder with the base model; default: found by the recorded reference.
-            examples: `(text, label)` pairs for the prototypes; default: those recorded with the adapter because they helped
-                when it was chosen or refined, unless other labels are given.
+            examples: `(text, label)` pairs for the prototypes; default: those recorded with the adapter when it was chosen or
+                refined, unless other labels are given.
         """
         adapter = LoraAdapter.load(folder)
         if adapter.paints:

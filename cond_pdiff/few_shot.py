@@ -19,6 +19,7 @@ from cond_pdiff.models.head_backbone import HeadBackbone
 REFINE_EXAMPLES = 32
 """Examples of a step at most: with more of them, each step draws anew."""
 
+
 @dataclass(frozen=True)
 class Prior:
     """What is believed before any example is seen, as firmly as so many examples say it.
@@ -26,17 +27,17 @@ class Prior:
     Args:
         examples: how firmly.
         gain: in accuracy of an adapter over the base model.
-        names: in accuracy of prototypes of label names alone over prototypes of names and examples.
+        with_examples: do class prototypes hold the examples, or are they of label names alone?
     """
 
     examples: int
     gain: float
-    names: float
+    with_examples: bool
 
 
-UNKNOWN_TASK, KNOWN_TASK = Prior(63, 0.043, -1.0), Prior(32, 0.2, 0.1)
-"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names; for any other
-task, examples help in the prototypes. Number and gain of the first were fitted by `benchmarks/choice_prior.py`."""
+UNKNOWN_TASK, KNOWN_TASK = Prior(63, 0.043, True), Prior(32, 0.2, False)
+"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names, each as often
+as its class is met; examples undo that. Number and gain of the first were fitted by `benchmarks/choice_prior.py`."""
 
 KNOWN_SIMILARITY = 0.92
 """From which similarity of a request to a trained task they may be the same; between different tasks of one kind it is lower."""
@@ -57,13 +58,12 @@ class ExampleScore:
     with_examples: bool
 
     @classmethod
-    def measure(cls, classifier: PrototypeClassifier, prior: Prior) -> ExampleScore:
-        """With the kind of prototypes that examples and prior together speak for."""
+    def measure(cls, classifier: PrototypeClassifier, with_examples: bool) -> ExampleScore:
+        """Of a classifier's own examples."""
         names, examples = classifier.example_embeddings()
         targets = classifier.targets.to(names.device)
-        alone = cls.of(LOGIT_SCALE * examples @ names.T, targets, False)
-        both = cls.of(held_out_logits(names, examples, targets), targets, True)
-        return alone if len(targets) * (alone.accuracy - both.accuracy) + prior.examples * prior.names >= 0 else both
+        logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
+        return cls.of(logits, targets, with_examples)
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
@@ -103,7 +103,7 @@ class Choice:
 
 
 def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], prior: Prior = UNKNOWN_TASK) -> Choice:
-    """Choose an adapter, or the base model, and class prototypes, by a classifier's examples: nothing else is ever selected on.
+    """Choose an adapter, or the base model, by a classifier's examples: nothing else is ever selected on.
 
     The adapter with the least loss is taken. What it gains in accuracy on few examples is chance to a good part, so it is drawn
     towards the prior: with n examples, the predicted gain is (n · observed + `prior.examples` · `prior.gain`) / (n + `prior.examples`).
@@ -120,8 +120,8 @@ def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], pri
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
-    base = ExampleScore.measure(classifier.with_adapter(None), UNKNOWN_TASK)
-    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), prior) for adapter in adapters)
+    base = ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
+    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), prior.with_examples) for adapter in adapters)
     index = _best(scores)
     gain = (count * (scores[index].accuracy - base.accuracy) + prior.examples * prior.gain) / (count + prior.examples)
     if gain < 0:
@@ -203,4 +203,5 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
     settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
     given = [list(example) for example in classifier.examples]
     facts = {"refined": settings, "labels": list(classifier.labels), "prototype_examples": given}
-    return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**classifier.adapter.metadata, **facts})
+    kept = {name: fact for name, fact in classifier.adapter.metadata.items() if name != "strength"}  # of what the steps began with
+    return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**kept, **facts})

@@ -14,6 +14,7 @@ from cond_pdiff.conditioning import StyleImage, TaskPrompt
 from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import find_generator, generator_source
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
+from cond_pdiff.pipelines.pipeline_output import package_versions
 
 NEEDED = (
     *("generator", "condition", "seed", "candidate", "num_adapters", "generators"),
@@ -79,18 +80,20 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
     if type(pipe.scheduler).__name__ != facts["scheduler"]:
         raise AdapterError(f"the adapter was made with a {facts['scheduler']}, but the generator has a {type(pipe.scheduler).__name__}")
     seeds = [torch.Generator().manual_seed(facts["seed"]) for _ in range(min(facts["num_adapters"], MAX_ADAPTERS))]
-    output = pipe(
+    params = pipe(
         _condition(facts["condition"], image),
         num_adapters=facts["num_adapters"],  # as many as then: the sums of a larger batch may round in another way
         generator=seeds if facts["generators"] == "each" else seeds[0],
         num_inference_steps=facts["num_inference_steps"],
         guidance_scale=facts["guidance_scale"],
+        output_type="params",  # whatever examples say, and without the base model
     )
-    again = output.adapters[facts["candidate"]].scaled(facts.get("strength", 1.0))
+    again = pipe.template.to_adapter(params[facts["candidate"]]).scaled(facts.get("strength", 1.0))
     adapter.layout.validate(again.tensors)
     largest = max(float(tensor.abs().max()) for tensor in adapter.tensors.values())
     differences = [float((again.tensors[key] - tensor).abs().max()) for key, tensor in adapter.tensors.items()]
-    versions = {package: (str(then), again.metadata["versions"].get(package, "none")) for package, then in facts["versions"].items()}
+    now = package_versions()
+    versions = {package: (str(then), now.get(package, "none")) for package, then in facts["versions"].items()}
     return Verification(
         all(torch.equal(again.tensors[key], tensor) for key, tensor in adapter.tensors.items()),
         max(differences) / max(largest, 1e-12),

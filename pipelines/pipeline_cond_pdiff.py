@@ -6,11 +6,9 @@ import inspect
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -32,7 +30,7 @@ from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, recorded_seeds
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, package_versions, recorded_seeds
 from cond_pdiff.publish import add_card, push_generator
 
 MAX_ADAPTERS = 1000
@@ -271,7 +269,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
                 a Pillow image, or the path or bytes of an image file.
             num_adapters: how many candidates. With examples in the prompt, the one that does best on them is chosen (the paper
-                generates 20 and chooses on training data), or the base model if it is expected to do better.
+                generates 20 and chooses on training data), or the base model if it is expected to do better; of adapters with
+                heads, one alone is not judged, nor compared with the base model.
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 switches it off.
             generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only. Default: a new one
@@ -335,7 +334,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             "num_adapters": num_adapters,
             "generators": "each" if isinstance(generator, Sequence) else "one",
             "generator": self._source,
-            "versions": {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__},
+            "versions": package_versions(),
         }
         made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
         output = self._to_output(checked, result, made, latents, condition_embeddings[0], condition_report)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.utils import BaseOutput
 
@@ -96,6 +98,11 @@ class CondPDiffPipelineOutput(BaseOutput):
     def save_adapter(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the chosen adapter as a peft adapter folder (see `LoraAdapter.save`)."""
         return self.adapter.save(folder, overwrite)
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that decide an adapter's bits."""
+    return {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__}
 
 
 def recorded_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:

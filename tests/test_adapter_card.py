@@ -46,6 +46,7 @@ FACTS = """## How it was made
 | generator | `generator`, sha256 `{sha256}` |
 | seed | 3; `cond-pdiff verify adapter` makes it again and compares the bytes |
 | sampler | DPMSolverMultistepScheduler, 10 steps, guidance 1.5 |
+| class prototypes | of the label names and 2 recorded examples |
 | nearest trained | {nearest} |
 | request | {request} |
 | versions | {versions} |
@@ -55,6 +56,7 @@ FACTS = """## How it was made
 @pytest.fixture
 def text_adapter(tiny_generator: Path, tmp_path: Path) -> Path:
     out = CondPDiffPipeline.from_pretrained(tiny_generator)(PROMPT, generator=[torch.Generator().manual_seed(3)])
+    assert out.report.choice.strength == 1
     return out.save_adapter(tmp_path / "adapter")
 
 

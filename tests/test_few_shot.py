@@ -12,7 +12,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
-from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, ExampleScore, Prior, choose, refine
+from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, ExampleScore, choose, refine
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.verify import verify
 
@@ -148,7 +148,7 @@ def test_an_adapter_that_the_examples_speak_against_is_not_taken(classifier: Pro
     many = PrototypeClassifier(classifier.backbone, LABELS, examples=EXAMPLES * 20)
     for accuracy, strength in ((0.2, 0.0), (0.47, 0.0), (0.495, 1.0), (0.9, 1.0)):
         found = iter([0.5, accuracy])  # the base model, the adapter
-        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
+        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found, **__: ExampleScore(next(found), 1.0, True))
         choice = choose(many, [classifier.adapter])
         assert choice.strength == strength
         assert (choice.predicted_gain > 0) == (strength > 0)
@@ -158,18 +158,20 @@ def test_a_known_task_is_trusted_more(classifier: PrototypeClassifier, monkeypat
     assert classifier.adapter is not None
     for prior, strength in ((UNKNOWN_TASK, 0.0), (KNOWN_TASK, 1.0)):
         found = iter([0.9, 0.2])  # the base model, the adapter; on six examples
-        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found: ExampleScore(next(found), 1.0, True))
+        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found, **__: ExampleScore(next(found), 1.0, True))
         assert choose(classifier, [classifier.adapter], prior).strength == strength
 
 
-def test_prototypes_are_what_examples_and_prior_speak_for(classifier: PrototypeClassifier) -> None:
+def test_prototypes_hold_the_examples_of_unknown_tasks(classifier: PrototypeClassifier) -> None:
+    assert classifier.adapter is not None
     names, examples = classifier.example_embeddings()
     by_names = ExampleScore.of(LOGIT_SCALE * examples @ names.T, classifier.targets, False)
     by_both = ExampleScore.of(held_out_logits(names, examples, classifier.targets), classifier.targets, True)
-    difference = by_names.accuracy - by_both.accuracy
-    for names_gain in (-1.0, -0.01, 0.0, 0.01, 1.0):
-        expected = by_names if len(EXAMPLES) * difference + 10 * names_gain >= 0 else by_both
-        assert ExampleScore.measure(classifier, Prior(10, 0.0, names_gain)) == expected
+    assert by_names.loss != by_both.loss
+    for prior, expected in ((UNKNOWN_TASK, by_both), (KNOWN_TASK, by_names)):
+        choice = choose(classifier, [classifier.adapter], prior)
+        assert choice.scores == (expected,)
+        assert choice.base == ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
 
 
 def test_strength_multiplies_the_update(classifier: PrototypeClassifier) -> None:

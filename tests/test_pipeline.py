@@ -100,7 +100,7 @@ def test_any_scheduler_and_each_candidate_depends_on_its_own_seed_only(pipe: Con
 def test_a_batch_is_as_single_calls(pipe: CondPDiffPipeline) -> None:
     together = pipe(PROMPT, num_adapters=5, generator=seeds(*range(5)), guidance_scale=2.0)
     for seed, adapter in enumerate(together.adapters):
-        alone = pipe(PROMPT, generator=seeds(seed)[0], guidance_scale=2.0).adapter
+        alone = pipe(PROMPT, generator=seeds(seed)[0], guidance_scale=2.0).adapters[0]
         for key, tensor in alone.tensors.items():
             torch.testing.assert_close(adapter.tensors[key], tensor, atol=1e-5, rtol=0)
         assert adapter.metadata["seed"] == alone.metadata["seed"] == seed
@@ -118,8 +118,8 @@ def test_without_a_generator_the_global_seed_decides(pipe: CondPDiffPipeline) ->
     assert torch.equal(params(pipe, generator=None), first)
     assert not torch.equal(first, second)
     torch.manual_seed(3)
-    adapter = pipe(PROMPT).adapter
-    again = pipe(PROMPT, generator=seeds(adapter.metadata["seed"])[0]).adapter
+    adapter = pipe(PROMPT).adapters[0]
+    again = pipe(PROMPT, generator=seeds(adapter.metadata["seed"])[0]).adapters[0]
     assert all(torch.equal(again.tensors[key], tensor) for key, tensor in adapter.tensors.items())
     assert len(repr(adapter)) < 300
     assert f"seed={adapter.metadata['seed']}" in repr(adapter)

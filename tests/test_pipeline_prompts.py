@@ -95,7 +95,7 @@ def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: P
     # It is a trained task, asked for with its labels.
     assert choice.strength == 1.0
     other = pipe(TaskPrompt(PROMPT.description, [(text, label + "!") for text, label in EXAMPLES]), num_adapters=2).report.choice
-    assert {score.with_examples for score in other.scores} == {True}  # of an unknown one, unless names do better than examples
+    assert {score.with_examples for score in other.scores} == {True}  # of an unknown one, always
 
 
 def right(logits: torch.Tensor, targets: torch.Tensor) -> float:

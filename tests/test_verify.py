@@ -40,7 +40,7 @@ def test_one_rng_for_all_candidates_works_too_if_it_was_fresh(pipe: CondPDiffPip
         verify(second.adapters[0], tiny_generator)
     given = pipe(PROMPT, num_inference_steps=2, generator=seeds(1)[0], latents=torch.zeros_like(first.latents[:1]))
     assert given.adapter.metadata["seed"] is None
-    assert verify(pipe(PROMPT, num_inference_steps=2).adapter, tiny_generator).same  # of a seed that was drawn
+    assert verify(pipe(PROMPT, num_inference_steps=2).adapters[0], tiny_generator).same  # of a seed that was drawn
 
 
 def test_a_style_adapter_needs_its_picture(style_generator: Path, styles_folder: Path) -> None:

@@ -7,7 +7,6 @@ names alone, in every column and for that choice.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.errors import TaskDataError
-from cond_pdiff.few_shot import Prior, choose
+from cond_pdiff.few_shot import ExampleScore
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
@@ -28,7 +27,6 @@ from cond_pdiff.training.tasks import Task, load_tasks
 SELECTION_ROWS = 32
 ROUTING_PROMPTS = 5
 ROUTING_EXAMPLES = 4
-NAMES_ALONE = Prior(1, 0.0, math.inf)
 
 
 class TextEvaluator(ZooEvaluator):
@@ -87,7 +85,8 @@ class TextEvaluator(ZooEvaluator):
         """Which adapter does best on the prompt's examples with the prototypes that all columns are measured with."""
         max_length, examples = self.pipe.template.config.max_length, self.condition(task).examples
         classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, adapters[0], max_length, examples)
-        return choose(classifier, adapters, NAMES_ALONE).index
+        losses = [ExampleScore.measure(classifier.with_adapter(adapter), with_examples=False).loss for adapter in adapters]
+        return losses.index(min(losses))
 
     def _novelty(
         self,
