@@ -5,8 +5,8 @@
 For a generator that was trained on a part of a zoo (`benchmarks/unseen_curves.py tasks` trains such), every task of the recipe's zoo that
 it has not seen, and that is not one of the unseen tasks that results are reported for: what one adapter gains over the base model in
 accuracy on `--shots` examples a class, held out as `choose` does, and what it really gains on up to 200 other training rows. Fitted by
-least squares: real gain = (n · gain on n examples + examples · gain) / (n + examples), the expectation under a normal prior. Measured
-into `<out>/<task>_<draw>.json`; what is measured is not measured again.
+least squares: real gain = (n · gain on n examples + m · g) / (n + m), the expectation under a normal prior, of which m is `examples` and
+g is `gain`. Measured into `<out>/<task>_<draw>.json`; what is measured is not measured again.
 """
 
 from __future__ import annotations

@@ -53,12 +53,10 @@ def test_a_class_without_examples_gets_the_mean_of_the_others(sentence_backbone:
     names, examples, texts = (
         sentence_backbone.embed(part) for part in ([label_text(label) for label in labels], [text for text, _ in given], ["a film"])
     )
-    kept = [index for index, (_, label) in enumerate(given) if label == "positive"]
-    for chosen, classes in ((kept, 1), (list(range(len(given))), 2)):
-        share = examples[chosen].sum(0) / classes
-        own = [share if classes == 1 else examples[[i for i in chosen if given[i][1] == label]].sum(0) for label in labels[:2]]
-        expected = torch.stack([unit(NAME_WEIGHT * name + sums) for name, sums in zip(names, [*own, share], strict=True)])
-        classifier = PrototypeClassifier(sentence_backbone, labels, examples=[given[index] for index in chosen])
+    positive, negative = examples[:2].sum(0), examples[2:].sum(0)
+    for count, sums in ((2, [positive] * 3), (4, [positive, negative, (positive + negative) / 2])):
+        expected = torch.stack([unit(NAME_WEIGHT * name + own) for name, own in zip(names, sums, strict=True)])
+        classifier = PrototypeClassifier(sentence_backbone, labels, examples=given[:count])
         torch.testing.assert_close(classifier.logits(["a film"]), LOGIT_SCALE * texts @ expected.T, atol=1e-4, rtol=0)
 
 

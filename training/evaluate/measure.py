@@ -112,7 +112,8 @@ class ZooEvaluator(ABC):
     def _routed(self, task: Any) -> list[bool]:
         """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
         conditions = self.other_conditions(task)
-        adapters = [self.generate(condition, 1, 1000 + index).adapters[0] for index, condition in enumerate(conditions)]
+        params = [self.generate(condition, 1, 1000 + index, output_type="params")[0] for index, condition in enumerate(conditions)]
+        adapters = [self.pipe.template.to_adapter(row) for row in params]
         return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def soup(self, name: str) -> LoraAdapter:
@@ -121,17 +122,17 @@ class ZooEvaluator(ABC):
             self._soups[name] = soup(self.trained[name])
         return self._soups[name]
 
-    def generate(self, condition: Any, count: int, offset: int) -> CondPDiffPipelineOutput:
-        """Adapters from one condition; the seed of the i-th depends on the settings' seed and `offset` + i."""
+    def generate(self, condition: Any, count: int, offset: int, **options: Any) -> Any:
+        """The pipeline's output for one condition; the seed of the i-th adapter depends on the settings' seed and `offset` + i."""
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + offset + index) for index in range(count)]
-        output: CondPDiffPipelineOutput = self.pipe(
+        return self.pipe(
             condition,
             num_adapters=count,
             generator=generators,
             num_inference_steps=self.config.num_inference_steps,
             guidance_scale=self.config.guidance_scale,
+            **options,
         )
-        return output
 
     def _seconds(self, condition: Any) -> float:
         """Seconds from condition to adapter, warm, one adapter."""
