@@ -148,4 +148,6 @@ class UNetStage:
             normalizer=self.autoencoder.normalizer,
             template=self.autoencoder.data.template,
             condition_index=index,
+            unconditional=self.config.condition_dropout > 0,
+            guided_statistics=False,
         )

@@ -155,21 +155,3 @@ class ParamUNet1D(Component):
         if self.final is not None:
             hidden = self.final(hidden.flatten(1)).reshape_as(sample)
         return UNet1DOutput(sample=hidden) if return_dict else (hidden,)
-
-
-def guided_prediction(
-    unet: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
-    """A U-Net's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
-
-    Args:
-        latents: noisy, shape `(batch, channels, length)`.
-        timestep: one for all.
-        condition: embeddings, shape `(batch, condition_dim)`.
-    """
-    if guidance_scale == 1.0:
-        prediction: torch.Tensor = unet(latents, timestep, condition).sample
-        return prediction
-    both = unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
-    without, with_condition = both.chunk(2)
-    return torch.lerp(without, with_condition, guidance_scale)
