@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 DEFAULT_STEPS = 20
 """Of the bundled generators' solver: adapters of one task then vary as much as after 200 steps, on the four narrowest tasks 0.98 as much;
@@ -18,26 +17,24 @@ OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.T
 
 
 def denoise(
-    denoiser: nn.Module,
+    denoiser: Any,
     scheduler: Any,
     noise: torch.Tensor,
     condition: torch.Tensor,
     num_inference_steps: int,
     guidance_scale: float = 1.0,
-    guided_length: int | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
     """Latents from noise in some steps of a diffusers scheduler; gradients flow if they are wanted.
 
     Args:
-        denoiser: predicts what the scheduler's `prediction_type` asks for, as `ParamUNet1D` does.
+        denoiser: predicts what the scheduler's `prediction_type` asks for; a `ParamUNet1D`.
         scheduler: any of diffusers'. A copy of it is stepped, so that calls in several threads do not meet in its state.
         noise: of unit variance, shape `(batch, channels, length)`; scaled here by the scheduler's `init_noise_sigma`.
         condition: embeddings, shape `(batch, condition_dim)`.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is none.
-        guided_length: guidance acts on so many of the latents' first columns (see `guided_prediction`); None: on all.
         generator: of schedulers that draw noise in each step; one, or one for each of the batch.
         on_step: called as `on_step(index, timestep, latents, condition)` after each step; returns the two tensors to go on with, and
             whether to go on.
@@ -51,7 +48,7 @@ def denoise(
     latents = noise * scheduler.init_noise_sigma
     for index, timestep in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(denoiser, scaled, timestep, condition, guidance_scale, guided_length)
+        prediction = guided_prediction(denoiser, scaled, timestep, condition, guidance_scale)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if on_step is not None:
             latents, condition, go_on = on_step(index, timestep, latents, condition)
@@ -61,29 +58,27 @@ def denoise(
 
 
 def guided_prediction(
-    denoiser: nn.Module,
+    denoiser: Any,
     latents: torch.Tensor,
     timestep: torch.Tensor,
     condition: torch.Tensor,
     guidance_scale: float,
-    guided_length: int | None = None,
 ) -> torch.Tensor:
     """A denoiser's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
 
     Args:
+        denoiser: its `config.guided_length` says how many of the latents' first columns are guided. Behind them stand the statistics of the
+            normaliser, an update's size among them, which guidance would scale.
         latents: noisy, shape `(batch, channels, length)`.
         timestep: one for all.
         condition: embeddings, shape `(batch, condition_dim)`; all zeros are "no condition".
         guidance_scale: the prediction lies so far on the way from the one without the condition (0) to the one with it (1), and beyond.
-        guided_length: of so many first columns; the others are predicted with the condition alone. The statistics of the normaliser stand
-            there, an update's size among them, which guidance would scale.
     """
     if guidance_scale == 1.0:
         prediction: torch.Tensor = denoiser(latents, timestep, condition).sample
         return prediction
     both = denoiser(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
     without, with_condition = both.chunk(2)
-    guided = torch.lerp(without, with_condition, guidance_scale)
-    if guided_length is None:
-        return guided
-    return torch.cat([guided[..., :guided_length], with_condition[..., guided_length:]], dim=-1)
+    end = denoiser.config.guided_length
+    guided = torch.lerp(without[..., :end], with_condition[..., :end], guidance_scale)
+    return guided if end is None else torch.cat([guided, with_condition[..., end:]], dim=-1)

@@ -58,11 +58,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         normalizer: normalised params ↔ params.
         template: layout, LoRA settings, base model and constant tensors.
         condition_index: the trained tasks.
-        unconditional: was the U-Net trained without a condition too? Without it there is nothing to guide away from.
-        guidance_scale: classifier-free guidance unless a call says otherwise; 1 is none. None: 1.5, or 1 where there is nothing to guide
-            away from.
-        guided_statistics: does guidance also act on the normaliser's statistics, which it should not? (Generators of 0.1.0, which do not
-            say so.)
     """
 
     model_cpu_offload_seq: Any = "condition_encoder->unet->autoencoder"
@@ -86,9 +81,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         normalizer: ParamNormalizer,
         template: AdapterTemplate,
         condition_index: ConditionIndex,
-        unconditional: bool = True,
-        guidance_scale: float | None = None,
-        guided_statistics: bool = True,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -100,9 +92,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             template=template,
             condition_index=condition_index,
         )
-        scale = (1.5 if unconditional else 1.0) if guidance_scale is None else guidance_scale
-        self.register_to_config(unconditional=unconditional, guidance_scale=scale, guided_statistics=guided_statistics)
-        self._check_guidance(scale)
         self._base: SentenceBackbone | HeadBackbone | None = None
         self._source: dict[str, str | None] | None = None
         self._card_folder: Path | None = None
@@ -254,11 +243,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             latents = latents.to(device, dtype)
         return latents
 
-    @property
-    def guided_length(self) -> int | None:
-        """Columns of the latents that guidance acts on: the code, not the normaliser's statistics behind it."""
-        return None if self.config.guided_statistics else self.autoencoder.latent_shape[1]
-
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32."""
         code, statistics = split_statistics(latents, self.normalizer.num_statistics)
@@ -311,7 +295,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         checked = self._check_inputs(
             condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )
-        guidance_scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         if generator is None:  # so that it is recorded which adapter this is
@@ -334,8 +318,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                 bar.update()
                 return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
 
-            guidance = guidance_scale, self.guided_length
-            latents = denoise(self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, *guidance, drawn, on_step)
+            latents = denoise(self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, guidance_scale, drawn, on_step)
         latents = latents.unflatten(0, (num_adapters, views)).mean(1)
         result = latents if output_type == "latent" else self.decode(latents)
         self.maybe_free_model_hooks()
@@ -428,7 +411,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     def _check_guidance(self, scale: float) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
             raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
-        if scale != 1 and not self.config.unconditional:
+        if scale != 1 and not self.unet.config.unconditional:
             raise CondPDiffError(
                 f"guidance_scale is {scale:g}, but this generator was never trained without a condition (condition_dropout 0), so there is "
                 "nothing to guide away from; leave it out, or say 1"

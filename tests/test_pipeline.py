@@ -71,9 +71,6 @@ def test_model_index_names_the_public_places(tiny_generator: Path) -> None:
         "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         "template": ["cond_pdiff", "AdapterTemplate"],
         "unet": ["cond_pdiff", "ParamUNet1D"],
-        "unconditional": True,
-        "guidance_scale": 1.5,
-        "guided_statistics": False,
     }
     assert index["_class_name"] == "CondPDiffPipeline"
 

@@ -78,8 +78,8 @@ class Writer(nn.Module):
             pipe.to(self.unet.device)
         condition = pipe.condition_encoder.encode(prompts)[0]
         noise = pipe.prepare_latents(len(prompts), rng, None)
-        guidance = pipe.config.guidance_scale, pipe.guided_length
-        return pipe.decode(denoise(self.unet, pipe.scheduler, noise, condition, config.num_inference_steps, *guidance, rng))
+        steps, guidance = config.num_inference_steps, self.unet.config.guidance_scale
+        return pipe.decode(denoise(self.unet, pipe.scheduler, noise, condition, steps, guidance, rng))
 
 
 class TuneStage:

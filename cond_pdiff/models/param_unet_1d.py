@@ -41,6 +41,9 @@ class ParamUNet1D(Component):
         act_fn: activation of the convolutions.
         condition_scale: condition embeddings are multiplied by it. They have unit length; with the square root of `condition_dim`
             their entries have unit size, which a linear layer learns from sooner.
+        unconditional: was it trained without a condition too? Else there is nothing that guidance could lead away from.
+        guidance_scale: classifier-free guidance unless a call says otherwise; 1 is none.
+        guided_length: guidance acts on so many of the sample's first columns; None: on all, as in generators of 0.1.0.
     """
 
     __module__ = "cond_pdiff"
@@ -59,6 +62,9 @@ class ParamUNet1D(Component):
         final_linear: bool = False,
         act_fn: str = "silu",
         condition_scale: float = 1.0,
+        unconditional: bool = True,
+        guidance_scale: float = 1.5,
+        guided_length: int | None = None,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:

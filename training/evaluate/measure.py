@@ -66,7 +66,7 @@ class ZooEvaluator(ABC):
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
         )
-        guidance = self.pipe.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        guidance = self.pipe.unet.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.settings: dict[str, Any] = {
             **config.__dict__,
             "guidance_scale": guidance,
