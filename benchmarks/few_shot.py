@@ -219,7 +219,9 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         summary[half] = {
             "tasks": tasks,
             "means": {name: mean([row[name] for row in tasks.values()]) for name in shared},
-            "generated minus": {name: difference([(row["generated"], row[name]) for row in tasks.values()]) for name in shared},
+            "generated minus": {
+                name: difference([(row["generated"], row[name]) for row in tasks.values()]) for name in shared if name != "generated"
+            },
         }
     seconds: dict[str, list[float]] = {}
     for row in (row for result in results for row in result["with examples"]):

@@ -263,7 +263,7 @@ class _Tuner:
         return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}/{run}".encode()).digest()[:4], "big")
 
     def _trained(self, name: str) -> tuple[str, ...]:
-        """What the names of the tensors that a run trains have in them; the multi-task baseline is on both factors: the strongest there is."""
+        """What the names of the tensors that a run trains have in them; the multi-task baseline trains both factors, which is best."""
         train_lora_a = self.config.train_lora_a or name == MULTITASK
         return (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
 

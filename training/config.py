@@ -81,7 +81,7 @@ class CollectConfig:
     def multitask_rate(self) -> float:
         """The baseline's learning rate.
 
-        Not given, it is a quarter of the first of `learning_rates`, which fits a frozen `lora_A`; or all of it where runs train both factors.
+        Not given, it is a quarter of the first of `learning_rates`, which fits a frozen `lora_A`, or that where runs train both factors.
         """
         return self.multitask_learning_rate or self.learning_rates[0] * (1.0 if self.train_lora_a else 0.25)
 
