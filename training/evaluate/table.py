@@ -116,8 +116,9 @@ class EvaluationTable(ABC):
             for metric, name in self.metrics.items() if means else ():
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
                 rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
-                differences = means["differences"][metric]
-                rows.append([f"… *{own}* minus it", *(self._show_difference(differences.get(column)) for column in self.columns)])
+                if "differences" in means:  # evaluations of 0.1.0 have none
+                    found = means["differences"][metric]
+                    rows.append([f"… *{own}* minus it", *(self._show_difference(found.get(column)) for column in self.columns)])
         return markdown_table(["mean over", *self.columns.values()], rows)
 
     def _show_difference(self, found: dict[str, float | None] | None) -> str:
