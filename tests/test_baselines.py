@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import shutil
 import sys
@@ -188,11 +188,8 @@ def test_differences_are_over_what_both_have() -> None:
 def test_few_shot_puts_them_beside_the_generator(
     tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    spec = importlib.util.spec_from_file_location("few_shot_benchmark", BENCHMARKS / "few_shot.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("few_shot")
     options = {"--tasks": tasks_folder, "--zoo": tiny_zoo, "--out": tmp_path, "--generator": tiny_generator, "--shots": 2, "--seeds": 2}
     arguments = [str(word) for option in options.items() for word in option]
     monkeypatch.setattr(sys, "argv", ["few_shot.py", *arguments, "--setfit-labels", "0"])
@@ -208,3 +205,12 @@ def test_few_shot_puts_them_beside_the_generator(
             assert found["mean"] == pytest.approx(values["generated"] - values[name], abs=1e-4)
             assert name in table
     assert f"{100 * summary['with examples']['means']['logistic']:.1f}" in table
+
+
+def test_the_curve_over_examples_has_all_its_columns(
+    tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    few_shot, curves = (importlib.import_module(name) for name in ("few_shot", "unseen_curves"))
+    bench, task = few_shot.Bench(str(tiny_generator), Zoo(tiny_zoo)), Task.load(tasks_folder / "likeness")
+    assert set(curves.with_examples(bench, task, 2)) == set(curves.COLUMNS["examples"]) <= set(curves.LOOKS)
