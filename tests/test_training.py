@@ -341,12 +341,10 @@ def test_every_precision_trains_and_resumes_with_any_other_before_it(data: ZooPa
     assert bits(tmp_path / "whole") == bits(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp8", "half", "", pytest.param("fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it"))]
-)
-def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path, precision: str) -> None:
-    config = tiny_config(precision=precision)
-    with pytest.raises(TrainingError, match="precision"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
+def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path) -> None:
+    config = tiny_config(precision="fp16")
+    with pytest.raises(TrainingError, match="precision 'fp16' needs a GPU"):
         fit(AutoencoderStage(data, config), config.fit, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

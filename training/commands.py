@@ -348,10 +348,12 @@ def train_base(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a generator beside its baselines."""
+    from cond_pdiff.training.config import parse
     from cond_pdiff.training.evaluate.evaluate import evaluate
     from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
-    config = EvaluateConfig(arguments.samples, arguments.max_rows, arguments.steps, arguments.guidance_scale, arguments.seed)
+    settings = {name: getattr(arguments, name) for name in ("samples", "max_rows", "guidance_scale", "seed")}
+    config = parse(EvaluateConfig, {**settings, "num_inference_steps": arguments.steps}, "evaluate")
     evaluation = evaluate(arguments.generator, arguments.zoo, arguments.tasks, arguments.out, config, arguments.shard)
     if evaluation is None:
         print("this shard is done; tasks of other shards are missing: the process that finishes last writes the tables")

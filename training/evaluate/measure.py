@@ -8,35 +8,36 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.errors import CondPDiffError, TaskDataError
-from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.errors import TaskDataError
+from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
+from cond_pdiff.training.config import STRICT, Count, GuidanceScale, InferenceSteps, Seed
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
     """How much is measured."""
 
-    samples: int = 20  # adapters generated a task
-    max_rows: int = 200  # rows of the reported split a task, a fixed random choice; for styles, held-out pictures
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise CondPDiffError(f"max_rows must be at least 1, got {self.max_rows}")
+    samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=20, description="adapters generated a task")
+    max_rows: Count = Field(
+        default=200, description="rows of the reported split a task, a fixed random choice; for styles, held-out pictures"
+    )
+    num_inference_steps: InferenceSteps = Field(default=10, description="denoising steps")
+    guidance_scale: GuidanceScale = Field(default=1.5, description="classifier-free guidance")
+    seed: Seed = Field(default=0, description="of generated adapters")
 
 
 class ZooEvaluator(ABC):
@@ -65,7 +66,7 @@ class ZooEvaluator(ABC):
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
         )
-        self.settings: dict[str, Any] = {**config.__dict__, "zoo_runs": len(self.space.tasks), "generator": weights_sha256(self.pipe)}
+        self.settings: dict[str, Any] = {**asdict(config), "zoo_runs": len(self.space.tasks), "generator": weights_sha256(self.pipe)}
 
     @abstractmethod
     def load_tasks(self, folder: str | Path) -> Sequence[Any]:
