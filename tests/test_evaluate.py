@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,29 @@ def test_inner_products_are_those_of_the_whole_updates(adapters: list[LoraAdapte
     assert float(expected.diagonal().min()) > 0.1
 
 
-def test_distances_are_relative_to_the_zoo_adapter(adapters: list[LoraAdapter]) -> None:
+def scaled(adapter: LoraAdapter, size: float) -> LoraAdapter:
+    return replace(adapter, tensors={key: tensor * (size if "lora_B" in key else 1) for key, tensor in adapter.tensors.items()})
+
+
+def test_distances_are_those_of_the_whole_updates(adapters: list[LoraAdapter]) -> None:
     first, second, other, _ = adapters
     space = ZooSpace([first, second], ["a", "b"])
-    double = LoraAdapter(first.spec, {key: tensor * (2 if "lora_B" in key else 1) for key, tensor in first.tensors.items()})
+    double = scaled(first, 2)
     distances = space.distances([first, second, double, other])
     torch.testing.assert_close(distances.diagonal(), torch.zeros(2, dtype=torch.float64), atol=1e-3, rtol=0)
-    assert float(distances[2, 0]) == pytest.approx(1, abs=1e-4)
+    assert float(distances[2, 0]) == pytest.approx(explicit(first, first) ** 0.5, rel=1e-4)
     difference = explicit(other, other) + explicit(second, second) - 2 * explicit(other, second)
-    assert float(distances[3, 1]) == pytest.approx((difference / explicit(second, second)) ** 0.5, rel=1e-4)
+    assert float(distances[3, 1]) == pytest.approx(difference**0.5, rel=1e-4)
     assert [index for index, _ in space.nearest([second, first, double])] == [1, 0, 0]
     assert space.nearest([double])[0][1] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_large_adapter_is_not_nearest_for_its_size(adapters: list[LoraAdapter]) -> None:
+    """0.7 away from one of size 0.3, and 1 away from one of size 2: the first is nearer, though by a larger share of its size."""
+    space = ZooSpace([scaled(adapters[0], 2), scaled(adapters[0], 0.3)], ["large", "small"])
+    ((index, distance),) = space.nearest(adapters[:1])
+    assert space.tasks[index] == "small"
+    assert distance == pytest.approx(0.7 / 0.3, rel=1e-4)
 
 
 @pytest.mark.parametrize(
