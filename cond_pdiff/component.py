@@ -53,7 +53,7 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
             tensor.data = tensor.data.clone()
         return (model, info) if report else model
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # diffusers wraps torch's, whose types are not to be had
         """Move and cast as any diffusers model, without its warning at every cast: that of the modules that stay float32 none does."""
         dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
         if dtypes:

@@ -126,6 +126,11 @@ def test_parse_fills_in_defaults_and_reads_lists() -> None:
     assert parse(CollectConfig, {"tasks": ["a", "b"]}, "collect").tasks == ("a", "b")
 
 
+def test_numbers_are_written_as_they_were_given() -> None:
+    for alpha in (8, 8.0):
+        assert json.dumps(parse(CollectConfig, {"alpha": alpha}, "collect").record()["alpha"]) == str(alpha)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

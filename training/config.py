@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
 from cond_pdiff.errors import HubError, TrainingError
@@ -28,7 +28,12 @@ SECTIONS = (
 )
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Of every section: nothing is converted but whole numbers to others, and nothing is ignored."""
+"""Of every section: nothing is converted, and nothing is ignored."""
+
+
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    check(value)
+    return value  # 8 stays 8, which is not written as 8.0 into zoos and adapters
 
 
 def _finite(settings: dict[str, Any]) -> dict[str, Any]:
@@ -52,10 +57,12 @@ Amount = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 InferenceSteps = Annotated[int, Field(ge=1, le=1000)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-GuidanceScale = Annotated[float, Field(ge=0, le=100)]
+AS_GIVEN = WrapValidator(_as_given)
+Number = Annotated[float, AS_GIVEN]
+Positive = Annotated[float, Field(gt=0), AS_GIVEN]
+NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
+Share = Annotated[float, Field(ge=0, le=1), AS_GIVEN]
+GuidanceScale = Annotated[float, Field(ge=0, le=100), AS_GIVEN]
 Names = tuple[str, ...]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
 """Arguments of something else, which checks them when it is made."""
@@ -86,7 +93,7 @@ class CollectConfig:
     batch_size: Count = Field(default=16, description="texts or pictures a step")
     max_length: Count = Field(default=48, description="tokens a text or caption")
     max_pictures: Count = Field(default=256, description="training pictures of a style")
-    time_shift: float = Field(
+    time_shift: Number = Field(
         default=0.0, description="for styles on a flow: see the section 'transformer'; colours are decided in much noise"
     )
     learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
@@ -97,10 +104,10 @@ class CollectConfig:
     )
     warmup: Share = Field(default=0.1, description="share of the steps")
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's, on all that is trained")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), AS_GIVEN] = Field(
         default=0.0, description="share of an adapted module's inputs that its update does not see in training"
     )
-    subset: Annotated[float, Field(gt=0, le=1)] = Field(default=0.8, description="share of the training rows that a run sees")
+    subset: Annotated[float, Field(gt=0, le=1), AS_GIVEN] = Field(default=0.8, description="share of the training rows that a run sees")
     last_checkpoints: Count = Field(default=1, description="adapters kept of a run: the last one, and earlier ones …")
     checkpoint_every: Count = Field(default=5, description="… so many steps apart")
     multitask_steps: Amount = Field(default=1500, description="steps of the multi-task baseline; 0: none")
@@ -140,7 +147,7 @@ class FitConfig:
     learning_rate: Positive = Field(default=1e-3, description="peak; cosine to zero after the warm-up")
     warmup_steps: Amount = Field(default=100, description="steps in which the learning rate rises")
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.995, description="of the weights that are kept")
+    ema_decay: Annotated[float, Field(ge=0, lt=1), AS_GIVEN] = Field(default=0.995, description="of the weights that are kept")
     max_grad_norm: Positive = Field(default=1.0, description="longer gradients are shortened to it")
     precision: Literal["no", "bf16", "fp16"] = Field(
         default="no", description="'bf16' or 'fp16': autocast, where the device is faster with it"
@@ -176,8 +183,8 @@ class UNetConfig:
         default="v_prediction", description="what the network predicts (diffusers' names)"
     )
     num_train_timesteps: Count = Field(default=1000, description="noise levels")
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-4, description="variance that the first noise level adds")
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.02, description="variance that the last noise level adds")
+    beta_start: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] = Field(default=1e-4, description="variance that the first noise level adds")
+    beta_end: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] = Field(default=0.02, description="variance that the last noise level adds")
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
         default="linear", description="the way from one to the other (diffusers' names)"
     )

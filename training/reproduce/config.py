@@ -40,7 +40,7 @@ class ReproduceConfig:
     )
     alphas: dict[str, Positive] = Field(default_factory=lambda: {"4": 16.0}, description="r → alpha")
     ways: dict[str, JsonObject] = Field(
-        default_factory=lambda: {"runs": {}}, description="of collecting: name → other entries of `collect`"
+        default_factory=lambda: dict[str, dict[str, Any]](runs={}), description="of collecting: name → other entries of `collect`"
     )
     table_ways: Annotated[Names, Field(min_length=1)] = Field(default=("runs",), description="those of table 1")
     full_learning_rate: Positive = Field(default=1e-4, description="of fine-tuning all weights")

@@ -20,7 +20,7 @@ from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.conditions import ConditionBank
-from cond_pdiff.training.config import STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
+from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
 from cond_pdiff.training.tasks import Task
@@ -51,7 +51,7 @@ class Variant:
     sampler: Literal["diffusion", "gaussian", "retrieval", "conditional mean"] = Field(
         default="diffusion", description="or what makes adapters without it"
     )
-    blocks: Annotated[float, Field(gt=0, le=1)] = Field(
+    blocks: Annotated[float, Field(gt=0, le=1), AS_GIVEN] = Field(
         default=1.0, description="share of the base model's first blocks that is generated, the rest is original"
     )
     num_inference_steps: InferenceSteps = Field(default=10, description="denoising steps")

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from cond_pdiff.training.config import STRICT, Count, FitConfig, GuidanceScale, InferenceSteps, JsonObject, NotNegative, Seed, Share
+from cond_pdiff.training.config import STRICT, Count, FitConfig, GuidanceScale, InferenceSteps, JsonObject, NotNegative, Number, Seed, Share
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,7 +25,7 @@ class ImageAutoencoderConfig:
     edge_weight: NotNegative = Field(
         default=0.5, description="of the error in differences of neighbouring pixels, beside the error of pixels"
     )
-    initial_logvar: float = Field(
+    initial_logvar: Number = Field(
         default=-6.0, description="of the latents' distribution; from 0 on, training would begin with nothing but noise"
     )
     kl_weight: NotNegative = Field(
@@ -52,7 +52,7 @@ class TransformerConfig:
     unknown_words: Share = Field(
         default=0.05, description="share of captions with a word that the vocabulary lacks, put in anywhere"
     )
-    time_shift: float = Field(
+    time_shift: Number = Field(
         default=0.0, description="mean of the normal variable whose sigmoid is the noise level; above 0 for more noise"
     )
 
