@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import ExactComponent
 from cond_pdiff.errors import CondPDiffError
 
 Mode = Literal["none", "batch", "task", "tensor", "soup"]
@@ -16,7 +16,7 @@ EPSILON = 1e-8
 NUM_TASK_STATISTICS = 2
 
 
-class ParamNormalizer(Component):
+class ParamNormalizer(ExactComponent):
     """Z-score normalisation of params (paper, section 3.2 and table 3a).
 
     - `none`: values are params.

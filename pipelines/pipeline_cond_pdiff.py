@@ -137,6 +137,11 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             pipe._source, pipe._card_folder = generator_source(str(pretrained_model_name_or_path), folder), folder
         return pipe
 
+    def to(self, *args: Any, **kwargs: Any) -> CondPDiffPipeline:
+        """Move and cast as any diffusers pipeline; half precision is for the CPU too, so diffusers' warnings of it are not printed."""
+        pipe: CondPDiffPipeline = super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
+        return pipe
+
     # --- saving -------------------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -231,12 +236,13 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Initial noise of unit variance, shape `(num_adapters, channels, length)`."""
+        """Initial noise of unit variance, shape `(num_adapters, channels, length)`; drawn in float32 whatever the precision."""
         channels, length = self.autoencoder.latent_shape
         shape = (num_adapters, channels, length + extra_length(self.normalizer.num_statistics, channels))
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
-            latents = randn_tensor(shape, list(generator) if isinstance(generator, Sequence) else generator, device=device, dtype=dtype)
+            rng = list(generator) if isinstance(generator, Sequence) else generator
+            latents = randn_tensor(shape, rng, device=device, dtype=torch.float32).to(dtype)
         elif not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
             raise CondPDiffError(f"latents must be a tensor of shape {shape}, got {getattr(latents, 'shape', type(latents).__name__)}")
         else:

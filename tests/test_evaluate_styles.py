@@ -47,8 +47,9 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert embers["look"]["trained"] == pytest.approx(colour_texture_distance(colour_texture(made), colour_texture(pixels)), abs=1e-3)
     assert embers["frechet"]["base"] != embers["frechet"]["trained"]
     own = [run.adapter() for run in style_zoo.runs("embers")]
+    space = ZooSpace(own, ["", ""])
     assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
-    assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
+    assert embers["between_runs"] == pytest.approx(float((space.distances(own) / space.norms)[[0, 1], [1, 0]].mean()), abs=1e-4)
     with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
         assert sheet.size == (8 + 2 * 104, 8 + 7 * 124 + 20)  # two captions, seven rows
     report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")

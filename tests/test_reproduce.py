@@ -177,10 +177,10 @@ def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Pa
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"sampler": "magic"}, "sampler must be one of"),
-        ({"condition": ["title"]}, "condition must be some of"),
+        ({"sampler": "magic"}, "sampler must be 'diffusion', "),
+        ({"condition": ["title"]}, "condition: entry 0 must be 'description', "),
         ({"condition": []}, "condition must be some of"),
-        ({"blocks": 0.0}, "blocks must be above 0"),
+        ({"blocks": 0.0}, "blocks must be greater than 0"),
         ({"scheduler": "Magic"}, "scheduler must be a class of diffusers.schedulers"),
         ({"autoencoder": {"model": {"latent_dims": 4}}}, "latent_dims"),
         ({"wey": "runs"}, "ablation, variants, 1: unknown entry 'wey'"),

@@ -354,10 +354,12 @@ def train_base(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a generator beside its baselines."""
+    from cond_pdiff.training.config import parse
     from cond_pdiff.training.evaluate.evaluate import evaluate
     from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
-    config = EvaluateConfig(samples=arguments.samples, max_rows=arguments.max_rows, seed=arguments.seed, **_sampling(arguments))
+    settings = {name: getattr(arguments, name) for name in ("samples", "max_rows", "seed")}
+    config = parse(EvaluateConfig, {**settings, **_sampling(arguments)}, "evaluate")
     evaluation = evaluate(arguments.generator, arguments.zoo, arguments.tasks, arguments.out, config, arguments.shard)
     if evaluation is None:
         print("this shard is done; tasks of other shards are missing: the process that finishes last writes the tables")

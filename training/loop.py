@@ -29,7 +29,6 @@ from cond_pdiff.training.config import FitConfig
 from cond_pdiff.training.precision import attention_backend
 
 METRICS_FILE = "metrics.jsonl"
-PRECISIONS = ("no", "bf16", "fp16")
 
 
 class Stage(Protocol):
@@ -62,8 +61,6 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     Raises:
         TrainingError: the loss is not finite (names step and batch), or the checkpoint is of another run.
     """
-    if config.precision not in PRECISIONS:
-        raise TrainingError(f"precision must be one of {PRECISIONS}, got {config.precision!r}")
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise TrainingError("tensorboard events need the package tensorboard: pip install 'cond-pdiff[train]'")
     AcceleratorState._reset_state()  # accelerate keeps one precision for the whole process; each stage has its own
@@ -139,7 +136,8 @@ class _Run:
         accelerator.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.stage.module.parameters())
+        if not self.optimizer.step_was_skipped:  # as the gradient scaler of fp16 does where gradients overflow
+            self.ema.step(self.stage.module.parameters())
         return value
 
     def save(self, step: int) -> None:

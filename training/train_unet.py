@@ -23,7 +23,6 @@ from cond_pdiff.training.styles import Style
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage
 
-
 GUIDANCE_SCALE = 1.5
 """With which a generator samples that was trained without a condition too."""
 

@@ -144,6 +144,5 @@ class Zoo:
 
 
 def soup(adapters: list[LoraAdapter]) -> LoraAdapter:
-    """The mean of one task's adapters (the paper's "model soup" baseline)."""
-    mean = {key: torch.stack([adapter.tensors[key] for adapter in adapters]).mean(0) for key in adapters[0].tensors}
-    return LoraAdapter(adapters[0].spec, mean)
+    """The mean, in ΔW, of one task's adapters (the paper's "model soup" baseline)."""
+    return LoraAdapter.mean(adapters)

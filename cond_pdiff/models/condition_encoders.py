@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from torch import nn
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, ExactComponent
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.hub import MINILM, Backbone, find_backbone
@@ -43,7 +43,7 @@ class ConditionReport:
         return asdict(self)
 
 
-class SentenceConditionEncoder(Component):
+class SentenceConditionEncoder(ExactComponent):
     """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
 
     The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label

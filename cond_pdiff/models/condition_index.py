@@ -11,7 +11,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import ExactComponent
 from cond_pdiff.errors import CondPDiffError
 
 
@@ -23,7 +23,7 @@ class Neighbour:
     similarity: float
 
 
-class ConditionIndex(Component):
+class ConditionIndex(ExactComponent):
     """Condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
 
     Args:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, ExactComponent
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.frozen import load_frozen
@@ -104,7 +104,7 @@ class StyleCnnConditionEncoder(Component):
         return torch.cat(rows), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
 
 
-class BackboneStyleConditionEncoder(Component):
+class BackboneStyleConditionEncoder(ExactComponent):
     """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
 
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
