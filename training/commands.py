@@ -307,7 +307,8 @@ def collect(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     config = parse(CollectConfig, read_recipe(arguments.recipe).get("collect", {}), "collect")
     zoo = collect(config, arguments.tasks, arguments.zoo, arguments.shard, arguments.together)
-    print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}")
+    rest = f"; {len(zoo.missing)} of {len(zoo.jobs)} runs are missing, of other shards" if zoo.missing else ""
+    print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}{rest}")
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -22,8 +22,9 @@ from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
 PARTS = ("description", "labels", "examples")
 """Of a condition embedding, in the order of `SentenceConditionEncoder`."""
@@ -105,10 +106,11 @@ class PrincipalCode(nn.Module):
         """The inverse of `encode`, up to what the components lose."""
         return latents[:, 0] / self.scale @ self.directions + self.center
 
-    def fit_scaling_factor(self, values: torch.Tensor) -> None:
-        """Give the latents of `values` unit variance."""
-        self.scale = 1.0
-        self.scale = 1.0 / float(self.encode(values).square().mean().sqrt())
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Give `latents`, which were encoded with the present scale, unit variance, and return them."""
+        spread = float(latents.detach().square().mean().sqrt())
+        self.scale /= spread
+        return latents / spread
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,13 @@ class Workshop:
     def zoo(self, variant: Variant) -> ZooParams:
         """The adapters that the variant is trained on."""
         if variant.way not in self._zoos:
-            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank))
+            folder = self.lab.out / "params" / f"{variant.way}-{self.config.rank}"
+            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank), folder)
         data = self._zoos[variant.way]
         if not variant.adapters:
             return data
         kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
-        return ZooParams(data.template, data.params[kept], data.tasks[kept], [data.names[index] for index in kept])
+        return data.part(kept)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -153,7 +156,7 @@ class Workshop:
     @cached_property
     def bank(self) -> ConditionBank:
         """Conditions of all tasks; the same for all variants, which read parts of them."""
-        return ConditionBank.build(self.tasks, self.lab.settings.unet())
+        return ConditionBank.build(self.tasks, self.lab.settings.unet(), self.lab.out)
 
     def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
         """What the variant reads of condition embeddings of the task of this index; same shape."""
@@ -181,12 +184,13 @@ class Workshop:
         autoencoder = AutoencoderStage(self.zoo(variant), settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
         if variant.pca:
             autoencoder.identity["pca"] = True
-            autoencoder.module = PrincipalCode(autoencoder.values, autoencoder.module.config.latent_dim)
+            values = torch.cat([values for values, _ in autoencoder.values()])
+            autoencoder.module = PrincipalCode(values, autoencoder.module.config.latent_dim)
         else:
             fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.inputs)])
+        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.embeddings())])
         config = settings.unet(self.config.unet, seeded, variant.unet)
-        unet = UNetStage(autoencoder, self.tasks, config, replace(self.bank, inputs=inputs))
+        unet = UNetStage(autoencoder, replace(self.bank, inputs=inputs), config)
         fit(unet, config.fit, folder / "unet")
         pipe = unet.pipeline()
         pipe.set_progress_bar_config(disable=True)
@@ -205,14 +209,14 @@ class Workshop:
             steps, guidance = variant.num_inference_steps, variant.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
-        conditions = self.bank.inputs.flatten(0, 1)
+        conditions = self.bank.embeddings().flatten(0, 1)
         owners = torch.arange(len(self.bank.names)).repeat_interleave(self.bank.inputs.shape[1])
         if variant.sampler == "conditional mean":
-            soups = torch.stack([data.params[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
+            soups = torch.stack([data[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
             gram = conditions @ conditions.T
             weights = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), conditions @ embedding)
             return (weights[:, None] * soups[owners]).sum(0).expand(count, -1)
-        own = data.params[data.tasks == owners[(conditions @ embedding).argmax()]]  # of the task that the prompt is nearest to
+        own = data[data.tasks == owners[(conditions @ embedding).argmax()]]  # of the task that the prompt is nearest to
         if variant.sampler == "retrieval":
             return own[[(seed + index) % len(own) for index in range(count)]]
         noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])
