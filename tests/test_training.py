@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RECIPE, interrupt_at
+from conftest import TINY_RECIPE, bits, interrupt_at
 from safetensors.torch import load_file, save_file
 
 from cond_pdiff import CondPDiffPipeline
@@ -53,12 +52,6 @@ def with_a_fault(data: ZooParams, number: float, folder: Path) -> ZooParams:
     params = all_params(data)
     params[2, 100] = number
     return ZooParams.write(folder, data.template, params, data.tasks.tolist(), data.names, "{}")
-
-
-def bits(run: Path) -> dict[str, str]:
-    """Hashes of all that a run ends in: checkpoints, metrics and the generator."""
-    paths = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".json")]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def logged_steps(run: Path, stage: str) -> list[int]:

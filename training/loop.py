@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -74,12 +73,7 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     processes()  # decides on the device before accelerate does
     AcceleratorState._reset_state()  # accelerate keeps one precision for the whole process; each stage has its own
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.precision,
-            log_with="tensorboard" if tensorboard else None,
-            project_dir=folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # `average_norms` has the better of them
-        )
+        accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
     except ValueError as error:
         raise TrainingError(f"precision {config.precision!r} cannot be had on this machine: {error}") from error
     if config.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 without a word

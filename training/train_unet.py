@@ -63,7 +63,6 @@ class UNetStage:
     """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage, and the conditions of the same tasks."""
 
     name = "unet"
-    at_once = None
 
     def __init__(self, autoencoder: AutoencoderStage, bank: ConditionBank, config: UNetConfig) -> None:
         self.autoencoder, self.bank, self.config = autoencoder, bank, config
@@ -71,6 +70,7 @@ class UNetStage:
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
         self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model)
+        self.at_once = max(1, self.unet.at_once // config.noise_draws)
         self.module: nn.Module = Denoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,

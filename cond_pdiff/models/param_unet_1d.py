@@ -14,7 +14,7 @@ from torch import nn
 
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.models.param_autoencoder import activation
+from cond_pdiff.models.param_autoencoder import NUMBERS_AT_ONCE, activation
 
 ConditionMode = Literal["add", "concat"]
 
@@ -41,6 +41,8 @@ class ParamUNet1D(Component):
         act_fn: activation of the convolutions.
         condition_scale: condition embeddings are multiplied by it. They have unit length; with the square root of `condition_dim`
             their entries have unit size, which a linear layer learns from sooner.
+
+    In training, no more than `at_once` samples should go through the network together: memory grows with them.
     """
 
     __module__ = "cond_pdiff"
@@ -90,6 +92,7 @@ class ParamUNet1D(Component):
         self.condition_to_bottom = None if concat else nn.Linear(embedding_dim, bottom)
 
         widths = (channels, *block_out_channels)
+        self.at_once = max(1, NUMBERS_AT_ONCE // (max(widths) * length))
         self.down = nn.ModuleList(nn.Conv1d(inputs, outputs, kernel_size, padding="same") for inputs, outputs in itertools.pairwise(widths))
         self.bottom = nn.Linear(bottom, bottom) if bottom_linear else None
         self.up = nn.ModuleList(
