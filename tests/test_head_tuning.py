@@ -119,7 +119,7 @@ def test_a_zoo_of_heads(bert_zoo: Zoo, config: CollectConfig, tasks_folder: Path
     weights = []
     for name in ("moods", "likeness"):
         (run,) = bert_zoo.runs(name)
-        adapters = run.adapters()
+        adapters = list(run.adapters())
         assert len(adapters) == 2  # the last checkpoints
         assert {adapter.spec.task_type for adapter in adapters} == {HEAD_TASK}
         weights += [adapter.tensors[f"{KEY_PREFIX}classifier.weight"] for adapter in adapters]

@@ -20,6 +20,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
+from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import (
     RECIPES_FOLDER,
     AutoencoderConfig,
@@ -38,8 +39,9 @@ from cond_pdiff.training.styles import load_styles
 from cond_pdiff.training.tasks import load_tasks
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.train import train
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
 TINY_AE = TINY_RECIPE["autoencoder"]["model"]
@@ -215,7 +217,7 @@ SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
 }
 
 
-def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool) -> ZooParams:
+def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool, folder: Path) -> ZooParams:
     """Two random adapters for each of two tasks."""
     spec = LoraSpec("nobody/base", rank, 8.0, tuple({name.split(".", 3)[-1] for name in modules}))
     rng = torch.Generator().manual_seed(0)
@@ -227,8 +229,8 @@ def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool) -> Zoo
         tensors = {key: tensor if "lora_A" in key else tensor.T.contiguous() for key, tensor in tensors.items()}
         adapters.append(LoraAdapter(spec, {**tensors, **(shared if shared_a else {})}))
     template = AdapterTemplate.from_adapters(adapters, Backbone("nobody/base"), 32)
-    params = torch.stack([template.to_params(adapter) for adapter in adapters])
-    return ZooParams(template, params, torch.tensor([0, 0, 1, 1]), ["moods/run-0", "moods/run-1", "animals/run-0", "animals/run-1"])
+    names = ["moods/run-0", "moods/run-1", "animals/run-0", "animals/run-1"]
+    return ZooParams.write(folder, template, map(template.to_params, adapters), [0, 0, 1, 1], names, "{}")
 
 
 def one_step(stage: AutoencoderStage | UNetStage, folder: Path) -> None:
@@ -263,8 +265,9 @@ def test_recipes_build_their_networks_and_train(
 ) -> None:
     modules, width, rank, num_params, latent_shape, _ = SHAPES[name]
     recipe = read_recipe(name)
-    data = random_zoo(modules, width, rank, shared_a=not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False))
-    assert data.params.shape == (4, num_params)
+    shared_a = not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False)
+    data = random_zoo(modules, width, rank, shared_a, tmp_path / "params")
+    assert data.matrix.shape == (4, num_params)
     assert data.template.layout.num_adapter_params == {36_864: 73_728, 40_960: 81_920}.get(num_params, num_params)
 
     if name == "paper-style-half":  # a step of the whole takes 20 s and 3 GB; its full size is checked below, on the meta device
@@ -285,7 +288,8 @@ def test_recipes_build_their_networks_and_train(
     else:
         condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
     section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
-    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, section, "unet"))
+    config = parse(UNetConfig, section, "unet")
+    unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, tmp_path), config)
     channels, length = latent_shape
     statistics = {"minilm-text-tasks": 2, "paper-language-half": 1, "reproduce-minilm": 2}.get(name, 0)
     assert unet.latents.shape == (4, channels, length + statistics)

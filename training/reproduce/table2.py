@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.training.collect import collect
+from cond_pdiff.training.collect import collected
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
@@ -28,8 +28,7 @@ def measure(recipe: Mapping[str, Any], styles_folder: Path, out: Path) -> dict[s
     """
     config = parse(ReproduceConfig, recipe.get("reproduce", {}), "reproduce")
     zoo = out / "style-zoo"
-    if not (zoo / "manifest.json").exists():
-        collect(parse(CollectConfig, recipe.get("collect", {}), "collect"), styles_folder, zoo)
+    collected(parse(CollectConfig, recipe.get("collect", {}), "collect"), styles_folder, zoo)
     generator = out / "style-run" / "generator"
     if not (generator / "model_index.json").exists():
         train(dict(recipe), zoo, styles_folder, out / "style-run")

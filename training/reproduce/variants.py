@@ -26,8 +26,9 @@ from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, 
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
 PARTS: tuple[Literal["description", "labels", "examples"], ...] = ("description", "labels", "examples")
 """Of a condition embedding, in the order of `SentenceConditionEncoder`."""
@@ -111,10 +112,11 @@ class PrincipalCode(nn.Module):
         """The inverse of `encode`, up to what the components lose."""
         return latents[:, 0] / self.scale @ self.directions + self.center
 
-    def fit_scaling_factor(self, values: torch.Tensor) -> None:
-        """Give the latents of `values` unit variance."""
-        self.scale = 1.0
-        self.scale = 1.0 / float(self.encode(values).square().mean().sqrt())
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Give `latents`, which were encoded with the present scale, unit variance, and return them."""
+        spread = float(latents.detach().square().mean().sqrt())
+        self.scale /= spread
+        return latents / spread
 
 
 @dataclass(frozen=True)
@@ -144,12 +146,13 @@ class Workshop:
     def zoo(self, variant: Variant) -> ZooParams:
         """The adapters that the variant is trained on."""
         if variant.way not in self._zoos:
-            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank))
+            folder = self.lab.out / "params" / f"{variant.way}-{self.config.rank}"
+            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank), folder)
         data = self._zoos[variant.way]
         if not variant.adapters:
             return data
         kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
-        return ZooParams(data.template, data.params[kept], data.tasks[kept], [data.names[index] for index in kept])
+        return data.part(kept)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -159,7 +162,7 @@ class Workshop:
     @cached_property
     def bank(self) -> ConditionBank:
         """Conditions of all tasks; the same for all variants, which read parts of them."""
-        return ConditionBank.build(self.tasks, self.lab.settings.unet())
+        return ConditionBank.build(self.tasks, self.lab.settings.unet(), self.lab.out)
 
     def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
         """What the variant reads of condition embeddings of the task of this index; same shape."""
@@ -187,12 +190,13 @@ class Workshop:
         autoencoder = AutoencoderStage(self.zoo(variant), settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
         if variant.pca:
             autoencoder.identity["pca"] = True
-            autoencoder.module = PrincipalCode(autoencoder.values, autoencoder.module.config.latent_dim)
+            values = torch.cat([values for values, _ in autoencoder.values()])
+            autoencoder.module = PrincipalCode(values, autoencoder.module.config.latent_dim)
         else:
             fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.inputs)])
+        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.embeddings())])
         config = settings.unet(self.config.unet, seeded, variant.unet)
-        unet = UNetStage(autoencoder, self.tasks, config, replace(self.bank, inputs=inputs))
+        unet = UNetStage(autoencoder, replace(self.bank, inputs=inputs), config)
         fit(unet, config.fit, folder / "unet")
         pipe = unet.pipeline()
         pipe.set_progress_bar_config(disable=True)
@@ -211,12 +215,13 @@ class Workshop:
             steps, guidance = variant.num_inference_steps, variant.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
+        conditions = self.bank.embeddings()
         if variant.sampler == "conditional mean":
-            soups = torch.stack([data.params[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
-            regression = KernelRegression(self.bank.inputs.mean(1), soups, RIDGE)
+            soups = torch.stack([data[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
+            regression = KernelRegression(conditions.mean(1), soups, RIDGE)
             return regression.predict(embedding[None]).expand(count, -1)
-        nearest = (self.bank.inputs @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
-        own = data.params[data.tasks == nearest]
+        nearest = (conditions @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
+        own = data[data.tasks == nearest]
         if variant.sampler == "retrieval":
             return own[[(seed + index) % len(own) for index in range(count)]]
         noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])
