@@ -21,6 +21,7 @@ from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.sampling import DEFAULT_STEPS
+from cond_pdiff.training.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
@@ -60,8 +61,7 @@ class ZooEvaluator(ABC):
             raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
         self._soups: dict[str, LoraAdapter] = {}
-        multitask = zoo.multitask()
-        self.multitask = multitask.adapter() if multitask else None
+        self.multitask = multitask_adapter(zoo)
         self.space = ZooSpace(
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
@@ -71,6 +71,7 @@ class ZooEvaluator(ABC):
             **config.__dict__,
             "guidance_scale": guidance,
             "zoo_runs": len(self.space.tasks),
+            "multitask": multitask.facts["sha256"] if (multitask := zoo.multitask()) else None,
             "generator": weights_sha256(self.pipe),
         }
 
@@ -172,6 +173,15 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are there."""
     known = [value for value in values if value is not None]
     return round(statistics.fmean(known), 4) if known else None
+
+
+def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, float | None] | None:
+    """First minus second, where both are there: `mean` over the pairs and its `standard_error` (None of a single one)."""
+    found = [first - second for first, second in pairs if first is not None and second is not None]
+    if not found:
+        return None
+    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+    return {"mean": round(statistics.fmean(found), 4), "standard_error": None if error is None else round(error, 4)}
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:

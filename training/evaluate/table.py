@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.evaluate.measure import mean
+from cond_pdiff.training.evaluate.measure import difference, mean
 
 
 class EvaluationTable(ABC):
@@ -70,12 +70,19 @@ class EvaluationTable(ABC):
             f"{self.noun}s": len(results),
             self.counted: sum(result[self.counted] for result in results),
             **{metric: {name: mean([result[metric][name] for result in results]) for name in self.columns} for metric in self.metrics},
+            "differences": {metric: self._differences(metric, results) for metric in self.metrics},
             "routing": round(statistics.fmean(routed), 4) if routed else None,
             "routing_samples": len(routed),
             "in_distribution": mean([float(result["in_distribution"]) for result in results]),
             "seconds_per_adapter": round(statistics.median(result["seconds_per_adapter"] for result in results), 3),
             **self.own_means(results),
         }
+
+    def _differences(self, metric: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The generator's main column minus each other one, over the tasks that have both."""
+        own = self.own_columns[-1]
+        values = [result[metric] for result in results]
+        return {name: difference([(value[own], value[name]) for value in values]) for name in self.columns if name != own}
 
     def to_markdown(self, evaluation: dict[str, Any]) -> str:
         """The whole report."""
@@ -101,14 +108,25 @@ class EvaluationTable(ABC):
         return "\n".join(lines) + "\n"
 
     def means_table(self, evaluation: dict[str, Any]) -> str:
-        """Mean values, as a Markdown table."""
+        """Mean values, and by how much the generator's main column differs from each other one, as a Markdown table."""
+        own = self.columns[self.own_columns[-1]]
         rows = []
         for where, title in self.titles.items():
             means = evaluation[where]
             for metric, name in self.metrics.items() if means else ():
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
                 rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
+                if "differences" in means:  # evaluations of 0.1.0 have none
+                    found = means["differences"][metric]
+                    rows.append([f"… *{own}* minus it", *(self._show_difference(found.get(column)) for column in self.columns)])
         return markdown_table(["mean over", *self.columns.values()], rows)
+
+    def _show_difference(self, found: dict[str, float | None] | None) -> str:
+        """+1.5 ± 0.3: a mean over tasks and its standard error; nothing of what cannot be compared."""
+        if found is None:
+            return ""
+        value = found["mean"] or 0.0
+        return f"{'−' if value < 0 else '+'}{self.show(abs(value))} ± {self.show(found['standard_error'])}"
 
     def facts(self, evaluation: dict[str, Any]) -> str:
         """Routing, novelty, diversity and time, as a Markdown list."""
