@@ -24,6 +24,7 @@ from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
+from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import (
     KEY_PREFIX,
     Attachment,
@@ -274,6 +275,8 @@ class LoraAdapter:
         replaces the model's, which in a base that was not trained for the task is random, so there is nothing to go back to.
         At scale 0 the adapter's head reads what the base model sees. A model has one head, so a second one is refused.
 
+        It stays for all threads; attaching and detaching wait until no other thread is inside `attached` of this model.
+
         Args:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.
             scale: of ΔW. 0 is the base model (with the adapter's head, if it has one), 1 the adapter at full strength.
@@ -285,27 +288,35 @@ class LoraAdapter:
         if check:
             self.check_base(model)
         module = adapted_module(model)
-        hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
-        for name in self.modules:
-            linear = module.get_submodule(name)
-            weight = linear.weight
-            lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
-            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
-        for name, head in head_linears(module, self.spec).items():
-            if HeadHook.on(head):
-                raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
-            parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
-            hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
-        return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks])
+        with lock_of(module):
+            hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
+            for name in self.modules:
+                linear = module.get_submodule(name)
+                weight = linear.weight
+                lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
+                hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
+            for name, head in head_linears(module, self.spec).items():
+                if HeadHook.on(head):
+                    raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
+                parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
+                hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
+            return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks], lock_of(module))
 
     @contextlib.contextmanager
     def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
-        """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors."""
-        attachment = self.attach(model, scale, check)
-        try:
-            yield model
-        finally:
-            attachment.detach()
+        """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors.
+
+        The thread has the model to itself inside the block: another one that comes to such a block of the same model, or runs the
+        model through this package, waits. Code that calls a shared model itself takes `cond_pdiff.locks.lock_of(model)` for that.
+        """
+        if check:  # before others have to wait: it only reads
+            self.check_base(model)
+        with lock_of(adapted_module(model)):
+            attachment = self.attach(model, scale, check=False)
+            try:
+                yield model
+            finally:
+                attachment.detach()
 
     # --- arithmetic ---------------------------------------------------------------------------------------------
 

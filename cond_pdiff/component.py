@@ -10,6 +10,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from cond_pdiff.errors import HubError
+from cond_pdiff.locks import LOADING
 
 
 class PathlessConfig(ConfigMixin):
@@ -38,9 +39,10 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
             HubError: a tensor is missing (diffusers would go on with random numbers), or there is one that does not belong.
         """
         report = bool(kwargs.pop("output_loading_info", False))
-        loaded: Any = super().from_pretrained(  # diffusers annotates the model alone, also where it returns a pair
-            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
-        )
+        with LOADING:
+            loaded: Any = super().from_pretrained(  # diffusers annotates the model alone, also where it returns a pair
+                pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
+            )
         model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:

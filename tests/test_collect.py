@@ -19,6 +19,7 @@ from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.collect import _clip_gradients, collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.metrics import measure
@@ -78,6 +79,7 @@ def test_every_job_is_done_and_stands_in_the_manifest(zoo: Zoo, config: CollectC
     assert sorted(zoo.task_names) == ["animals", "moods"]
     assert zoo.unseen_names == ["likeness"]
     assert zoo.base == Backbone(**config.base)
+    assert all(run.facts["machine"] == machine_facts(torch.device("cpu")) for run in all_runs(zoo))
     assert zoo.facts["tasks"]["animals"]["labels"] == list(Task.load(tasks_folder / "animals").labels)
 
 

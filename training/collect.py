@@ -23,6 +23,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
+from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.head_tuning import HeadTuning
 from cond_pdiff.training.loop import rate_factor
@@ -68,6 +69,10 @@ def collect(
 
     A finished job is a folder that exists; an interrupted one left nothing. Jobs are ordered by run, so that a zoo cut
     short covers all tasks.
+
+    The same settings give the same bytes on one make of machine with one number of CPU threads (`OMP_NUM_THREADS`); with another one
+    sums round differently, and training makes more of it. Each `run.json` says under `machine` where its run was trained, so two zoos
+    can be expected to have equal hashes where those entries are equal.
 
     Args:
         config: see `CollectConfig`.
@@ -249,6 +254,7 @@ class _Tuner:
         adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "max_length": self.config.max_length, "task": name})
         facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
         facts |= {"loss": round(loss, 4), "train_lora_a": ".lora_A." in self._trained(name)}
+        facts["machine"] = machine_facts(next(self.tuning.model.parameters()).device)
         if task is not None:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(task)})
             facts.update(self.tuning.metrics(adapter, task))

@@ -212,7 +212,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
     diffusers_logging.disable_progress_bar()
     result = verify(LoraAdapter.load(arguments.adapter), arguments.generator, arguments.image)
-    if not result.same:
+    if not result.only_rounding:
         raise CondPDiffError(str(result))
     print(result)
 

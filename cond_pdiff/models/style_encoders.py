@@ -20,6 +20,7 @@ from transformers import AutoModel
 from cond_pdiff.component import Component, ExactComponent
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.hub import Backbone
+from cond_pdiff.locks import load_once
 from cond_pdiff.models.frozen import load_frozen
 
 MAX_ASPECT = 3
@@ -147,9 +148,7 @@ class BackboneStyleConditionEncoder(ExactComponent):
     @property
     def backbone(self) -> Any:
         """The frozen backbone, on this module's device; `HubError` if it cannot be loaded."""
-        if not self._loaded:
-            self._loaded.append(load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0])
-        return self._loaded[0].to(self.center.device)
+        return load_once(self._loaded, lambda: load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0]).to(self.center.device)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
