@@ -17,7 +17,7 @@ from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
-from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.evaluate.measure import EvaluateConfig, mean_interval
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
@@ -145,6 +145,35 @@ def test_means_are_over_the_tasks(evaluation: dict[str, Any]) -> None:
     assert evaluation["zoo"]["routing_samples"] == len(hits) == 10
     assert evaluation["zoo"]["routing"] == pytest.approx(sum(hits) / 10, abs=1e-4)
     assert evaluation["unseen"]["routing"] is None
+
+
+def test_intervals_of_means_hold_what_they_promise() -> None:
+    rng = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        values = (3 + torch.randn(30, generator=rng)).tolist()
+        interval = mean_interval(values, 0.8)
+        assert interval == mean_interval([None, *values], 0.8)
+        held += interval[0] <= 3 <= interval[1]
+    assert 0.7 <= held / 200 <= 0.88
+    wide, narrow = mean_interval(values), mean_interval(values, 0.8)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+    assert mean_interval([1.0]) is mean_interval([None, 1.0]) is mean_interval([]) is None
+
+
+def test_means_and_differences_have_intervals(evaluation: dict[str, Any]) -> None:
+    results = copy.deepcopy(evaluation["tasks"])
+    for index, result in enumerate(results):
+        result["seen"] = True
+        result["accuracy"].update(generated_best=0.5 + 0.1 * index, trained=0.4 + 0.1 * index, multitask=None)
+    evaluation = TABLE.summarize(results, evaluation["settings"])
+    means = evaluation["zoo"]
+    assert means["intervals"]["accuracy"]["generated_best"] == [0.5, 0.7]  # three values: all that is known is their range
+    assert means["intervals"]["accuracy"]["multitask"] is None
+    (gain,) = (row for row in means["differences"]["accuracy"] if row["minus"] == "trained")
+    assert (gain["column"], gain["mean"], gain["interval"]) == ("generated_best", pytest.approx(0.1), [pytest.approx(0.1)] * 2)
+    assert "60.0 (50.0 to 70.0)" in TABLE.means_table(evaluation)
+    assert "| 10.0 (10.0 to 10.0) |" in TABLE.means_table(evaluation)
 
 
 def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
+RESAMPLED = 10_000
+"""Sets of tasks that an interval of a mean is of."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -165,6 +168,25 @@ def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the values that are there."""
     known = [value for value in values if value is not None]
     return round(statistics.fmean(known), 4) if known else None
+
+
+def mean_interval(values: Sequence[float | None], level: float = 0.95) -> list[float] | None:
+    """Where the mean over tasks may lie: the percentile bootstrap over the values that are there, the same for the same values.
+
+    Args:
+        values: one a task, or of each task the difference between two columns.
+        level: share of the resampled means that lie inside.
+
+    Returns:
+        Lower and upper end; None for fewer than two values, which tell nothing of their spread.
+    """
+    known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if len(known) < 2:
+        return None
+    rng = torch.Generator().manual_seed(0)
+    means = known[torch.randint(len(known), (RESAMPLED, len(known)), generator=rng)].mean(1)
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return [round(low, 4), round(high, 4)]
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:

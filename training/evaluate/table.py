@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.evaluate.measure import mean
+from cond_pdiff.training.evaluate.measure import mean, mean_interval
 
 
 class EvaluationTable(ABC):
@@ -27,6 +27,8 @@ class EvaluationTable(ABC):
     seen_columns: ClassVar[tuple[str, ...]]
     unseen_columns: ClassVar[tuple[str, ...]]
     """Columns of the card's tables of trained and of unseen tasks."""
+    compared: ClassVar[tuple[tuple[str, str], ...]]
+    """Pairs of columns whose difference, task by task, is told with its interval."""
     own_columns: ClassVar[tuple[str, ...]]
     """Columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
     task_type: ClassVar[str]
@@ -70,6 +72,11 @@ class EvaluationTable(ABC):
             f"{self.noun}s": len(results),
             self.counted: sum(result[self.counted] for result in results),
             **{metric: {name: mean([result[metric][name] for result in results]) for name in self.columns} for metric in self.metrics},
+            "intervals": {
+                metric: {name: mean_interval([result[metric][name] for result in results]) for name in self.columns}
+                for metric in self.metrics
+            },
+            "differences": {metric: [_difference(results, metric, *pair) for pair in self.compared] for metric in self.metrics},
             "routing": round(statistics.fmean(routed), 4) if routed else None,
             "routing_samples": len(routed),
             "in_distribution": mean([float(result["in_distribution"]) for result in results]),
@@ -101,14 +108,22 @@ class EvaluationTable(ABC):
         return "\n".join(lines) + "\n"
 
     def means_table(self, evaluation: dict[str, Any]) -> str:
-        """Mean values, as a Markdown table."""
+        """Mean values with their intervals over tasks, as a Markdown table. A metric that was not measured has no row."""
         rows = []
         for where, title in self.titles.items():
-            means = evaluation[where]
-            for metric, name in self.metrics.items() if means else ():
+            means = evaluation[where] or {}
+            for metric, name in self.metrics.items():
+                if not any(value is not None for value in means.get(metric, {}).values()):
+                    continue
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
-                rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
-        return markdown_table(["mean over", *self.columns.values()], rows)
+                cells = [self._with_interval(means[metric][column], means["intervals"][metric][column]) for column in self.columns]
+                rows.append([words, *cells, *(self._with_interval(row["mean"], row["interval"]) for row in means["differences"][metric])])
+        heads = [f"{self.columns[first]} − {self.columns[second]}" for first, second in self.compared]
+        return markdown_table(["mean over (95 % interval)", *self.columns.values(), *heads], rows)
+
+    def _with_interval(self, value: float | None, interval: Sequence[float] | None) -> str:
+        """A mean and where it may lie."""
+        return self.show(value) + (f" ({self.show(interval[0])} to {self.show(interval[1])})" if interval else "")
 
     def facts(self, evaluation: dict[str, Any]) -> str:
         """Routing, novelty, diversity and time, as a Markdown list."""
@@ -134,6 +149,7 @@ class EvaluationTable(ABC):
                     {"type": metric, "name": f"{words}, {self.columns[column]}", "value": float(self.show(means[metric][column]))}
                     for metric, words in self.metrics.items()
                     for column in self.own_columns
+                    if means[metric][column] is not None
                 ]
                 dataset = {"type": f"cond-pdiff/{where}", "name": f"{means[f'{self.noun}s']} {title}"}
                 results.append({"task": {"type": self.task_type}, "dataset": dataset, "metrics": metrics})
@@ -185,6 +201,13 @@ class EvaluationTable(ABC):
             "",
             "",
         ])  # fmt: skip
+
+
+def _difference(results: Sequence[dict[str, Any]], metric: str, first: str, second: str) -> dict[str, Any]:
+    """The mean difference between two columns over the tasks that have both, and its interval."""
+    pairs = [(result[metric][first], result[metric][second]) for result in results]
+    values = [one - other for one, other in pairs if one is not None and other is not None]
+    return {"column": first, "minus": second, "mean": mean(values), "interval": mean_interval(values)}
 
 
 def part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ class TextTable(EvaluationTable):
     }
     seen_columns = ("base", "trained", "soup", "generated_mean", "generated_best")
     unseen_columns = ("base", "retrieval", "multitask", "generated_best", "trained")
+    compared = (("generated_best", "base"), ("generated_best", "trained"))
     own_columns = ("generated_mean", "generated_best")
     task_type = "text-classification"
     extra_columns = ("distinct", "ΔW novelty", "common errors")
