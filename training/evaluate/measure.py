@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import CondPDiffError, TaskDataError
+from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.training.evaluate.similarity import ZooSpace
@@ -43,22 +44,23 @@ class EvaluateConfig:
 
 
 class ZooEvaluator(ABC):
-    """A generator beside the zoo that it was trained on.
+    """A generator beside the zoo that it was trained on, or beside a zoo of a part of its tasks.
 
     Args:
         generator: bundled name, folder, or Hub repository.
-        zoo: finished.
+        zoo: finished. Retrieval, routing and novelty know its tasks only.
         out: the evaluation's folder.
 
     Raises:
-        TaskDataError: the generator was trained on other tasks.
+        TaskDataError: the generator was not trained on the zoo's tasks, or was trained on those that the zoo calls unseen.
     """
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         self.zoo, self.config, self.out = zoo, config, out
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
-        if set(self.pipe.condition_index.names) != set(zoo.task_names):
+        known = self.pipe.condition_index.names
+        if not set(zoo.task_names) <= set(known) or set(zoo.unseen_names) & set(known):
             raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
         self._soups: dict[str, LoraAdapter] = {}
@@ -68,7 +70,13 @@ class ZooEvaluator(ABC):
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
         )
-        self.settings: dict[str, Any] = {**config.__dict__, "zoo_runs": len(self.space.tasks), "generator": weights_sha256(self.pipe)}
+        self.settings: dict[str, Any] = {
+            **config.__dict__,
+            "zoo_tasks": len(zoo.task_names),
+            "zoo_runs": len(self.space.tasks),
+            "generator": weights_sha256(self.pipe),
+            "generator_tasks": len(known),
+        }
 
     @abstractmethod
     def load_tasks(self, folder: str | Path) -> Sequence[Any]:
@@ -96,7 +104,7 @@ class ZooEvaluator(ABC):
             raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
         condition = self.condition(task)
         output = self.generate(condition, self.config.samples, 0)
-        nearest = output.report.nearest[0]
+        nearest = self._retrieve(condition)
         seen = task.name in self.zoo.task_names
         return {
             "task": task.name,
@@ -111,6 +119,11 @@ class ZooEvaluator(ABC):
             "seconds_per_adapter": self._seconds(condition),
             "settings": self.settings,
         }
+
+    def _retrieve(self, condition: Any) -> Neighbour:
+        """The zoo's trained task that is nearest to a condition."""
+        index, (embedding,) = self.pipe.condition_index, self.pipe.condition_encoder.encode([condition])[0]
+        return next(near for near in index.nearest(embedding, len(index.names)) if near.task in self.zoo.task_names)
 
     def _routed(self, task: Any) -> list[bool]:
         """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""

@@ -95,7 +95,7 @@ class EvaluationTable(ABC):
         lines = [
             "# Evaluation",
             "",
-            self.about(evaluation["settings"]),
+            self.about(evaluation["settings"]) + _part_of_zoo(evaluation["settings"], self.noun),
             "",
             self.means_table(evaluation),
             "",
@@ -201,6 +201,13 @@ class EvaluationTable(ABC):
             "",
             "",
         ])  # fmt: skip
+
+
+def _part_of_zoo(settings: dict[str, Any], noun: str) -> str:
+    """A sentence for an evaluation beside a part of the generator's tasks."""
+    here, whole = settings["zoo_tasks"], settings["generator_tasks"]
+    tail = f" The zoo holds {here} of the {whole} {noun}s that the generator was trained on; retrieval, routing and novelty know no others."
+    return tail if here < whole else ""
 
 
 def _difference(results: Sequence[dict[str, Any]], metric: str, first: str, second: str) -> dict[str, Any]:
