@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from cond_pdiff import CondPDiffPipeline
@@ -21,6 +22,12 @@ from cond_pdiff.training.evaluate.styles import shown_picture
 from cond_pdiff.training.styles import load_styles
 
 RECIPE, GENERATOR = "pixart-mini-styles", "cond-pdiff/pixart-mini-styles"
+
+
+def choose_trained(names: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """The trained styles that are no recoloured forms, and a random choice of them."""
+    originals = [name for name in names if "_recoloured_" not in name]
+    return originals, sorted(random.Random(seed).sample(originals, count))
 
 
 def main() -> None:
@@ -34,8 +41,7 @@ def main() -> None:
     recipe = read_recipe(RECIPE)
     pipe = CondPDiffPipeline.from_pretrained(GENERATOR)
     index, unseen = pipe.condition_index, recipe["collect"]["unseen"]
-    originals = [name for name in index.names if "_recoloured_" not in name]
-    chosen = sorted(random.Random(arguments.seed).sample(originals, arguments.trained))
+    originals, chosen = choose_trained(index.names, arguments.trained, arguments.seed)
     conditions = [shown_picture(style, arguments.seed, name in chosen) for name in chosen for style in load_styles(arguments.tasks, [name])]
     conditions += [style.image for style in load_styles(arguments.tasks, unseen)]
     embeddings, _ = pipe.condition_encoder.encode(conditions)

@@ -32,7 +32,7 @@ def evaluate(
     shard: tuple[int, int] = (0, 1),
     only: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Measure every task of the zoo and every unseen one, or some of them; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
+    """Measure every task of the zoo and every unseen one, or some; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
 
     For styles also `<out>/pictures/*.png`, the first pictures of every column. A task that has been measured with the same
     settings is not measured again. With `shard` (i, n), only every n-th task is, and the tables are written by the process that

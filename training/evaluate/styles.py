@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
@@ -113,14 +114,17 @@ class StyleEvaluator(ZooEvaluator):
         return self._made[key]
 
     def draw(self, adapter: LoraAdapter | None, captions: Sequence[str], noise: int = 0) -> torch.Tensor:
-        """One picture a caption, uint8 of shape `(len(captions), height, width, 3)`; `noise` chooses all noises anew."""
-        adapters = [(adapter, 1.0)] if adapter else []
-        first = self.config.seed * 1_000_003 + noise
-        images = []
-        for start in range(0, len(captions), PICTURE_BATCH):
-            part = captions[start : start + PICTURE_BATCH]
-            images += make_pictures(self.base, part, adapters, range(first + start, first + start + len(part)))
-        return stack_pictures(images)
+        """See `draw_pictures`; `noise` chooses all noises anew."""
+        return draw_pictures(self.base, adapter, captions, self.config.seed * 1_000_003 + noise)
+
+
+def draw_pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter | None, captions: Sequence[str], first: int) -> torch.Tensor:
+    """One picture a caption, uint8 of shape `(len(captions), height, width, 3)`, from the noises of seeds that begin with `first`."""
+    adapters, images = [(adapter, 1.0)] if adapter else [], []
+    for start in range(0, len(captions), PICTURE_BATCH):
+        part = captions[start : start + PICTURE_BATCH]
+        images += make_pictures(base, part, adapters, range(first + start, first + start + len(part)))
+    return stack_pictures(images)
 
 
 def shown_picture(style: Style, seed: int, trained: bool) -> StyleImage:
