@@ -46,8 +46,8 @@ class StyleTable(EvaluationTable):
             f"features of {EXTRACTOR} (sha256 `{EXTRACTOR_SHA256[:16]}…`), not Inception's: comparable within this table only. *trained*: "
             "a directly trained adapter. *soup*: the mean of the style's trained adapters, where there are several. *retrieval*: the "
             "soup of the trained style that is nearest to the condition. *multi-task*: one LoRA trained on all styles. *floor*: between "
-            "pictures of one adapter from one noise and from another, so noise alone. The generator is shown the style picture of an unseen "
-            "style, and of a trained one a held-out picture in it: nothing that it was trained on. Intervals are over styles, 95 %."
+            "pictures of one adapter from one noise and from another, so noise alone. The generator is shown the style picture of an "
+            "unseen style, and of a trained one a held-out picture in it: nothing that it was trained on. Intervals are over styles, 95 %."
         )
 
     def own_facts(self) -> dict[str, Any]:
