@@ -85,6 +85,8 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
     targets = ", ".join(f"`{_line(name)}`" for name in lora["target_modules"])
     heads = "".join(f", head `{_line(name)}`" for name in lora.get("modules_to_save", ()))
     yield "adapter", f"LoRA, rank {lora['rank']}, alpha {lora['alpha']:g}, on {targets}{heads}: {num_params:,} numbers"
+    if isinstance(metadata.get("max_length"), int):
+        yield "texts", f"read up to {metadata['max_length']} tokens, in training and in use"
     labels = metadata.get("labels")
     if isinstance(labels, list) and labels:
         yield "labels", ", ".join(f"`{_line(label)}`" for label in labels)

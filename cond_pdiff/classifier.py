@@ -18,6 +18,9 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 LOGIT_SCALE = 20.0
 """Cosine similarities are multiplied by this before the softmax, in training and in use."""
 
+DEFAULT_MAX_LENGTH = 128
+"""Tokens of a text, where neither the caller nor the adapter says it."""
+
 NAME_WEIGHT = 2.0
 """A class's name counts as much in its prototype as so many of its examples."""
 
@@ -67,6 +70,13 @@ def _prototypes(names: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -
     return nn.functional.normalize(NAME_WEIGHT * names + sums + without * share, dim=-1)
 
 
+def _recorded_length(adapter: LoraAdapter | None) -> int:
+    length = adapter.metadata.get("max_length", DEFAULT_MAX_LENGTH) if adapter else DEFAULT_MAX_LENGTH
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise AdapterError(f"the adapter records a max_length of {length!r}; expected a number of tokens, at least 1")
+    return length
+
+
 class PrototypeClassifier:
     """Classify texts by the nearest class prototype in the embedding space of the adapted base model.
 
@@ -78,7 +88,8 @@ class PrototypeClassifier:
         backbone: the base model; adapters are attached only while it works.
         labels: label names.
         adapter: None classifies with the base model alone.
-        max_length: texts are cut at this many tokens.
+        max_length: texts are cut at this many tokens; default: as many as the adapter records, which is what it was trained with, else
+            `DEFAULT_MAX_LENGTH`.
         examples: `(text, label)` pairs.
 
     Raises:
@@ -91,14 +102,14 @@ class PrototypeClassifier:
         backbone: SentenceBackbone,
         labels: Sequence[str],
         adapter: LoraAdapter | None = None,
-        max_length: int = 128,
+        max_length: int | None = None,
         examples: Sequence[tuple[Text, str]] = (),
     ) -> None:
         self.backbone = backbone
         self.labels = check_labels(labels)
         self.examples = check_examples(examples, self.labels)
         self.adapter = adapter
-        self.max_length = max_length
+        self.max_length = _recorded_length(adapter) if max_length is None else max_length
         if adapter is not None and adapter.spec.modules_to_save:
             raise AdapterError(
                 f"the adapter brings a trained head ({', '.join(adapter.spec.modules_to_save)}), so it needs no prototypes: "

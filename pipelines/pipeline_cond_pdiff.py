@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,12 +25,13 @@ from cond_pdiff.models.condition_encoders import ClipConditionEncoder, Condition
 from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.models.param_unet_1d import ParamUNet1D, guided_prediction
+from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, package_versions, recorded_seeds
 from cond_pdiff.publish import add_card, push_generator
+from cond_pdiff.sampling import DEFAULT_STEPS, denoise
 
 MAX_ADAPTERS = 1000
 STYLE_VIEWS = 16
@@ -231,7 +231,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Initial noise, shape `(num_adapters, channels, length)`, scaled for the scheduler."""
+        """Initial noise of unit variance, shape `(num_adapters, channels, length)`."""
         channels, length = self.autoencoder.latent_shape
         shape = (num_adapters, channels, length + extra_length(self.normalizer.num_statistics, channels))
         device, dtype = self._execution_device, self.unet.dtype
@@ -241,7 +241,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             raise CondPDiffError(f"latents must be a tensor of shape {shape}, got {getattr(latents, 'shape', type(latents).__name__)}")
         else:
             latents = latents.to(device, dtype)
-        return latents * self.scheduler.init_noise_sigma
+        return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32."""
@@ -254,8 +254,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         self,
         condition: Any,
         num_adapters: int = 1,
-        num_inference_steps: int = 10,
-        guidance_scale: float = 1.5,
+        num_inference_steps: int = DEFAULT_STEPS,
+        guidance_scale: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: Literal["adapter", "params", "latent"] = "adapter",
@@ -272,7 +272,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                 generates 20 and chooses on training data), or the base model if it is expected to do better; of adapters with
                 heads, one alone is not judged, nor compared with the base model.
             num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance; 1 switches it off.
+            guidance_scale: classifier-free guidance; 1 switches it off. Default: the generator's own. Another than 1 needs a generator that
+                was trained without a condition too.
             generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only. Default: a new one
                 from a seed that is drawn; adapters record it.
             latents: initial noise, shape `(num_adapters, channels, length)`, instead of drawing it.
@@ -294,6 +295,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         checked = self._check_inputs(
             condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )
+        guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
         self._guidance_scale, self._interrupt = guidance_scale, False
 
         if generator is None:  # so that it is recorded which adapter this is
@@ -303,24 +305,20 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         latents = self.prepare_latents(num_adapters, generator, latents)
         views = len(condition_embeddings) // num_adapters
         latents = latents.repeat_interleave(views, 0)
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
-        step_options = {"generator": drawn} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         with self.progress_bar(total=num_inference_steps) as bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
-                if self.interrupt:
-                    break
-                scaled = self.scheduler.scale_model_input(latents, timestep)
-                prediction = guided_prediction(self.unet, scaled, timestep, condition_embeddings, guidance_scale)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "condition_embeddings": condition_embeddings}
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, index, timestep, asked) or {}
-                    latents = changed.get("latents", latents)
-                    condition_embeddings = changed.get("condition_embeddings", condition_embeddings)
-                bar.update()
 
+            def on_step(
+                index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
+            ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+                tensors = {"latents": latents, "condition_embeddings": embeddings}
+                if callback_on_step_end is not None:
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, index, timestep, asked) or {}
+                bar.update()
+                return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
+
+            latents = denoise(self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, guidance_scale, drawn, on_step)
         latents = latents.unflatten(0, (num_adapters, views)).mean(1)
         result = latents if output_type == "latent" else self.decode(latents)
         self.maybe_free_model_hooks()
@@ -410,6 +408,15 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         classifier = PrototypeClassifier(base, labels, adapters[0], length, examples)
         return choose(classifier, adapters, KNOWN_TASK if known else UNKNOWN_TASK)
 
+    def _check_guidance(self, scale: float) -> None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
+            raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
+        if scale != 1 and not self.unet.config.unconditional:
+            raise CondPDiffError(
+                f"guidance_scale is {scale:g}, but this generator was never trained without a condition (condition_dropout 0), so there is "
+                "nothing to guide away from; leave it out, or say 1"
+            )
+
     @property
     def _num_labels(self) -> int:
         """Of every trained task, where adapters bring a head."""
@@ -420,7 +427,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         condition: Any,
         num_adapters: int,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
         callback_tensors: Sequence[str],
@@ -428,8 +435,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         for name, value, most in (("num_adapters", num_adapters, MAX_ADAPTERS), ("num_inference_steps", num_inference_steps, 1000)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale <= 100:
-            raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {guidance_scale!r}")
+        if guidance_scale is not None:
+            self._check_guidance(guidance_scale)
         generators = list(generator) if isinstance(generator, Sequence) else [generator] * (generator is not None)
         if not all(isinstance(rng, torch.Generator) for rng in generators):
             raise CondPDiffError(f"generator must be a torch.Generator, or a list of them, got {generator!r:.80}")

@@ -42,10 +42,11 @@ FACTS = """## How it was made
 |---|---|
 | base model | `{base}` |
 | adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 numbers |
+| texts | read up to 16 tokens, in training and in use |
 | labels | `positive`, `negative` |
 | generator | `generator`, sha256 `{sha256}` |
 | seed | 3; `cond-pdiff verify adapter` makes it again and compares the bytes |
-| sampler | DPMSolverMultistepScheduler, 10 steps, guidance 1.5 |
+| sampler | DPMSolverMultistepScheduler, 20 steps, guidance 1.5 |
 | class prototypes | of the label names and 2 recorded examples |
 | nearest trained | {nearest} |
 | request | {request} |

@@ -24,7 +24,7 @@ RANKS = {
     "classifier": 4, "generator_info": 4, "text_to_image": 4,
     "convert": 5, "publish": 5,
     "pipelines": 6,
-    "few_shot": 5, "verify": 7,
+    "few_shot": 5, "sampling": 5, "verify": 7,
     "cond_pdiff": 7,
     "training": 8, "app": 8,
 }  # fmt: skip

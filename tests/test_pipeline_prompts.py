@@ -167,6 +167,7 @@ def test_the_adapter_remembers_how_it_was_made(pipe: CondPDiffPipeline, tiny_bac
     assert same(loaded, output.adapters[1])
     assert loaded.metadata == {
         "base": tiny_backbone.to_json(),
+        "max_length": 16,
         "labels": ["cat", "dog", "bird"],
         "condition": {
             "description": OTHER.description,

@@ -92,10 +92,8 @@ def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneS
 def test_an_adapter_of_the_stage_is_the_one_that_the_pipeline_makes(stage: TuneStage) -> None:
     prompt = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the bad meal", "negative")])
     own = stage.module([prompt], torch.Generator().manual_seed(3))
-    steps, guidance = stage.config.num_inference_steps, stage.config.guidance_scale
-    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "params"}
     assert own.requires_grad
-    assert torch.equal(own, stage.pipe(prompt, generator=torch.Generator().manual_seed(3), **options))
+    assert torch.equal(own, stage.pipe(prompt, generator=torch.Generator().manual_seed(3), output_type="params"))
 
 
 def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(stage: TuneStage) -> None:

@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         help=f"bundled name, folder, or Hub repository (default: {DEFAULT_GENERATOR}; for images {DEFAULT_STYLE_GENERATOR})",
     )
     generate.add_argument("--num-adapters", type=int, default=None, metavar="N", help="candidates (default: 20 with examples, else 1)")
-    generate.add_argument("--steps", type=int, default=10, metavar="N", help="denoising steps (default: %(default)s)")
-    generate.add_argument("--guidance-scale", type=float, default=1.5, metavar="G", help="guidance; 1 is none (default: %(default)s)")
+    generate.add_argument("--steps", type=int, metavar="N", help="denoising steps (default: 20)")
+    generate.add_argument("--guidance-scale", type=float, metavar="G", help="guidance; 1 is none (default: the generator's own)")
     generate.add_argument("--seed", type=int, default=0, help="candidate i uses seed + i (default: %(default)s)")
     generate.add_argument(
         "--refine", type=int, default=0, metavar="STEPS", help="go on from the chosen adapter with so many steps on the examples, say 12"
@@ -175,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=20, help="adapters generated a task (default: %(default)s)")
     evaluate.add_argument("--max-rows", type=int, default=200, help="rows or held-out pictures a task (default: %(default)s)")
     evaluate.add_argument("--only", action="append", default=[], metavar="TASK", help="measure this task only; repeatable")
-    evaluate.add_argument("--guidance-scale", type=float, default=1.5, help="classifier-free guidance (default: %(default)s)")
-    evaluate.add_argument("--steps", type=int, default=10, help="denoising steps (default: %(default)s)")
+    evaluate.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the generator's own)")
+    evaluate.add_argument("--steps", type=int, help="denoising steps (default: 20)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="measure every N-th task beginning with I")
     evaluate.add_argument("--card", action="store_true", help="also write the generator's model card (a local generator folder)")

@@ -250,7 +250,7 @@ class _Tuner:
     ) -> None:
         """Save an adapter with its earlier checkpoints and its `run.json`; `task` None: it was trained on many."""
         (name, run), started = job, time.monotonic()
-        adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "task": name})
+        adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "max_length": self.config.max_length, "task": name})
         facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
         facts["loss"] = round(loss, 4)
         if task is not None:

@@ -49,8 +49,14 @@ def _check_seed(seed: int) -> None:
         raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
 
 
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was said about the sampler; the rest is the pipeline's to decide."""
+    said = {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    return {name: value for name, value in said.items() if value is not None}
+
+
 def _run_generator(
-    condition: TaskPrompt | StyleImage, generator: str, num_adapters: int, seed: int, steps: int, guidance_scale: float
+    condition: TaskPrompt | StyleImage, generator: str, num_adapters: int, seed: int, sampling: dict[str, Any]
 ) -> CondPDiffPipelineOutput:
     # The command line never needs the Hub for a generator that is bundled; quiet loading bars are not for people.
     import torch
@@ -64,7 +70,7 @@ def _run_generator(
     pipe.set_progress_bar_config(disable=True)
     _check_seed(seed)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(min(max(num_adapters, 0), MAX_ADAPTERS))]
-    return pipe(condition, num_adapters=num_adapters, generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return pipe(condition, num_adapters=num_adapters, generator=generators, **sampling)
 
 
 def _condition(arguments: argparse.Namespace) -> TaskPrompt | StyleImage:
@@ -90,7 +96,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ConditionError("--refine takes its steps on labelled examples; give some with --example")
     generator = arguments.generator or (DEFAULT_GENERATOR if arguments.image is None else DEFAULT_STYLE_GENERATOR)
     count = arguments.num_adapters if arguments.num_adapters is not None else (20 if arguments.example else 1)
-    output = _run_generator(condition, generator, count, arguments.seed, arguments.steps, arguments.guidance_scale)
+    output = _run_generator(condition, generator, count, arguments.seed, _sampling(arguments))
     adapter = output.adapter
     if arguments.refine:
         adapter = _refine(adapter, condition, arguments.refine)
@@ -351,7 +357,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from cond_pdiff.training.evaluate.evaluate import evaluate
     from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
-    config = EvaluateConfig(arguments.samples, arguments.max_rows, arguments.steps, arguments.guidance_scale, arguments.seed)
+    config = EvaluateConfig(samples=arguments.samples, max_rows=arguments.max_rows, seed=arguments.seed, **_sampling(arguments))
     if arguments.card and arguments.only:
         raise CondPDiffError("a card tells of all tasks: give --card or --only, not both")
     only = tuple(arguments.only)

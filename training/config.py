@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import MINILM
+from cond_pdiff.sampling import DEFAULT_STEPS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = (
@@ -157,8 +158,7 @@ class TuneConfig:
     shown: float = 0.5              # share of an episode's examples that the condition holds; the loss is on the others
     without_examples: float = 0.25  # share of conditions with description and label names only
     max_length: int = 48            # tokens a text
-    num_inference_steps: int = 4    # denoising steps, all with gradients
-    guidance_scale: float = 1.5
+    num_inference_steps: int = DEFAULT_STEPS  # denoising steps, all with gradients: as many as the adapters will be made with
 
     def __post_init__(self) -> None:
         if self.most_labels < 2 or self.examples < 4 or self.num_inference_steps < 1:

@@ -24,6 +24,10 @@ from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage
 
 
+GUIDANCE_SCALE = 1.5
+"""With which a generator samples that was trained without a condition too."""
+
+
 class Denoiser(nn.Module):
     """The U-Net behind its condition encoder, where that one is trained with it."""
 
@@ -83,7 +87,10 @@ class UNetStage:
         self.bank = bank or ConditionBank.build(tasks, config)
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
-        self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model)
+        unconditional = config.condition_dropout > 0
+        guidance = {"unconditional": unconditional, "guidance_scale": GUIDANCE_SCALE if unconditional else 1.0}
+        guidance["guided_length"] = autoencoder.module.latent_shape[1]
+        self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model, **guidance)
         self.module: nn.Module = Denoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,

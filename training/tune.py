@@ -21,8 +21,8 @@ from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import attached_to_groups
-from cond_pdiff.models.param_unet_1d import guided_prediction
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.sampling import denoise
 from cond_pdiff.training.conditions import WORD_DROPOUT
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256
@@ -77,12 +77,9 @@ class Writer(nn.Module):
         if pipe.normalizer.device != self.unet.device:
             pipe.to(self.unet.device)
         condition = pipe.condition_encoder.encode(prompts)[0]
-        latents = pipe.prepare_latents(len(prompts), rng, None)
-        pipe.scheduler.set_timesteps(config.num_inference_steps, device=latents.device)
-        for timestep in pipe.scheduler.timesteps:
-            prediction = guided_prediction(self.unet, latents, timestep, condition, config.guidance_scale)
-            latents = pipe.scheduler.step(prediction, timestep, latents).prev_sample
-        return pipe.decode(latents)
+        noise = pipe.prepare_latents(len(prompts), rng, None)
+        steps, guidance = config.num_inference_steps, self.unet.config.guidance_scale
+        return pipe.decode(denoise(self.unet, pipe.scheduler, noise, condition, steps, guidance, rng))
 
 
 class TuneStage:

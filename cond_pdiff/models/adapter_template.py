@@ -81,7 +81,8 @@ class AdapterTemplate(Component):
     def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
         """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
         tensors = self.to_tensors(params.detach().to("cpu", torch.float32))
-        return LoraAdapter(self.spec, tensors, {"base": self.base.to_json(), **(metadata or {})})
+        facts = {"base": self.base.to_json(), "max_length": self.config.max_length, **(metadata or {})}
+        return LoraAdapter(self.spec, tensors, facts)
 
     def to_params(self, adapter: LoraAdapter) -> torch.Tensor:
         """An adapter of the same layout → params, shape `(num_params,)`."""

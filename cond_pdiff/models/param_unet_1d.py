@@ -41,6 +41,9 @@ class ParamUNet1D(Component):
         act_fn: activation of the convolutions.
         condition_scale: condition embeddings are multiplied by it. They have unit length; with the square root of `condition_dim`
             their entries have unit size, which a linear layer learns from sooner.
+        unconditional: was it trained without a condition too? Else there is nothing that guidance could lead away from.
+        guidance_scale: classifier-free guidance unless a call says otherwise; 1 is none.
+        guided_length: guidance acts on so many of the sample's first columns; None: on all, as in generators of 0.1.0.
     """
 
     __module__ = "cond_pdiff"
@@ -59,6 +62,9 @@ class ParamUNet1D(Component):
         final_linear: bool = False,
         act_fn: str = "silu",
         condition_scale: float = 1.0,
+        unconditional: bool = True,
+        guidance_scale: float = 1.5,
+        guided_length: int | None = None,
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
@@ -155,21 +161,3 @@ class ParamUNet1D(Component):
         if self.final is not None:
             hidden = self.final(hidden.flatten(1)).reshape_as(sample)
         return UNet1DOutput(sample=hidden) if return_dict else (hidden,)
-
-
-def guided_prediction(
-    unet: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor, guidance_scale: float
-) -> torch.Tensor:
-    """A U-Net's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
-
-    Args:
-        latents: noisy, shape `(batch, channels, length)`.
-        timestep: one for all.
-        condition: embeddings, shape `(batch, condition_dim)`.
-    """
-    if guidance_scale == 1.0:
-        prediction: torch.Tensor = unet(latents, timestep, condition).sample
-        return prediction
-    both = unet(torch.cat([latents, latents]), timestep, torch.cat([torch.zeros_like(condition), condition])).sample
-    without, with_condition = both.chunk(2)
-    return torch.lerp(without, with_condition, guidance_scale)

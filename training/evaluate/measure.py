@@ -21,6 +21,7 @@ from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
+from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
@@ -34,8 +35,8 @@ class EvaluateConfig:
 
     samples: int = 20  # adapters generated a task
     max_rows: int = 200  # rows of the reported split a task, a fixed random choice; for styles, held-out pictures
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.5
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float | None = None  # None: the generator's own
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,8 +71,10 @@ class ZooEvaluator(ABC):
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
         )
+        guidance = self.pipe.unet.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.settings: dict[str, Any] = {
             **config.__dict__,
+            "guidance_scale": guidance,
             "zoo_tasks": len(zoo.task_names),
             "zoo_runs": len(self.space.tasks),
             "generator": weights_sha256(self.pipe),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
 
 
@@ -24,8 +25,8 @@ class ReproduceConfig:
     samples: int = 20                               # adapters generated a task (paper: 20)
     reported_samples: int = 3                       # of which so many, and the best, are measured on the reported split
     selection_rows: int = 32                        # training rows that the best is chosen on
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.5
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float | None = None             # None: the generator's own
     seed: int = 0
     figure_rank: int = 4
     distribution_way: str = "checkpoints"           # of the zoo of figures 3(e) and 4(a) …

@@ -18,6 +18,7 @@ from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
@@ -47,8 +48,8 @@ class Variant:
     condition: tuple[str, ...] = PARTS              # parts of the prompt; or "one-hot": which task it is, and nothing else
     sampler: str = "diffusion"                      # or what makes adapters without it
     blocks: float = 1.0                             # share of the base model's first blocks that is generated, the rest is original
-    num_inference_steps: int = 10
-    guidance_scale: float = 1.5
+    num_inference_steps: int = DEFAULT_STEPS
+    guidance_scale: float | None = None             # None: the generator's own
     scheduler: str = ""                             # diffusers' name of another one than the generator's own
 
     def __post_init__(self) -> None:
