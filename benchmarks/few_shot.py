@@ -2,19 +2,21 @@
 
     python benchmarks/few_shot.py --tasks tasks --zoo zoo --out results [--seeds 3] [--shots 8] [--task scicite …]
 
-Measures the zoo's unseen tasks one after the other into `<out>/<task>/*.json` and prints a table; what is measured is not measured
-again. Accuracy on up to 200 rows of each task's reported split, on which nothing is selected; every column of a half has the same
-knowledge. Without examples (description and label names): the base model, the generated adapter, one multi-task LoRA, the adapter
-of the nearest trained task (retrieval), the adapter trained on the task itself, and one generated for another task's prompt
-(shuffled). With `--shots` examples a class, drawn from the training split: the same with the examples in the class prototypes, and
+Measures the zoo's unseen tasks one after the other into `<out>/<task>/*.json`, writes `<out>/summary.json` and prints a table; what is
+measured is not measured again. Accuracy on up to 200 rows of each task's reported split, on which nothing is selected; every column
+of a half has the same knowledge. Without examples (description and label names): the base model, the generated adapter, one multi-task
+LoRA, the mean of all adapters of the zoo (mean), kernel regression on them (kernel), the adapter of the nearest trained task
+(retrieval), the adapter trained on the task itself, and one generated for another task's prompt (shuffled). With `--shots` examples a
+class, drawn from the training split: the same with the examples in the class prototypes, and
 
-- probe: logistic regression on the base model's embeddings;
+- logistic: logistic regression on the base model's embeddings of the examples and, as further examples, of the label names;
 - SetFit, where the package is installed, with its defaults, on tasks with few labels (its pairs grow with their square); and beside it,
   timed in the same minute, quick: `refine` with two steps from one generated adapter;
 - generated: the best of eight candidates, chosen by the pipeline on the examples; one: a single candidate, which the examples may
   reject for the base model; raw: the same without asking them;
 - refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
 
+Below the means stands the generated adapter minus each column, with the standard error over the tasks.
 *share* is (column − base) / (trained − base) of the means: the base with the examples, the trained adapter with names only, as it was
 trained.
 """
@@ -27,23 +29,25 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.conditioning import Text
 from cond_pdiff.few_shot import refine
+from cond_pdiff.training.baselines import ZooBaselines, logistic_regression
+from cond_pdiff.training.evaluate.measure import difference, mean
 from cond_pdiff.training.tasks import Row, Task
 from cond_pdiff.training.zoo import Zoo, soup
 
 CANDIDATES = 8
 ROWS = 200
-NAMES_ONLY = ("base", "generated", "multi-task", "retrieval", "trained", "shuffled")
-WITH_EXAMPLES = (*NAMES_ONLY, "one", "raw", "probe", "setfit", "quick", "refined", "cold")
+NAMES_ONLY = ("base", "generated", "multi-task", "mean", "kernel", "retrieval", "trained", "shuffled")
+WITH_EXAMPLES = (*NAMES_ONLY, "one", "raw", "logistic", "setfit", "quick", "refined", "cold")
 QUICK_STEPS = 2
 
 
@@ -54,18 +58,28 @@ class Bench:
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
         self.zoo, self.base = zoo, self.pipe.base_model()
-        found = zoo.multitask()
-        self.multitask = found.adapter() if found else None
 
-    def fixed(self, task: Task) -> dict[str, LoraAdapter | None]:
-        """Adapters that do not depend on the examples: column → adapter, None for the base model."""
+    @functools.cached_property
+    def baselines(self) -> ZooBaselines:
+        """Of the tasks that the generator was trained on."""
+        names = self.pipe.condition_index.names
+        return ZooBaselines(self.pipe, self.zoo, {name: [run.adapter() for run in self.zoo.runs(name)] for name in names})
+
+    def fixed(self, task: Task, prompt: TaskPrompt) -> dict[str, LoraAdapter | None]:
+        """Adapters that are not the generator's: column → adapter, None for the base model.
+
+        Args:
+            prompt: the task's, which kernel regression reads as the generator does.
+        """
         output = self.generate(TaskPrompt(task.description, labels=task.labels), 1)
         retrieved = [run.adapter() for run in self.zoo.runs(output.report.nearest[0].task)]
-        if not retrieved or self.multitask is None:
+        if not retrieved or self.baselines.multitask is None:
             raise SystemExit(f"{self.zoo.folder} lacks the multi-task adapter, or one of {output.report.nearest[0].task}")
         return {
             "base": None,
-            "multi-task": self.multitask,
+            "multi-task": self.baselines.multitask,
+            "mean": self.baselines.mean,
+            "kernel": self.baselines.regressed(prompt),
             "retrieval": soup(retrieved),
             "trained": self.zoo.runs(task.name)[0].adapter(),
         }
@@ -76,7 +90,7 @@ class Bench:
         Args:
             other: whose prompt the shuffled adapter is generated from.
         """
-        adapters = self.fixed(task)
+        adapters = self.fixed(task, TaskPrompt(task.description, labels=task.labels))
         for name, source in (("generated", task), ("shuffled", other)):
             adapters[name] = self.generate(TaskPrompt(source.description, labels=source.labels), 1).adapter
         return {name: self.accuracy(task, adapter) for name, adapter in adapters.items()}
@@ -105,15 +119,11 @@ class Bench:
         add("cold", refine(self.classifier(task, raw.scaled(0.0), prompt)), started)
         wrong = TaskPrompt(other.description, other.prompt("shots/0", len(prompt.examples)).examples, other.labels)
         add("shuffled", self.generate(wrong, 1).adapters[0], time.perf_counter())
-        for name, adapter in self.fixed(task).items():
+        for name, adapter in self.fixed(task, prompt).items():
             add(name, adapter, time.perf_counter())
-        given = [text for text, _ in prompt.examples]
-        classes = [prompt.labels.index(label) for _, label in prompt.examples]
         started = time.perf_counter()
-        probe = LogisticRegression(max_iter=1000).fit(self.embed(given).numpy(), classes)
-        seconds["probe"] = time.perf_counter() - started
-        texts, targets = zip(*reported(task), strict=True)
-        values["probe"] = round(float(probe.score(self.embed(texts).numpy(), targets)), 4)
+        values["logistic"] = self.logistic(task, prompt)
+        seconds["logistic"] = time.perf_counter() - started
         return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(single)}
 
     def setfit(self, task: Task, shots: int, seed: int) -> dict[str, dict[str, float]]:
@@ -141,19 +151,27 @@ class Bench:
 
     def accuracy(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> float:
         """On rows of the task's reported split, with a prompt's examples in the prototypes."""
-        texts, labels = zip(*reported(task), strict=True)
-        logits = self.classifier(task, adapter, prompt).logits(texts)
-        return round(float((logits.argmax(1) == torch.tensor(labels)).float().mean()), 4)
+        return hits(task, self.classifier(task, adapter, prompt).logits(texts_of(task)).argmax(1))
 
-    def embed(self, texts: Sequence[Any]) -> torch.Tensor:
-        """The base model's embeddings."""
-        return self.base.embed(texts, 128)
+    def logistic(self, task: Task, prompt: TaskPrompt) -> float:
+        """Accuracy of `logistic_regression` on the same rows."""
+        return hits(task, logistic_regression(self.classifier(task, None, prompt), texts_of(task)))
 
 
 @functools.cache
 def reported(task: Task) -> list[Row]:
     """The rows that everything is measured on."""
     return task.report_rows(ROWS)
+
+
+def texts_of(task: Task) -> list[Text]:
+    """Of these rows."""
+    return [text for text, _ in reported(task)]
+
+
+def hits(task: Task, predicted: torch.Tensor) -> float:
+    """Share of these rows of which a prediction, shape `(rows,)`, is right."""
+    return round(float((predicted == torch.tensor([label for _, label in reported(task)])).float().mean()), 4)
 
 
 def report_facts(output: Any) -> dict[str, Any]:
@@ -184,28 +202,64 @@ def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], ta
     return round(float((predicted == torch.tensor(targets)).float().mean()), 4), seconds
 
 
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each half every task's accuracies (means over the draws of examples), means over the tasks, and the generated minus each column.
+
+    A column that not all tasks have has neither a mean nor a difference.
+    """
+    halves = {"names only": NAMES_ONLY, "with examples": WITH_EXAMPLES}
+    summary: dict[str, Any] = {}
+    for half, columns in halves.items():
+        tasks = {}
+        for result in results:
+            rows = [result[half]] if half == "names only" else [row["accuracy"] for row in result[half]]
+            known = [name for name in columns if all(name in row for row in rows)]
+            tasks[result["task"]] = {name: round(statistics.fmean(row[name] for row in rows), 4) for name in known}
+        shared = [name for name in columns if all(name in values for values in tasks.values())]
+        summary[half] = {
+            "tasks": tasks,
+            "means": {name: mean([row[name] for row in tasks.values()]) for name in shared},
+            "generated minus": {
+                name: difference([(row["generated"], row[name]) for row in tasks.values()]) for name in shared if name != "generated"
+            },
+        }
+    seconds: dict[str, list[float]] = {}
+    for row in (row for result in results for row in result["with examples"]):
+        for name, value in row["seconds"].items():
+            seconds.setdefault(name, []).append(value)
+    return {**summary, "seconds, median": {name: round(statistics.median(values), 2) for name, values in seconds.items()}}
+
+
 def table(results: list[dict[str, Any]]) -> str:
-    """Means over tasks and seeds, and the rank correlation of predicted and real gains."""
-    lines = [f"{'with examples':<24}" + "".join(f"{name:>11}" for name in WITH_EXAMPLES)]
-    means: dict[str, float] = {}
-    for result in results:
-        rows = result["with examples"]
-        cells = [statistics.fmean(row["accuracy"].get(name, float("nan")) for row in rows) for name in WITH_EXAMPLES]
-        lines.append(f"{result['task']:<24}" + "".join(f"{100 * cell:>11.1f}" for cell in cells))
-    seeds = range(min(len(result["with examples"]) for result in results))
-    for name in WITH_EXAMPLES:
-        of_seed = [statistics.fmean(r["with examples"][seed]["accuracy"].get(name, float("nan")) for r in results) for seed in seeds]
-        means[name] = statistics.fmean(of_seed)
-    lines.append(f"{'mean':<24}" + "".join(f"{100 * means[name]:>11.1f}" for name in WITH_EXAMPLES))
-    gap = statistics.fmean(result["names only"]["trained"] for result in results) - means["base"]
-    lines.append(f"{'share of the gap':<24}" + "".join(f"{(means[name] - means['base']) / gap:>11.0%}" for name in WITH_EXAMPLES))
-    times = [[row["seconds"].get(name, float("nan")) for r in results for row in r["with examples"]] for name in WITH_EXAMPLES]
-    lines.append(f"{'seconds, median':<24}" + "".join(f"{statistics.median(column):>11.2f}" for column in times))
-    lines.append(f"{'names only, mean':<24}" + "".join(
-        f"{100 * statistics.fmean(r['names only'][name] for r in results):>11.1f}" for name in NAMES_ONLY
-    ))  # fmt: skip
-    lines.append(gains(results))
-    return "\n".join(lines)
+    """What `summarize` says, and the rank correlation of predicted and real gains."""
+    summary = summarize(results)
+
+    def line(title: str, cells: Mapping[str, str], columns: Sequence[str] = WITH_EXAMPLES) -> str:
+        return f"{title:<24}" + "".join(f"{cells.get(name, '–'):>12}" for name in columns)
+
+    def percent(values: Mapping[str, float]) -> dict[str, str]:
+        return {name: f"{100 * value:.1f}" for name, value in values.items()}
+
+    def points(differences: Mapping[str, dict[str, float | None]]) -> dict[str, str]:
+        errors = {name: found["standard_error"] for name, found in differences.items()}
+        shown = {name: "–" if error is None else f"{100 * error:.1f}" for name, error in errors.items()}
+        return {name: f"{100 * (found['mean'] or 0.0):+.1f} ± {shown[name]}" for name, found in differences.items()}
+
+    examples, names = summary["with examples"], summary["names only"]
+    means = examples["means"]
+    gap = names["means"]["trained"] - means["base"]
+    return "\n".join([
+        line("with examples", {name: name for name in WITH_EXAMPLES}),
+        *(line(task, percent(values)) for task, values in examples["tasks"].items()),
+        line("mean", percent(means)),
+        line("generated minus it", points(examples["generated minus"])),
+        line("share of the gap", {name: f"{(value - means['base']) / gap:.0%}" for name, value in means.items()}),
+        line("seconds, median", {name: f"{value:.2f}" for name, value in summary["seconds, median"].items()}),
+        line("names only", {name: name for name in NAMES_ONLY}, NAMES_ONLY),
+        line("mean", percent(names["means"]), NAMES_ONLY),
+        line("generated minus it", points(names["generated minus"]), NAMES_ONLY),
+        gains(results),
+    ])  # fmt: skip
 
 
 def gains(results: list[dict[str, Any]]) -> str:
@@ -265,6 +319,7 @@ def main() -> None:
                 columns["accuracy"][name], columns["seconds"][name] = values["accuracy"], values["seconds"]
         results.append({"task": task.name, "names only": names_only, "with examples": seeded})
         print(f"{len(results)}/{len(tasks)} {task.name}", flush=True)
+    write_text(arguments.out / "summary.json", dump_json(summarize(results)))
     print(table(results))
     compared = [result for result in results if all("setfit" in row["accuracy"] for row in result["with examples"])]
     if 0 < len(compared) < len(results):

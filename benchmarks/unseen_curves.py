@@ -40,13 +40,18 @@ SHOTS = (1, 2, 4, 8, 16)
 STEPS = (0, 1, 2, 4, 8, 12)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 COLUMNS = {
-    "examples": ("base", "multi-task", "generated", "refined", "trained"),
+    "examples": (
+        *("base", "logistic regression", "multi-task", "mean of the zoo", "kernel regression"),
+        *("generated", "refined", "trained"),
+    ),
     "steps": ("base", "refined", "refined from nothing", "trained"),
     "tasks": ("base", "generated", "base, names only", "generated, names only"),
 }
 TITLES = {"examples": "labelled examples a class", "steps": "steps of refining", "tasks": "tasks in the zoo"}
 LOOKS = {
-    "base": ("#56B4E9", "o-"), "multi-task": ("#CC79A7", "x-"), "generated": ("#D55E00", "x-"), "refined": ("#009E73", "s-"),
+    "base": ("#56B4E9", "o-"), "multi-task": ("#CC79A7", "x-"), "mean of the zoo": ("#CC79A7", "+:"),
+    "kernel regression": ("#E69F00", "^-"), "logistic regression": ("#56B4E9", "v:"),
+    "generated": ("#D55E00", "x-"), "refined": ("#009E73", "s-"),
     "refined from nothing": ("#0072B2", "v-"), "trained": ("black", "D-"),
     "base, names only": ("#56B4E9", "+--"), "generated, names only": ("#D55E00", "*--"),
 }  # fmt: skip
@@ -55,10 +60,17 @@ LOOKS = {
 def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
     """Accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", shots * len(task.labels))
-    adapters = {"base": None, "multi-task": bench.multitask, "generated": bench.generate(prompt, 1).adapters[0]}
+    adapters = {
+        "base": None,
+        "multi-task": bench.baselines.multitask,
+        "mean of the zoo": bench.baselines.mean,
+        "kernel regression": bench.baselines.regressed(prompt),
+        "generated": bench.generate(prompt, 1).adapters[0],
+    }
     if shots > 1:  # each example is told apart by the others of its class
         adapters["refined"] = refine(bench.classifier(task, adapters["generated"], prompt))
     found = {column: bench.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
+    found["logistic regression"] = bench.logistic(task, prompt)
     return {**found, "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
 
 

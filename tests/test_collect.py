@@ -83,15 +83,13 @@ def test_every_job_is_done_and_stands_in_the_manifest(zoo: Zoo, config: CollectC
 
 def test_all_adapters_share_lora_a_and_differ_in_lora_b(zoo: Zoo, sentence_backbone: SentenceBackbone, tasks_folder: Path) -> None:
     runs = all_runs(zoo)
-    multitask = zoo.multitask()
-    assert multitask is not None
-    first, *others = adapters = [run.adapter() for run in (*runs, multitask)]
+    first, *others = adapters = [run.adapter() for run in runs]
     for other in others:
         assert other.spec == first.spec
         for name in first.modules:
             assert torch.equal(other.factors(name)[0], first.factors(name)[0])
             assert not torch.equal(other.factors(name)[1], first.factors(name)[1])
-    for run, adapter in zip(runs, adapters, strict=False):
+    for run, adapter in zip(runs, adapters, strict=True):
         adapter.check_base(sentence_backbone.model)
         assert adapter.metadata["labels"] == list(Task.load(tasks_folder / run.task).labels)
         assert adapter.metadata["task"] == run.task
@@ -173,7 +171,7 @@ def test_runs_can_start_from_the_multitask_adapter(config: CollectConfig, tasks_
     multitask, plain, first = made.multitask(), zoo.multitask(), zoo.runs("moods")[0].adapter()
     assert multitask is not None
     assert plain is not None
-    assert (multitask.facts["learning_rate"], plain.facts["learning_rate"]) == (0.001, config.learning_rates[0])
+    assert (multitask.facts["learning_rate"], plain.facts["learning_rate"]) == (0.001, config.learning_rates[0] / 4)
     start = multitask.adapter()
     for run in all_runs(made):
         adapter = run.adapter()
@@ -184,6 +182,20 @@ def test_runs_can_start_from_the_multitask_adapter(config: CollectConfig, tasks_
             assert not torch.equal(lora_b, start_b)
     with pytest.raises(TrainingError, match="from_multitask needs multitask_steps"):
         replace(config, from_multitask=True, multitask_steps=0)
+
+
+def test_the_multitask_baseline_trains_both_factors(zoo: Zoo, config: CollectConfig) -> None:
+    """At a quarter of the learning rate that fits a frozen `lora_A`, unless another is named, or the runs train both too."""
+    baseline, run = zoo.multitask(), zoo.runs("moods")[0]
+    assert baseline is not None
+    for name in run.adapter().modules:
+        (own_a, own_b), (frozen_a, _) = baseline.adapter().factors(name), run.adapter().factors(name)
+        assert not torch.equal(own_a, frozen_a)
+        assert own_b.any()
+    assert (baseline.facts["train_lora_a"], run.facts["train_lora_a"]) == (True, False)
+    assert baseline.facts["learning_rate"] == config.learning_rates[0] / 4
+    assert replace(config, multitask_learning_rate=0.5).multitask_rate == 0.5
+    assert replace(config, train_lora_a=True).multitask_rate == config.learning_rates[0]
 
 
 def test_the_soup_is_the_mean(zoo: Zoo) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.training.baselines import ZooBaselines
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, mean_interval
@@ -113,9 +114,11 @@ def test_every_task_has_every_column(out: Path, evaluation: dict[str, Any]) -> N
 
 
 def test_the_numbers_are_those_that_can_be_measured_by_hand(
-    evaluation: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, sentence_backbone: SentenceBackbone
+    evaluation: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, sentence_backbone: SentenceBackbone, pipe: CondPDiffPipeline
 ) -> None:
     zoo = Zoo(tiny_zoo)
+    adapters = {name: [run.adapter() for run in zoo.runs(name)] for name in zoo.task_names}
+    baselines = ZooBaselines(pipe, zoo, adapters)
     for result in evaluation["tasks"]:
         task = Task.load(tasks_folder / result["task"])
         rows = task.report_rows(CONFIG.max_rows)
@@ -131,6 +134,8 @@ def test_the_numbers_are_those_that_can_be_measured_by_hand(
             "trained": sum(map(accuracy, trained)) / len(trained),
             "soup": accuracy(soup(trained)) if len(trained) > 1 else None,
             "multitask": accuracy(zoo.multitask().adapter()),
+            "zoo_mean": accuracy(soup([adapter for own in adapters.values() for adapter in own])),
+            "kernel_regression": accuracy(baselines.regressed(task.prompt(f"evaluate/{CONFIG.seed}", 32))),
             "retrieval": accuracy(soup([run.adapter() for run in zoo.runs(result["retrieved"])])),
         }
         assert {name: result["accuracy"][name] for name in expected} == pytest.approx(expected, abs=1e-4)
@@ -141,6 +146,12 @@ def test_means_are_over_the_tasks(evaluation: dict[str, Any]) -> None:
     assert (evaluation["zoo"]["tasks"], evaluation["unseen"]["tasks"]) == (2, 1)
     for name in TABLE.columns:
         assert evaluation["zoo"]["accuracy"][name] == pytest.approx(sum(result["accuracy"][name] for result in seen) / 2, abs=1e-4)
+        differences = [result["accuracy"]["generated_best"] - result["accuracy"][name] for result in seen]
+        if name != "generated_best":
+            found = evaluation["zoo"]["differences"]["accuracy"][name]
+            assert found["mean"] == pytest.approx(sum(differences) / 2, abs=1e-4)
+            assert found["standard_error"] == pytest.approx(abs(differences[0] - differences[1]) / 2, abs=1e-4)
+    assert evaluation["unseen"]["differences"]["accuracy"]["soup"] is None
     hits = [hit for result in seen for hit in result["routed"]]
     assert evaluation["zoo"]["routing_samples"] == len(hits) == 10
     assert evaluation["zoo"]["routing"] == pytest.approx(sum(hits) / 10, abs=1e-4)
@@ -170,10 +181,10 @@ def test_means_and_differences_have_intervals(evaluation: dict[str, Any]) -> Non
     means = evaluation["zoo"]
     assert means["intervals"]["accuracy"]["generated_best"] == [0.5, 0.7]  # three values: all that is known is their range
     assert means["intervals"]["accuracy"]["multitask"] is None
-    (gain,) = (row for row in means["differences"]["accuracy"] if row["minus"] == "trained")
-    assert (gain["column"], gain["mean"], gain["interval"]) == ("generated_best", pytest.approx(0.1), [pytest.approx(0.1)] * 2)
+    gain = means["differences"]["accuracy"]["trained"]
+    assert (gain["mean"], gain["interval"]) == (pytest.approx(0.1), [pytest.approx(0.1)] * 2)
     assert "60.0 (50.0 to 70.0)" in TABLE.means_table(evaluation)
-    assert "| 10.0 (10.0 to 10.0) |" in TABLE.means_table(evaluation)
+    assert "| +10.0 (10.0 to 10.0) |" in TABLE.means_table(evaluation)
 
 
 def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str, Any]) -> None:
@@ -189,6 +200,25 @@ def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str,
             title: TABLE.show(result["accuracy"][name]) for name, title in TABLE.columns.items()
         }
     assert "None" not in "\n".join(lines)
+    means = lines.index(next(line for line in lines if line.startswith("| mean over ")))
+    heads, seen, differences = ([cell.strip() for cell in lines[means + row].strip("|").split("|")] for row in (0, 2, 3))
+    assert (seen[0], differences[0]) == ("2 tasks of the zoo", "… *generated, best* minus it")
+    found = evaluation["zoo"]["differences"]["accuracy"]["kernel_regression"]
+    low, high = (100 * end for end in found["interval"])
+    sign = "+" if found["mean"] > 0 else ""
+    assert differences[heads.index("kernel regression")] == f"{sign}{100 * found['mean']:.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
+    assert differences[heads.index("generated, best")] == ""
+
+
+def test_another_multitask_adapter_is_measured(
+    out: Path, tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextEvaluator, "measure", lambda self, task: pytest.fail("measured"))
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(tiny_zoo, tmp_path / "zoo")
+    shutil.rmtree(tmp_path / "zoo" / "multitask")
+    with pytest.raises(pytest.fail.Exception, match="measured"):
+        evaluate(tiny_generator, tmp_path / "zoo", tasks_folder, tmp_path / "out", CONFIG)
 
 
 def test_what_is_measured_is_not_measured_again(
@@ -309,7 +339,8 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
         assert leftover not in text
     for result in evaluation["tasks"]:
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {result['task']} |"))
-        shown = set(TABLE.columns) - ({"multitask", "retrieval"} if result["seen"] else {"soup", "generated_mean"})
+        hidden = {"multitask", "zoo_mean", "kernel_regression", "retrieval"} if result["seen"] else {"soup", "generated_mean"}
+        shown = set(TABLE.columns) - hidden
         assert all(f" {TABLE.show(result['accuracy'][name])} |" in row for name in shown)
         assert ("CC0-1.0" if result["seen"] else f"{result['retrieved']} (") in row
     assert 'from_pretrained("cond-pdiff/tiny-text-tasks")' in text

@@ -194,10 +194,9 @@ class _Tuner:
         """Train one adapter on one task (or, for the multi-task baseline, on many) and save it with its `run.json`."""
         (name, run), config, started = job, self.config, time.monotonic()
         seed = self._seed(job)
-        steps = config.multitask_steps if name == MULTITASK else config.steps
-        rate = config.learning_rates[run % len(config.learning_rates)]
-        if name == MULTITASK and config.multitask_learning_rate:
-            rate = config.multitask_learning_rate
+        steps, rate = config.steps, config.learning_rates[run % len(config.learning_rates)]
+        if name == MULTITASK:
+            steps, rate = config.multitask_steps, config.multitask_rate
         torch.manual_seed(seed)
         model = get_peft_model(self.tuning.model, _peft_config(config, self.tuning.task_type))
         try:
@@ -252,7 +251,7 @@ class _Tuner:
         (name, run), started = job, time.monotonic()
         adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "max_length": self.config.max_length, "task": name})
         facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
-        facts["loss"] = round(loss, 4)
+        facts |= {"loss": round(loss, 4), "train_lora_a": ".lora_A." in self._trained(name)}
         if task is not None:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(task)})
             facts.update(self.tuning.metrics(adapter, task))
@@ -264,8 +263,8 @@ class _Tuner:
         return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}/{run}".encode()).digest()[:4], "big")
 
     def _trained(self, name: str) -> tuple[str, ...]:
-        """What the names of the tensors that a run trains have in them."""
-        train_lora_a = self.config.train_lora_a or (self.config.from_multitask and name == MULTITASK)
+        """What the names of the tensors that a run trains have in them; the multi-task baseline trains both factors, which is best."""
+        train_lora_a = self.config.train_lora_a or name == MULTITASK
         return (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
 
     def _keeps(self, step: int, steps: int) -> bool:

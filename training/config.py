@@ -37,7 +37,7 @@ class CollectConfig:
     target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
     modules_to_save: tuple[str, ...] = ()           # the heads, trained whole: full names, such as "classifier"
     fan_in_fan_out: bool = False                    # the targets' weights lie as (in, out): GPT-2's
-    train_lora_a: bool = False                      # True: the paper's way; False: one frozen A for the whole zoo
+    train_lora_a: bool = False                      # of the runs. True: the paper's way; False: one frozen A for the whole zoo
     runs: int = 3                                   # runs a task (one of a recoloured style), differing in data, order and rate
     steps: int = 100                                # optimiser steps a run
     batch_size: int = 16                            # texts or pictures a step
@@ -52,9 +52,9 @@ class CollectConfig:
     subset: float = 0.8                             # share of the training rows that a run sees
     last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
     checkpoint_every: int = 5                       # … so many steps apart
-    multitask_steps: int = 1500                     # steps of the multi-task baseline; 0: none
-    multitask_learning_rate: float = 0.0            # of the baseline; 0: the first of `learning_rates`
-    from_multitask: bool = False                    # True: the baseline also trains `lora_A`, and all runs start from its factors
+    multitask_steps: int = 1500                     # steps of the multi-task baseline, which trains both factors; 0: none
+    multitask_learning_rate: float = 0.0            # of the baseline; 0: see `multitask_rate`
+    from_multitask: bool = False                    # True: all runs start from the baseline's factors
     metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
     seed: int = 0
 
@@ -77,6 +77,14 @@ class CollectConfig:
             raise TrainingError(
                 f"collect: a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"
             )
+
+    @property
+    def multitask_rate(self) -> float:
+        """The baseline's learning rate.
+
+        Not given, it is a quarter of the first of `learning_rates`, which fits a frozen `lora_A`, or that where runs train both factors.
+        """
+        return self.multitask_learning_rate or self.learning_rates[0] * (1.0 if self.train_lora_a else 0.25)
 
     def record(self) -> dict[str, Any]:
         """What a zoo keeps of these settings, beside its tasks and base.

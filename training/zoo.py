@@ -3,7 +3,7 @@
 zoo.json                                the settings and tasks it was collected with
 lora_a.safetensors                      the one `lora_A` (and new head) that all runs start from; with `from_multitask`, the multi-task run
 tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
-multitask/                              one adapter trained on all zoo tasks, the baseline
+multitask/                              one adapter trained on all zoo tasks, both factors of it: the baseline
 tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept
 manifest.json                           all run.json in one table
 """

@@ -22,6 +22,7 @@ from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.sampling import DEFAULT_STEPS
+from cond_pdiff.training.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
@@ -65,8 +66,7 @@ class ZooEvaluator(ABC):
             raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
         self._soups: dict[str, LoraAdapter] = {}
-        multitask = zoo.multitask()
-        self.multitask = multitask.adapter() if multitask else None
+        self.multitask = multitask_adapter(zoo)
         self.space = ZooSpace(
             [adapter for name in zoo.task_names for adapter in self.trained[name]],
             [name for name in zoo.task_names for _ in self.trained[name]],
@@ -77,6 +77,7 @@ class ZooEvaluator(ABC):
             "guidance_scale": guidance,
             "zoo_tasks": len(zoo.task_names),
             "zoo_runs": len(self.space.tasks),
+            "multitask": multitask.facts["sha256"] if (multitask := zoo.multitask()) else None,
             "generator": weights_sha256(self.pipe),
             "generator_tasks": len(known),
         }
@@ -203,6 +204,15 @@ def mean_interval(values: Sequence[float | None], level: float = 0.95) -> list[f
     means = known[torch.randint(len(known), (RESAMPLED, len(known)), generator=rng)].mean(1)
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return [round(low, 4), round(high, 4)]
+
+
+def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any] | None:
+    """First minus second, where both are there: `mean`, its `standard_error` and `interval` (None of a single pair)."""
+    found = [first - second for first, second in pairs if first is not None and second is not None]
+    if not found:
+        return None
+    error = round(statistics.stdev(found) / len(found) ** 0.5, 4) if len(found) > 1 else None
+    return {"mean": mean(found), "standard_error": error, "interval": mean_interval(found)}
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:

@@ -29,7 +29,7 @@ class StyleTable(EvaluationTable):
     }
     seen_columns = ("base", "trained", "soup", "generated", "trained_floor")
     unseen_columns = ("base", "retrieval", "multitask", "generated", "trained", "trained_floor")
-    compared = (("generated", "trained"), ("generated", "retrieval"))
+    floors = ("base_floor", "trained_floor")
     own_columns = ("generated",)
     task_type = "text-to-image"
     extra_columns = ("retrieved", "novelty")

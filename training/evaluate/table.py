@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.evaluate.measure import mean, mean_interval
+from cond_pdiff.training.evaluate.measure import difference, mean, mean_interval
 
 
 class EvaluationTable(ABC):
@@ -27,8 +27,8 @@ class EvaluationTable(ABC):
     seen_columns: ClassVar[tuple[str, ...]]
     unseen_columns: ClassVar[tuple[str, ...]]
     """Columns of the card's tables of trained and of unseen tasks."""
-    compared: ClassVar[tuple[tuple[str, str], ...]]
-    """Pairs of columns whose difference, task by task, is told with its interval."""
+    floors: ClassVar[tuple[str, ...]] = ()
+    """Columns of what noise alone makes, which nothing is compared with."""
     own_columns: ClassVar[tuple[str, ...]]
     """Columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
     task_type: ClassVar[str]
@@ -76,13 +76,20 @@ class EvaluationTable(ABC):
                 metric: {name: mean_interval([result[metric][name] for result in results]) for name in self.columns}
                 for metric in self.metrics
             },
-            "differences": {metric: [_difference(results, metric, *pair) for pair in self.compared] for metric in self.metrics},
+            "differences": {metric: self._differences(metric, results) for metric in self.metrics},
             "routing": round(statistics.fmean(routed), 4) if routed else None,
             "routing_samples": len(routed),
             "in_distribution": mean([float(result["in_distribution"]) for result in results]),
             "seconds_per_adapter": round(statistics.median(result["seconds_per_adapter"] for result in results), 3),
             **self.own_means(results),
         }
+
+    def _differences(self, metric: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The generator's main column minus each other one, over the tasks that have both."""
+        own = self.own_columns[-1]
+        others = [name for name in self.columns if name not in (own, *self.floors)]
+        values = [result[metric] for result in results]
+        return {name: difference([(value[own], value[name]) for value in values]) for name in others}
 
     def to_markdown(self, evaluation: dict[str, Any]) -> str:
         """The whole report."""
@@ -108,7 +115,11 @@ class EvaluationTable(ABC):
         return "\n".join(lines) + "\n"
 
     def means_table(self, evaluation: dict[str, Any]) -> str:
-        """Mean values with their intervals over tasks, as a Markdown table. A metric that was not measured has no row."""
+        """Mean values, and by how much the generator's main column differs from each other one, as a Markdown table.
+
+        Both with their intervals over tasks. A metric that was not measured has no row.
+        """
+        own = self.columns[self.own_columns[-1]]
         rows = []
         for where, title in self.titles.items():
             means = evaluation[where] or {}
@@ -116,14 +127,16 @@ class EvaluationTable(ABC):
                 if not any(value is not None for value in means.get(metric, {}).values()):
                     continue
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
-                cells = [self._with_interval(means[metric][column], means["intervals"][metric][column]) for column in self.columns]
-                rows.append([words, *cells, *(self._with_interval(row["mean"], row["interval"]) for row in means["differences"][metric])])
-        heads = [f"{self.columns[first]} − {self.columns[second]}" for first, second in self.compared]
-        return markdown_table(["mean over (95 % interval)", *self.columns.values(), *heads], rows)
+                rows.append([words, *(self._show(means[metric][name], means["intervals"][metric][name]) for name in self.columns)])
+                found = [means["differences"][metric].get(column) for column in self.columns]
+                cells = [self._show(row["mean"], row["interval"], signed=True) if row else "" for row in found]
+                rows.append([f"… *{own}* minus it", *cells])
+        return markdown_table(["mean over (95 % interval)", *self.columns.values()], rows)
 
-    def _with_interval(self, value: float | None, interval: Sequence[float] | None) -> str:
-        """A mean and where it may lie."""
-        return self.show(value) + (f" ({self.show(interval[0])} to {self.show(interval[1])})" if interval else "")
+    def _show(self, value: float | None, interval: Sequence[float] | None, signed: bool = False) -> str:
+        """A mean and where it may lie, with true minus signs; a difference says that it is positive."""
+        shown = self.show(value) + (f" ({self.show(interval[0])} to {self.show(interval[1])})" if interval else "")
+        return ("+" if signed and (value or 0.0) > 0 else "") + shown.replace("-", "−")
 
     def facts(self, evaluation: dict[str, Any]) -> str:
         """Routing, novelty, diversity and time, as a Markdown list."""
@@ -208,13 +221,6 @@ def _part_of_zoo(settings: dict[str, Any], noun: str) -> str:
     here, whole = settings["zoo_tasks"], settings["generator_tasks"]
     tail = f" The zoo holds {here} of the {whole} {noun}s that the generator was trained on; retrieval, routing and novelty know no others."
     return tail if here < whole else ""
-
-
-def _difference(results: Sequence[dict[str, Any]], metric: str, first: str, second: str) -> dict[str, Any]:
-    """The mean difference between two columns over the tasks that have both, and its interval."""
-    pairs = [(result[metric][first], result[metric][second]) for result in results]
-    values = [one - other for one, other in pairs if one is not None and other is not None]
-    return {"column": first, "minus": second, "mean": mean(values), "interval": mean_interval(values)}
 
 
 def part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:

@@ -8,6 +8,14 @@ from typing import Any, ClassVar
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.table import EvaluationTable
 
+BASELINES = (
+    "*soup*: the mean of the task's own trained adapters. *multi-task*: one LoRA trained on all tasks of the zoo, both factors of it. "
+    "*mean of the zoo*: of all its adapters, one for everything. *kernel regression*: kernel ridge regression from condition embeddings "
+    "to the soups of the zoo's tasks, its ridge chosen by leaving out one of them after the other. *retrieval*: the soup of the nearest "
+    "trained task."
+)
+"""The columns that are not a generator's, in words."""
+
 
 class TextTable(EvaluationTable):
     """See `EvaluationTable`."""
@@ -20,13 +28,14 @@ class TextTable(EvaluationTable):
         "trained": "trained",
         "soup": "soup",
         "multitask": "multi-task",
+        "zoo_mean": "mean of the zoo",
+        "kernel_regression": "kernel regression",
         "retrieval": "retrieval",
         "generated_mean": "generated, mean",
         "generated_best": "generated, best",
     }
     seen_columns = ("base", "trained", "soup", "generated_mean", "generated_best")
-    unseen_columns = ("base", "retrieval", "multitask", "generated_best", "trained")
-    compared = (("generated_best", "base"), ("generated_best", "trained"))
+    unseen_columns = ("base", "retrieval", "zoo_mean", "kernel_regression", "multitask", "generated_best", "trained")
     own_columns = ("generated_mean", "generated_best")
     task_type = "text-classification"
     extra_columns = ("distinct", "ΔW novelty", "common errors")
@@ -40,9 +49,12 @@ class TextTable(EvaluationTable):
         return (
             f"Accuracy in percent, one metric in all columns, on up to {settings['max_rows']} rows of each task's test split (validation "
             f"where there is no test). *generated*: mean of {settings['samples']} adapters, and the best of them chosen on at most 32 "
-            "training rows. *soup*: the mean of the task's own trained adapters. *retrieval*: the soup of the nearest trained task. "
-            "*multi-task*: one LoRA trained on all tasks of the zoo."
+            f"training rows. {BASELINES}"
         )
+
+    def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
+        """With the baselines in words."""
+        return {**super().card_fields(evaluation), "baselines": BASELINES}
 
     def own_facts(self) -> dict[str, Any]:
         """None."""

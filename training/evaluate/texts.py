@@ -20,9 +20,11 @@ from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.few_shot import ExampleScore
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
-from cond_pdiff.training.evaluate.measure import ZooEvaluator, mean
+from cond_pdiff.training.baselines import ZooBaselines
+from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
 from cond_pdiff.training.tasks import Task, load_tasks
+from cond_pdiff.training.zoo import Zoo
 
 SELECTION_ROWS = 32
 ROUTING_PROMPTS = 5
@@ -31,6 +33,11 @@ ROUTING_EXAMPLES = 4
 
 class TextEvaluator(ZooEvaluator):
     """See `ZooEvaluator`."""
+
+    def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
+        super().__init__(generator, zoo, config, out)
+        self.baselines = ZooBaselines(self.pipe, zoo, self.trained)
+        self.settings["ridge"] = self.baselines.regression.ridge
 
     def load_tasks(self, folder: str | Path) -> list[Task]:
         """The zoo's tasks and the unseen ones."""
@@ -68,6 +75,8 @@ class TextEvaluator(ZooEvaluator):
             "trained": round(statistics.fmean(map(accuracy, trained)), 4),
             "soup": accuracy(souped) if len(trained) > 1 else None,
             "multitask": accuracy(predict(self.multitask)) if self.multitask else None,
+            "zoo_mean": accuracy(predict(self.baselines.mean)),
+            "kernel_regression": accuracy(predict(self.baselines.regressed(self.condition(task)))),
             "retrieval": accuracy(souped if retrieved == task.name else predict(self.soup(retrieved))),
             "generated_mean": round(statistics.fmean(map(accuracy, generated)), 4),
             "generated_best": accuracy(generated[self._best(task, output.adapters)]),

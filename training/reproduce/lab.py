@@ -13,6 +13,7 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.training.baselines import multitask_adapter
 from cond_pdiff.training.collect import collect, one_of, optimise
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.metrics import measure, metric_names, predictions
@@ -113,8 +114,7 @@ class Bench:
         pipe.set_progress_bar_config(disable=True)
         self.trained = {name: [adapter for run in zoo.runs(name) for adapter in run.adapters()] for name in zoo.task_names}
         self.soups = {name: soup(adapters) for name, adapters in self.trained.items()}
-        multitask = zoo.multitask()
-        self.multitask = multitask.adapter() if multitask else None
+        self.multitask = multitask_adapter(zoo)
         self.space = ZooSpace(
             [adapter for adapters in self.trained.values() for adapter in adapters],
             [name for name, adapters in self.trained.items() for _ in adapters],

@@ -19,6 +19,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import DEFAULT_STEPS
+from cond_pdiff.training.baselines import KernelRegression
 from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
@@ -32,6 +33,7 @@ PARTS = ("description", "labels", "examples")
 ONE_HOT = "one-hot"
 SAMPLERS = ("diffusion", "gaussian", "retrieval", "conditional mean")
 RIDGE = 0.1
+"""Of the conditional mean, which is asked for the tasks that it knows; leaving these out would say nothing about that."""
 
 
 @dataclass(frozen=True)
@@ -206,14 +208,12 @@ class Workshop:
             steps, guidance = variant.num_inference_steps, variant.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
-        conditions = self.bank.inputs.flatten(0, 1)
-        owners = torch.arange(len(self.bank.names)).repeat_interleave(self.bank.inputs.shape[1])
         if variant.sampler == "conditional mean":
             soups = torch.stack([data.params[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
-            gram = conditions @ conditions.T
-            weights = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), conditions @ embedding)
-            return (weights[:, None] * soups[owners]).sum(0).expand(count, -1)
-        own = data.params[data.tasks == owners[(conditions @ embedding).argmax()]]  # of the task that the prompt is nearest to
+            regression = KernelRegression(self.bank.inputs.mean(1), soups, RIDGE)
+            return regression.predict(embedding[None]).expand(count, -1)
+        nearest = (self.bank.inputs @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
+        own = data.params[data.tasks == nearest]
         if variant.sampler == "retrieval":
             return own[[(seed + index) % len(own) for index in range(count)]]
         noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])
