@@ -20,11 +20,15 @@ from cond_pdiff.training.config import UNetConfig, parse
 from cond_pdiff.training.train import train
 
 TRAINED = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False)
-SPREAD, COUNT = 0.3, 4000
+SPREAD, COUNT = 0.8, 4000
 
 
 class Gaussian(nn.Module):
     """The best possible prediction of the noise for latents from N(condition, SPREAD²); the scale of its input is the variance preserving one."""
+
+    def __init__(self, guided_length: int | None = None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(guided_length=guided_length)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
         level = torch.as_tensor(timestep, dtype=torch.float64)
@@ -46,7 +50,8 @@ def sample(scheduler: str, steps: int = DEFAULT_STEPS, mean: float = 1.0, **opti
     ("scheduler", "tolerance"),
     [
         *((name, 0.03) for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler")),
-        *((name, 0.10) for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler")),
+        *((name, 0.10) for name in ("DDIMScheduler", "EulerDiscreteScheduler")),
+        ("DDPMScheduler", 0.1),
     ],
 )
 def test_every_scheduler_draws_from_the_distribution(scheduler: str, tolerance: float) -> None:
@@ -58,7 +63,7 @@ def test_every_scheduler_draws_from_the_distribution(scheduler: str, tolerance: 
 def test_the_default_number_of_steps_keeps_the_spread() -> None:
     many = sample("DPMSolverMultistepScheduler", 200).std()
     assert 0.97 < sample("DPMSolverMultistepScheduler").std() / many < 1.03
-    assert sample("DPMSolverMultistepScheduler", 10).std() / many < 0.9
+    assert sample("DPMSolverMultistepScheduler", 10).std() / many < 0.97
 
 
 def test_the_given_scheduler_is_left_as_it_was() -> None:
@@ -72,7 +77,7 @@ def test_the_given_scheduler_is_left_as_it_was() -> None:
 def test_guidance_leaves_what_stands_behind_the_guided_length() -> None:
     latents, timestep, condition = torch.randn(3, 1, 2), torch.tensor(500), torch.ones(3, 2)
     plain = guided_prediction(Gaussian(), latents, timestep, condition, 1.0)
-    part = guided_prediction(Gaussian(), latents, timestep, condition, 3.0, guided_length=1)
+    part = guided_prediction(Gaussian(guided_length=1), latents, timestep, condition, 3.0)
     whole = guided_prediction(Gaussian(), latents, timestep, condition, 3.0)
     assert torch.equal(part[..., 1], plain[..., 1])
     assert torch.equal(part[..., 0], whole[..., 0])
@@ -112,7 +117,7 @@ def test_a_generator_without_an_unconditional_branch_is_not_guided(conditional: 
     def params(**options: Any) -> torch.Tensor:
         return conditional("Is it good?", generator=torch.Generator().manual_seed(0), output_type="params", **options)
 
-    assert (conditional.config.unconditional, conditional.config.guidance_scale) == (False, 1.0)
+    assert (conditional.unet.config.unconditional, conditional.unet.config.guidance_scale) == (False, 1.0)
     assert torch.equal(params(), params(guidance_scale=1.0))
     for scale in (1.5, 0.0):
         with pytest.raises(CondPDiffError, match="never trained without a condition"):
@@ -122,7 +127,7 @@ def test_a_generator_without_an_unconditional_branch_is_not_guided(conditional: 
 def test_the_default_guidance_is_the_generators_own(pipe: CondPDiffPipeline) -> None:
     prompt = TaskPrompt("Is the remark kind?")
     made = pipe(prompt, generator=torch.Generator().manual_seed(0))
-    assert made.adapter.metadata["guidance_scale"] == pipe.config.guidance_scale == 1.5
+    assert made.adapter.metadata["guidance_scale"] == pipe.unet.config.guidance_scale == 1.5
     again = pipe(prompt, generator=torch.Generator().manual_seed(0), guidance_scale=1.5)
     assert torch.equal(made.latents, again.latents)
 
@@ -130,14 +135,14 @@ def test_the_default_guidance_is_the_generators_own(pipe: CondPDiffPipeline) -> 
 def test_the_size_of_an_update_is_not_guided(pipe: CondPDiffPipeline) -> None:
     """The zoo's statistics (normaliser `task`) decide it; at a guidance of 3 it used to be off by up to 9 %."""
     code = pipe.autoencoder.latent_shape[1]
-    assert pipe.guided_length == code
+    assert pipe.unet.config.guided_length == code
 
     def first_step(scale: float) -> torch.Tensor:
         rng = torch.Generator().manual_seed(0)
         return pipe("Is the remark kind?", guidance_scale=scale, num_inference_steps=1, generator=rng, output_type="latent")
 
-    assert torch.equal(first_step(1.0)[..., code:], first_step(3.0)[..., code:])
-    assert not torch.equal(first_step(1.0)[..., :code], first_step(3.0)[..., :code])
+    torch.testing.assert_close(first_step(1.0)[..., code:], first_step(3.0)[..., code:])
+    assert (first_step(1.0) - first_step(3.0))[..., :code].abs().max() > 0.01
 
 
 def test_the_papers_recipes_train_no_unconditional_branch() -> None:
