@@ -22,6 +22,7 @@ from style_part import GENERATOR, RECIPE, choose_trained
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import read_recipe
@@ -90,7 +91,8 @@ def main() -> None:
     for style in load_styles(arguments.tasks, [*read_recipe(RECIPE)["collect"]["unseen"], *names]):
         path = arguments.out / "styles" / f"{style.name}.json"
         results.append({"style": style.name, **once(path, partial(bench.measure, style))})
-    write_text(arguments.out / "floor.json", dump_json({"seed": arguments.seed, "generator": GENERATOR, "styles": results}))
+    facts = {"generator": GENERATOR, "seed": arguments.seed, "num_inference_steps": DEFAULT_STEPS}
+    write_text(arguments.out / "floor.json", dump_json({**facts, "styles": results}))
     write_text(arguments.out / "floor.md", to_markdown(results))
     print((arguments.out / "floor.md").read_text(encoding="utf-8"))
 

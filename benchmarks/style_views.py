@@ -43,9 +43,11 @@ def choose_forms(pipe: CondPDiffPipeline, images: Path, count: int, seed: int) -
     random.Random(seed).shuffle(names)
     for name in names:
         (file,) = images.glob(f"{name}.*")
+        if not count:
+            return
         form = recoloured_form(StyleImage.open(file).image, f"{name}/0/{FORM}")
         (embedding,) = pipe.condition_encoder.encode([StyleImage(form)])[0]
-        if count and not pipe.condition_index.in_distribution(pipe.condition_index.nearest(embedding, 1)[0].similarity):
+        if not pipe.condition_index.in_distribution(pipe.condition_index.nearest(embedding, 1)[0].similarity):
             count -= 1
             yield f"{name}_recoloured_{FORM}", form
 
@@ -65,6 +67,7 @@ class Bench:
         found: dict[str, dict[str, float]] = {metric: {} for metric in METRICS}
         for views in VIEWS:
             pipeline_cond_pdiff.STYLE_VIEWS = views
+            self.pipe.condition_index.threshold.fill_(-1.0 if views == 1 else 2.0)  # in-distribution pictures are looked at once
             adapter = self.pipe(StyleImage(form), generator=torch.Generator().manual_seed(0)).adapter
             made = PictureSet(draw_pictures(self.base, adapter, self.captions, 0))
             for metric, distance in made.distances(true).items():
@@ -94,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default: %(default)s)")
     arguments = parser.parse_args()
     bench, results = Bench(), []
-    for name, form in choose_forms(bench.pipe, arguments.images, arguments.count, arguments.seed):
+    for name, form in choose_forms(CondPDiffPipeline.from_pretrained(GENERATOR), arguments.images, arguments.count, arguments.seed):
         results.append({"style": name, **once(arguments.out / f"{name}.json", partial(bench.measure, form))})
         print(name, results[-1]["kid"], flush=True)
     write_text(arguments.out / "views.json", dump_json({"scenes": SCENES, "seed": arguments.seed, "styles": results}))
