@@ -65,16 +65,17 @@ def make_pictures(
     pipe: PixArtAlphaPipeline,
     prompts: Sequence[str],
     adapters: Sequence[tuple[LoraAdapter, float]] = (),
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     num_inference_steps: int = 10,
     guidance_scale: float = 2.0,
 ) -> list[Image.Image]:
-    """One picture a prompt, at the base's own size, each from the same noise, so that only prompt and adapters make a difference.
+    """One picture a prompt, at the base's own size, from the noise of its seed.
 
     Threads that share a pipeline take turns, as its scheduler and the adapters on it are state.
 
     Args:
         adapters: (adapter, strength) pairs; attached for this call only, their updates add up.
+        seed: one for all pictures, so that only prompt and adapters make a difference; or one for each.
         num_inference_steps: from 2 (PixArt's pipeline cannot do with one) to 1000.
 
     Raises:
@@ -84,6 +85,9 @@ def make_pictures(
     """
     if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
         raise ConditionError("give at least one prompt, none of them empty")
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise CondPDiffError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each")
     if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps <= 1000:
         raise CondPDiffError(f"num_inference_steps must be a whole number from 2 to 1000, got {num_inference_steps!r}")
     if not math.isfinite(guidance_scale) or not all(math.isfinite(scale) for _, scale in adapters):
@@ -94,7 +98,7 @@ def make_pictures(
             stack.enter_context(adapter.attached(pipe, scale))
         images: list[Image.Image] = pipe(
             list(prompts),
-            generator=[torch.Generator().manual_seed(seed) for _ in prompts],
+            generator=[torch.Generator().manual_seed(one) for one in seeds],
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             # The bins are for PixArt's own three sizes; every base makes its native size without them.

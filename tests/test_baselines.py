@@ -178,8 +178,8 @@ def test_names_are_further_examples(sentence_backbone: SentenceBackbone, tasks_f
 
 def test_differences_are_over_what_both_have() -> None:
     assert difference([(0.5, None), (None, 0.5)]) is None
-    assert difference([(0.5, 0.25), (None, 0.5)]) == {"mean": 0.25, "standard_error": None}
-    assert difference([(0.5, 0.3), (0.5, 0.2), (0.8, 0.4)]) == {"mean": 0.3, "standard_error": 0.0577}
+    assert difference([(0.5, 0.25), (None, 0.5)]) == {"mean": 0.25, "standard_error": None, "interval": None}
+    assert difference([(0.5, 0.3), (0.5, 0.2), (0.8, 0.4)]) == {"mean": 0.3, "standard_error": 0.0577, "interval": [0.2, 0.4]}
 
 
 # --- the benchmarks that show them -------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cond_pdiff.training.baselines import ZooBaselines
 from cond_pdiff.training.config import parse
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
-from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.evaluate.measure import EvaluateConfig, mean_interval
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
@@ -172,6 +172,35 @@ def test_means_are_over_the_tasks(evaluation: dict[str, Any]) -> None:
     assert evaluation["unseen"]["routing"] is None
 
 
+def test_intervals_of_means_hold_what_they_promise() -> None:
+    rng = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        values = (3 + torch.randn(30, generator=rng)).tolist()
+        interval = mean_interval(values, 0.8)
+        assert interval == mean_interval([None, *values], 0.8)
+        held += interval[0] <= 3 <= interval[1]
+    assert 0.7 <= held / 200 <= 0.88
+    wide, narrow = mean_interval(values), mean_interval(values, 0.8)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+    assert mean_interval([1.0]) is mean_interval([None, 1.0]) is mean_interval([]) is None
+
+
+def test_means_and_differences_have_intervals(evaluation: dict[str, Any]) -> None:
+    results = copy.deepcopy(evaluation["tasks"])
+    for index, result in enumerate(results):
+        result["seen"] = True
+        result["accuracy"].update(generated_best=0.5 + 0.1 * index, trained=0.4 + 0.1 * index, multitask=None)
+    evaluation = TABLE.summarize(results, evaluation["settings"])
+    means = evaluation["zoo"]
+    assert means["intervals"]["accuracy"]["generated_best"] == [0.5, 0.7]  # three values: all that is known is their range
+    assert means["intervals"]["accuracy"]["multitask"] is None
+    gain = means["differences"]["accuracy"]["trained"]
+    assert (gain["mean"], gain["interval"]) == (pytest.approx(0.1), [pytest.approx(0.1)] * 2)
+    assert "60.0 (50.0 to 70.0)" in TABLE.means_table(evaluation)
+    assert "| +10.0 (10.0 to 10.0) |" in TABLE.means_table(evaluation)
+
+
 def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str, Any]) -> None:
     lines = (out / "evaluation.md").read_text().splitlines()
     assert TABLE.to_markdown(evaluation).splitlines() == lines
@@ -185,12 +214,13 @@ def test_the_report_shows_every_task_and_column(out: Path, evaluation: dict[str,
             title: TABLE.show(result["accuracy"][name]) for name, title in TABLE.columns.items()
         }
     assert "None" not in "\n".join(lines)
-    means = lines.index(next(line for line in lines if line.startswith("| mean over |")))
+    means = lines.index(next(line for line in lines if line.startswith("| mean over ")))
     heads, seen, differences = ([cell.strip() for cell in lines[means + row].strip("|").split("|")] for row in (0, 2, 3))
     assert (seen[0], differences[0]) == ("2 tasks of the zoo", "… *generated, best* minus it")
     found = evaluation["zoo"]["differences"]["accuracy"]["kernel_regression"]
-    shown = differences[heads.index("kernel regression")]
-    assert shown == f"{100 * found['mean']:+.1f} ± {100 * found['standard_error']:.1f}".replace("-", "−")
+    low, high = (100 * end for end in found["interval"])
+    sign = "+" if found["mean"] > 0 else ""
+    assert differences[heads.index("kernel regression")] == f"{sign}{100 * found['mean']:.1f} ({low:.1f} to {high:.1f})".replace("-", "−")
     assert differences[heads.index("generated, best")] == ""
 
 

@@ -14,14 +14,16 @@ from diffusers import PixArtAlphaPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.text_to_image import make_pictures
 from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
-from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance
+from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance, kernel_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.evaluate.styles import shown_picture
 from cond_pdiff.training.styles import Style
 from cond_pdiff.training.train import train
 from cond_pdiff.training.zoo import Zoo, soup
@@ -41,20 +43,32 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert evaluation["unseen"]["routing"] is None
     embers = evaluation["tasks"][0]
     pixels, captions = Style.load(styles_folder / "embers").pictures("test")
-    images = make_pictures(text_to_image, captions, [(style_zoo.runs("embers")[0].adapter(), 1.0)])
+    images = make_pictures(text_to_image, captions, [(style_zoo.runs("embers")[0].adapter(), 1.0)], range(len(captions)))
     made = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    assert embers["kid"]["trained"] == pytest.approx(kernel_distance(features(made), features(pixels)), rel=1e-2)
     assert embers["frechet"]["trained"] == pytest.approx(frechet_distance(features(made), features(pixels)), rel=1e-2)
     assert embers["look"]["trained"] == pytest.approx(colour_texture_distance(colour_texture(made), colour_texture(pixels)), abs=1e-3)
     assert embers["frechet"]["base"] != embers["frechet"]["trained"]
+    assert embers["frechet"]["base_floor"] < embers["frechet"]["base"]
+    assert embers["look"]["trained_floor"] > 0  # the other noise is another one
+    moss = evaluation["tasks"][2]
+    assert moss["frechet"]["trained"] is not None
+    assert moss["frechet"]["soup"] is None  # of one run, which would be the same number twice
+    assert evaluation["unseen"]["frechet"]["soup"] is None
+    gap = evaluation["zoo"]["differences"]["kid"]["retrieval"]
+    assert set(evaluation["zoo"]["differences"]["kid"]) == {"base", "trained", "soup", "multitask", "retrieval"}
+    seen = evaluation["tasks"][:2]
+    assert gap["mean"] == pytest.approx(np.mean([row["kid"]["generated"] - row["kid"]["retrieval"] for row in seen]), abs=1e-4)
+    assert gap["interval"][0] <= gap["mean"] <= gap["interval"][1]
     own = [run.adapter() for run in style_zoo.runs("embers")]
     space = ZooSpace(own, ["", ""])
     assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
     assert embers["between_runs"] == pytest.approx(float((space.distances(own) / space.norms)[[0, 1], [1, 0]].mean()), abs=1e-4)
     with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
-        assert sheet.size == (8 + 2 * 104, 8 + 7 * 124 + 20)  # two captions, seven rows
+        assert sheet.size == (8 + 2 * 104, 8 + 6 * 124 + 20)  # two captions, six rows: no soup
     report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     assert "not Inception's" in report
-    assert "| 1 unseen styles, Fréchet distance |" in report
+    assert "| 1 unseen styles, kernel distance |" in report
     assert evaluate(style_generator, style_zoo.folder, styles_folder, tmp_path, config) == evaluation
     generator = tmp_path / "generator"
     shutil.copytree(style_generator, generator)
@@ -62,6 +76,59 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert "![moss](pictures/unseen.png)" in card
     assert (generator / "pictures" / "unseen.png").read_bytes() == (tmp_path / "pictures" / "moss.png").read_bytes()
     assert (generator / "pictures" / "zoo.png").is_file()
+
+
+def test_a_trained_style_is_asked_for_with_what_was_not_trained_on(styles_folder: Path) -> None:
+    style = Style.load(styles_folder / "embers")
+    assert shown_picture(style, 0, trained=False).sha256 == style.image.sha256
+    held_out = [StyleImage(Image.fromarray(pixels.numpy())).sha256 for pixels in style.pictures("test")[0]]
+    assert {shown_picture(style, seed, trained=True).sha256 for seed in range(20)} == set(held_out)
+
+
+def test_a_part_of_the_styles_is_measured_beside_a_part_of_the_zoo(
+    style_generator: Path, style_zoo: Zoo, styles_folder: Path, tmp_path: Path
+) -> None:
+    part = tmp_path / "zoo"
+    shutil.copytree(style_zoo.folder, part)
+    facts = json.loads((part / "zoo.json").read_text())
+    del facts["tasks"]["lagoon"]
+    (part / "zoo.json").write_text(json.dumps(facts))
+    config = EvaluateConfig(samples=1, max_rows=2)
+    evaluation = evaluate(style_generator, part, styles_folder, tmp_path / "out", config, only=["moss"])
+    assert evaluation is not None
+    assert [(result["task"], result["retrieved"]) for result in evaluation["tasks"]] == [("moss", "embers")]
+    report = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+    assert "The zoo holds 1 of the 2 styles that the generator was trained on" in report
+    with pytest.raises(TaskDataError, match="has no 'lagoon' that could be measured; it has embers, moss"):
+        evaluate(style_generator, part, styles_folder, tmp_path / "out", config, only=["lagoon"])
+    generator = shutil.copytree(style_generator, tmp_path / "generator")
+    with pytest.raises(TaskDataError, match="holds 1 of the 2 tasks"):
+        write_generator_card(generator, part, evaluation)
+
+
+def test_the_kernel_distance_is_unbiased_for_small_paired_sets() -> None:
+    rng = torch.Generator().manual_seed(0)
+
+    def paired(shift: float, shared: float) -> float:
+        """The mean distance of sets of eight whose rows share a part, as pictures of one caption do."""
+        found = []
+        for _ in range(2000):
+            both, first, second = torch.randn(3, 8, 4, generator=rng, dtype=torch.float64)
+            found.append(kernel_distance(shared * both + first, shared * both + second + shift))
+        return float(np.mean(found))
+
+    apart = paired(1.0, 0.0)
+    # By hand: E k for independent x, y is the mean of (xᵀy / 4 + 1)³ over many pairs.
+    one, other, third, fourth = torch.randn(4, 1_000_000, 4, generator=rng, dtype=torch.float64)
+    third, fourth = third + 1, fourth + 1
+    kernel = [((left * right).sum(1) / 4 + 1).pow(3).mean() for left, right in ((one, other), (third, fourth), (one, third))]
+    assert apart == pytest.approx(float(kernel[0] + kernel[1] - 2 * kernel[2]), rel=0.05)
+    for shared in (0.0, 1.0):
+        assert paired(0.0, shared) == pytest.approx(0, abs=0.06 * (1 + 5 * shared))
+    one = torch.randn(8, 4, generator=rng)
+    assert kernel_distance(one, one) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(CondPDiffError, match="at least two pictures each, got 1 and 1"):
+        kernel_distance(one[:1], one[:1])
 
 
 def test_distances_between_sets_of_pictures() -> None:

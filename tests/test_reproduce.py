@@ -17,6 +17,7 @@ from transformers import MPNetConfig, MPNetModel
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
+from cond_pdiff.training.evaluate.measure import mean, mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
@@ -298,7 +299,7 @@ def test_table2_collects_trains_and_measures_styles_once(
     result = reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json")
     assert result["command"] == "cond-pdiff reproduce table2 --tasks styles --out results/tiny --recipe tiny.json"
     assert [(row["style"], row["seen"]) for row in result["rows"]] == [("embers", True), ("lagoon", True), ("moss", False)]
-    assert set(result["zoo"]["frechet"]) == {"base", "trained", "soup", "multitask", "retrieval", "generated"}
+    assert set(result["zoo"]["frechet"]) == set(StyleTable.columns)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     monkeypatch.setattr("torch.optim.AdamW.step", None)  # nothing is trained again
     assert reproduce("table2", styles_folder, tmp_path / "out", tmp_path / "tiny.json") == result
@@ -351,13 +352,20 @@ def test_readme_and_card_have_the_numbers_of_table2() -> None:
     table = StyleTable()
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "README.md").read_text(encoding="utf-8").splitlines()
-    for part, title in table.titles.items():
-        for metric, digits in (("frechet", 0), ("look", 3)):
-            numbers = [f"{result[part][metric][column]:.{digits}f}" for column in table.columns]
-            words = f"{result[part]['styles']} {title}, {table.metrics[metric]}"
-            assert "| " + " | ".join([words, *numbers]) + " |" in readme
+    assert set(table.means_table(result).splitlines()) <= set(readme)
     for text in (table.means_table(result), table.facts(result)):
         assert set(text.splitlines()) <= set(card)
+
+
+def test_readme_has_the_numbers_of_the_floor() -> None:
+    styles = json.loads((ROOT / "results" / "style_floor.json").read_text())["styles"]
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for column in ("generated", "base"):
+        values = [style[column]["kid"] for style in styles if not style["seen"]]
+        low, high = mean_interval(values) or (0, 0)
+        assert f"{mean(values):.3g} ({low:.3g} to {high:.3g})" in words
+    assert {(f"{style['base_floor']['frechet']:.1f}", f"{style['base_floor']['kid']:.2f}") for style in styles} == {("11.6", "-0.07")}
+    assert "it is 11.6, and the unbiased kernel distance −0.07" in words
 
 
 def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from PIL import Image
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
-from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
+from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.collect import collect
@@ -158,6 +158,8 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
 
     stock = load_text_to_image(tiny_base)
     stock.transformer = PeftModel.from_pretrained(stock.transformer, folder)
+    other = make_pictures(text_to_image, PROMPTS, seed=(0, 1), num_inference_steps=2)
+    assert [picture == same for picture, same in zip(other, plain, strict=True)] == [True, False]
     attached = make_pictures(text_to_image, PROMPTS, [(out.adapter, 1.0)], num_inference_steps=2)
     with_peft = make_pictures(stock, PROMPTS, num_inference_steps=2)
     for ours, theirs in zip(attached, with_peft, strict=True):
@@ -258,6 +260,8 @@ def test_what_cannot_carry_an_adapter_is_refused(style_zoo: Zoo, text_to_image: 
         adapter.attach("a string")
     with pytest.raises(ConditionError, match="at least one prompt"):
         make_pictures(text_to_image, [" "])
+    with pytest.raises(CondPDiffError, match="got 1 seeds for 2 prompts"):
+        make_pictures(text_to_image, PROMPTS, seed=[3])
     with pytest.raises(HubError, match="no transformer/diffusion_pytorch_model"):
         load_text_to_image(Backbone(str(tmp_path)))
 

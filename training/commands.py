@@ -367,7 +367,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     settings = {name: getattr(arguments, name) for name in ("samples", "max_rows", "seed")}
     config = parse(EvaluateConfig, {**settings, **_sampling(arguments)}, "evaluate")
-    evaluation = evaluate(arguments.generator, arguments.zoo, arguments.tasks, arguments.out, config, arguments.shard)
+    if arguments.card and arguments.only:
+        raise CondPDiffError("a card tells of all tasks: give --card or --only, not both")
+    only = tuple(arguments.only)
+    evaluation = evaluate(arguments.generator, arguments.zoo, arguments.tasks, arguments.out, config, arguments.shard, only)
     if evaluation is None:
         print("this shard is done; tasks of other shards are missing: the process that finishes last writes the tables")
         return

@@ -89,7 +89,7 @@ def make_styles(
         meta = {"group": str(facts.get("group", "")), "licence": licence, "settings": settings}
         shown = content
         if copy:
-            image, meta["source"] = _recolour(image, f"{file.stem}/{seed}/{copy}"), file.stem
+            image, meta["source"] = recoloured_form(image, f"{file.stem}/{seed}/{copy}"), file.stem
             scenes, captions = content["test"]
             shown = {**content, "test": (scenes[:RECOLOURED_TEST], captions[:RECOLOURED_TEST])}
         pictures = {split: (stylise(network, scenes, image), captions) for split, (scenes, captions) in shown.items()}
@@ -97,7 +97,8 @@ def make_styles(
     return styles
 
 
-def _recolour(image: Image.Image, seed: str) -> Image.Image:
+def recoloured_form(image: Image.Image, seed: str) -> Image.Image:
+    """A picture with its strokes and other colours, which `seed` ("<name>/<seed>/<number of the form>") draws."""
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
     rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return Image.fromarray((recolour(pixels, rng)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

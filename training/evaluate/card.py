@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
-from cond_pdiff.errors import HubError
+from cond_pdiff.errors import HubError, TaskDataError
 from cond_pdiff.hub import EVAL_RESULTS, weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
@@ -31,10 +31,16 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
 
     Raises:
         HubError: `generator` is not a local folder.
+        TaskDataError: the evaluation is of a part of the generator's tasks.
     """
     if not (generator / "model_index.json").is_file():
         raise HubError(f"{generator} is not a local generator folder; a card can only be written beside model_index.json")
-    zoo = Zoo(zoo_folder)
+    zoo, settings = Zoo(zoo_folder), evaluation["settings"]
+    if settings["zoo_tasks"] < settings["generator_tasks"]:
+        raise TaskDataError(
+            f"{zoo_folder} holds {settings['zoo_tasks']} of the {settings['generator_tasks']} tasks that the generator was trained on; "
+            "a card tells of all of them: evaluate it beside its whole zoo"
+        )
     _, table = KINDS[zoo.kind]
     fields = {**_generator_fields(generator, zoo, evaluation), **table.card_fields(evaluation)}
     fields["model_index"] = json.dumps(table.model_index(evaluation, generator.name), ensure_ascii=False)

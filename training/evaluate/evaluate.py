@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.errors import TrainingError
+from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, measure_all
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.evaluate.styles import StyleEvaluator
@@ -29,12 +30,26 @@ def evaluate(
     out: str | Path,
     config: EvaluateConfig,
     shard: tuple[int, int] = (0, 1),
+    only: Sequence[str] = (),
 ) -> dict[str, Any] | None:
-    """Measure every task of the zoo and every unseen one; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
+    """Measure every task of the zoo and every unseen one, or some; write `<out>/tasks/*.json`, `evaluation.json` and `evaluation.md`.
 
     For styles also `<out>/pictures/*.png`, the first pictures of every column. A task that has been measured with the same
     settings is not measured again. With `shard` (i, n), only every n-th task is, and the tables are written by the process that
     finds all tasks done.
+
+    Args:
+        generator: bundled name, folder, or Hub repository.
+        zoo_folder: a finished zoo with all tasks that the generator was trained on, or with a part of them.
+        tasks_folder: where the zoo's tasks are.
+        out: the evaluation's folder.
+        config: how much is measured.
+        shard: which tasks this process measures.
+        only: names of the tasks to be measured; none: all.
+
+    Raises:
+        TrainingError: a zoo of a kind that cannot be evaluated.
+        TaskDataError: the generator and the zoo do not fit each other, or the zoo lacks a task to be measured.
 
     Returns:
         The evaluation, or None while tasks of other shards are missing.
@@ -44,7 +59,10 @@ def evaluate(
         raise TrainingError(f"{zoo_folder} is a zoo of kind {zoo.kind!r}; only those of {' and '.join(KINDS)} can be evaluated yet")
     evaluator_class, table = KINDS[zoo.kind]
     evaluator = evaluator_class(generator, zoo, config, out)
-    results = measure_all(evaluator, evaluator.load_tasks(tasks_folder), shard)
+    tasks = evaluator.load_tasks(tasks_folder)
+    if unknown := set(only) - {task.name for task in tasks}:
+        raise TaskDataError(f"{zoo_folder} has no {min(unknown)!r} that could be measured; it has {', '.join(task.name for task in tasks)}")
+    results = measure_all(evaluator, [task for task in tasks if not only or task.name in only], shard)
     if results is None:
         return None
     evaluation: dict[str, Any] = table.summarize(results, evaluator.settings)

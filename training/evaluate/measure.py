@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.errors import CondPDiffError, TaskDataError
+from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.sampling import DEFAULT_STEPS
@@ -27,6 +28,9 @@ from cond_pdiff.training.baselines import multitask_adapter
 from cond_pdiff.training.config import STRICT, Count, GuidanceScale, InferenceSteps, Seed
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
+
+RESAMPLED = 10_000
+"""Sets of tasks that an interval of a mean is of."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,22 +47,23 @@ class EvaluateConfig:
 
 
 class ZooEvaluator(ABC):
-    """A generator beside the zoo that it was trained on.
+    """A generator beside the zoo that it was trained on, or beside a zoo of a part of its tasks.
 
     Args:
         generator: bundled name, folder, or Hub repository.
-        zoo: finished.
+        zoo: finished. Retrieval, routing and novelty know its tasks only.
         out: the evaluation's folder.
 
     Raises:
-        TaskDataError: the generator was trained on other tasks.
+        TaskDataError: the generator was not trained on the zoo's tasks, or was trained on those that the zoo calls unseen.
     """
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         self.zoo, self.config, self.out = zoo, config, out
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
-        if set(self.pipe.condition_index.names) != set(zoo.task_names):
+        known = self.pipe.condition_index.names
+        if not set(zoo.task_names) <= set(known) or set(zoo.unseen_names) & set(known):
             raise TaskDataError(f"the generator was trained on other tasks than those of {zoo.folder}; give the zoo that it was made from")
         self.trained = {name: [run.adapter() for run in zoo.runs(name)] for name in (*zoo.task_names, *zoo.unseen_names)}
         self._soups: dict[str, LoraAdapter] = {}
@@ -71,9 +76,11 @@ class ZooEvaluator(ABC):
         self.settings: dict[str, Any] = {
             **asdict(config),
             "guidance_scale": guidance,
+            "zoo_tasks": len(zoo.task_names),
             "zoo_runs": len(self.space.tasks),
             "multitask": multitask.facts["sha256"] if (multitask := zoo.multitask()) else None,
             "generator": weights_sha256(self.pipe),
+            "generator_tasks": len(known),
         }
 
     @abstractmethod
@@ -102,7 +109,7 @@ class ZooEvaluator(ABC):
             raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
         condition = self.condition(task)
         output = self.generate(condition, self.config.samples, 0)
-        nearest = output.report.nearest[0]
+        nearest = self._retrieve(condition)
         seen = task.name in self.zoo.task_names
         return {
             "task": task.name,
@@ -117,6 +124,11 @@ class ZooEvaluator(ABC):
             "seconds_per_adapter": self._seconds(condition),
             "settings": self.settings,
         }
+
+    def _retrieve(self, condition: Any) -> Neighbour:
+        """The zoo's trained task that is nearest to a condition."""
+        index, (embedding,) = self.pipe.condition_index, self.pipe.condition_encoder.encode([condition])[0]
+        return next(near for near in index.nearest(embedding, len(index.names)) if near.task in self.zoo.task_names)
 
     def _routed(self, task: Any) -> list[bool]:
         """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
@@ -176,13 +188,32 @@ def mean(values: Sequence[float | None]) -> float | None:
     return round(statistics.fmean(known), 4) if known else None
 
 
-def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, float | None] | None:
-    """First minus second, where both are there: `mean` over the pairs and its `standard_error` (None of a single one)."""
+def mean_interval(values: Sequence[float | None], level: float = 0.95) -> list[float] | None:
+    """Where the mean over tasks may lie: the percentile bootstrap over the values that are there, the same for the same values.
+
+    Args:
+        values: one a task, or of each task the difference between two columns.
+        level: share of the resampled means that lie inside.
+
+    Returns:
+        Lower and upper end; None for fewer than two values, which tell nothing of their spread.
+    """
+    known = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
+    if len(known) < 2:
+        return None
+    rng = torch.Generator().manual_seed(0)
+    means = known[torch.randint(len(known), (RESAMPLED, len(known)), generator=rng)].mean(1)
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return [round(low, 4), round(high, 4)]
+
+
+def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any] | None:
+    """First minus second, where both are there: `mean`, its `standard_error` and `interval` (None of a single pair)."""
     found = [first - second for first, second in pairs if first is not None and second is not None]
     if not found:
         return None
-    error = statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
-    return {"mean": round(statistics.fmean(found), 4), "standard_error": None if error is None else round(error, 4)}
+    error = round(statistics.stdev(found) / len(found) ** 0.5, 4) if len(found) > 1 else None
+    return {"mean": mean(found), "standard_error": error, "interval": mean_interval(found)}
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:

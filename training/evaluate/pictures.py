@@ -1,4 +1,4 @@
-"""Distances between sets of pictures: Fréchet distance of deep features, and a plain one of colours and textures."""
+"""Distances between sets of pictures: of deep features the Fréchet and the kernel distance, and a plain one of colours and textures."""
 
 from __future__ import annotations
 
@@ -62,6 +62,29 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     both = torch.linalg.eigvalsh(root @ two @ root).clamp_min(0).sqrt().sum()
     return float(gap + one.trace() + two.trace() - 2 * both)
+
+
+def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The unbiased squared maximum mean discrepancy of the kernel k(x, y) = (xᵀy / channels + 1)³: the KID.
+
+    The kernel is of Bińkowski et al., "Demystifying MMD GANs" (2018); the estimate is equation 4 of Gretton et al., "A Kernel Two-Sample
+    Test" (2012): the mean of k(xᵢ, xⱼ) + k(yᵢ, yⱼ) − k(xᵢ, yⱼ) − k(xⱼ, yᵢ) over i ≠ j. It is unbiased for small sets, also where the
+    i-th pictures of both sets belong together, as two of one caption do. Two sets of one distribution are 0 apart on average, so it
+    can be negative.
+
+    Args:
+        first: features, shape `(count, channels)`.
+        second: as many, in the same order of captions.
+
+    Raises:
+        CondPDiffError: fewer than two pictures, or sets of different sizes.
+    """
+    count, channels = first.shape
+    if count < 2 or second.shape != first.shape:
+        raise CondPDiffError(f"expected two sets of the same size, at least two pictures each, got {count} and {len(second)}")
+    kernels = [(left @ right.T / channels + 1) ** 3 for left, right in ((first, first), (second, second), (first, second))]
+    within_first, within_second, between = ((kernel.sum() - kernel.trace()) / (count * (count - 1)) for kernel in kernels)
+    return float(within_first + within_second - 2 * between)
 
 
 def colour_texture(pictures: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ class StyleTable(EvaluationTable):
 
     noun, counted = "style", "pictures"
     titles: ClassVar[dict[str, str]] = {"zoo": "trained styles", "unseen": "unseen styles"}
-    metrics: ClassVar[dict[str, str]] = {"frechet": "Fréchet distance", "look": "colours and textures"}
+    metrics: ClassVar[dict[str, str]] = {"frechet": "Fréchet distance", "kid": "kernel distance", "look": "colours and textures"}
     columns: ClassVar[dict[str, str]] = {
         "base": "no LoRA",
         "trained": "trained",
@@ -24,9 +24,12 @@ class StyleTable(EvaluationTable):
         "multitask": "multi-task",
         "retrieval": "retrieval",
         "generated": "generated",
+        "base_floor": "no LoRA, floor",
+        "trained_floor": "trained, floor",
     }
-    seen_columns = ("base", "trained", "soup", "generated")
-    unseen_columns = ("base", "retrieval", "multitask", "generated", "trained")
+    seen_columns = ("base", "trained", "soup", "generated", "trained_floor")
+    unseen_columns = ("base", "retrieval", "multitask", "generated", "trained", "trained_floor")
+    floors = ("base_floor", "trained_floor")
     own_columns = ("generated",)
     task_type = "text-to-image"
     extra_columns = ("retrieved", "novelty")
@@ -38,10 +41,13 @@ class StyleTable(EvaluationTable):
     def about(self, settings: dict[str, Any]) -> str:
         """What the columns mean."""
         return (
-            f"Distances of the pictures that adapters make for up to {settings['max_rows']} held-out captions a style to true pictures in "
-            f"the style; less is better. Fréchet distance of features of {EXTRACTOR} (sha256 `{EXTRACTOR_SHA256[:16]}…`), not Inception's: "
-            "comparable within this table only. *trained*: a directly trained adapter. *soup*: the mean of the style's trained adapters. "
-            "*retrieval*: the soup of the trained style that is nearest to the condition. *multi-task*: one LoRA trained on all styles."
+            f"Distances of the pictures that adapters make for a style's held-out captions (at most {settings['max_rows']}) to true "
+            "pictures in the style; less is better. Fréchet distance and kernel distance (KID, unbiased: 0 for equal distributions) are of "
+            f"features of {EXTRACTOR} (sha256 `{EXTRACTOR_SHA256[:16]}…`), not Inception's: comparable within this table only. *trained*: "
+            "a directly trained adapter. *soup*: the mean of the style's trained adapters, where there are several. *retrieval*: the "
+            "soup of the trained style that is nearest to the condition. *multi-task*: one LoRA trained on all styles. *floor*: between "
+            "pictures of one adapter from one noise and from another, so noise alone. The generator is shown the style picture of an "
+            "unseen style, and of a trained one a held-out picture in it: nothing that it was trained on. Intervals are over styles, 95 %."
         )
 
     def own_facts(self) -> dict[str, Any]:
@@ -70,7 +76,12 @@ class StyleTable(EvaluationTable):
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
         """With the extractor's name and hash."""
         extractor = evaluation["extractor"]
-        return {**super().card_fields(evaluation), "extractor": extractor["name"], "extractor_sha256": extractor["sha256"]}
+        return {
+            **super().card_fields(evaluation),
+            "extractor": extractor["name"],
+            "extractor_sha256": extractor["sha256"],
+            "pictures_each": str(max(result["pictures"] for result in evaluation["tasks"])),
+        }
 
 
 def _better(results: Sequence[dict[str, Any]], metric: str) -> float:

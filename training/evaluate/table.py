@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.evaluate.measure import difference, mean
+from cond_pdiff.training.evaluate.measure import difference, mean, mean_interval
 
 
 class EvaluationTable(ABC):
@@ -27,6 +27,8 @@ class EvaluationTable(ABC):
     seen_columns: ClassVar[tuple[str, ...]]
     unseen_columns: ClassVar[tuple[str, ...]]
     """Columns of the card's tables of trained and of unseen tasks."""
+    floors: ClassVar[tuple[str, ...]] = ()
+    """Columns of what noise alone makes, which nothing is compared with."""
     own_columns: ClassVar[tuple[str, ...]]
     """Columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
     task_type: ClassVar[str]
@@ -70,6 +72,10 @@ class EvaluationTable(ABC):
             f"{self.noun}s": len(results),
             self.counted: sum(result[self.counted] for result in results),
             **{metric: {name: mean([result[metric][name] for result in results]) for name in self.columns} for metric in self.metrics},
+            "intervals": {
+                metric: {name: mean_interval([result[metric][name] for result in results]) for name in self.columns}
+                for metric in self.metrics
+            },
             "differences": {metric: self._differences(metric, results) for metric in self.metrics},
             "routing": round(statistics.fmean(routed), 4) if routed else None,
             "routing_samples": len(routed),
@@ -81,8 +87,9 @@ class EvaluationTable(ABC):
     def _differences(self, metric: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """The generator's main column minus each other one, over the tasks that have both."""
         own = self.own_columns[-1]
+        others = [name for name in self.columns if name not in (own, *self.floors)]
         values = [result[metric] for result in results]
-        return {name: difference([(value[own], value[name]) for value in values]) for name in self.columns if name != own}
+        return {name: difference([(value[own], value[name]) for value in values]) for name in others}
 
     def to_markdown(self, evaluation: dict[str, Any]) -> str:
         """The whole report."""
@@ -95,7 +102,7 @@ class EvaluationTable(ABC):
         lines = [
             "# Evaluation",
             "",
-            self.about(evaluation["settings"]),
+            self.about(evaluation["settings"]) + _part_of_zoo(evaluation["settings"], self.noun),
             "",
             self.means_table(evaluation),
             "",
@@ -108,25 +115,28 @@ class EvaluationTable(ABC):
         return "\n".join(lines) + "\n"
 
     def means_table(self, evaluation: dict[str, Any]) -> str:
-        """Mean values, and by how much the generator's main column differs from each other one, as a Markdown table."""
+        """Mean values, and by how much the generator's main column differs from each other one, as a Markdown table.
+
+        Both with their intervals over tasks. A metric that was not measured has no row.
+        """
         own = self.columns[self.own_columns[-1]]
         rows = []
         for where, title in self.titles.items():
-            means = evaluation[where]
-            for metric, name in self.metrics.items() if means else ():
+            means = evaluation[where] or {}
+            for metric, name in self.metrics.items():
+                if not any(value is not None for value in means.get(metric, {}).values()):
+                    continue
                 words = f"{means[f'{self.noun}s']} {title}" + (f", {name}" if len(self.metrics) > 1 else "")
-                rows.append([words, *(self.show(means[metric][column]) for column in self.columns)])
-                if "differences" in means:  # evaluations of 0.1.0 have none
-                    found = means["differences"][metric]
-                    rows.append([f"… *{own}* minus it", *(self._show_difference(found.get(column)) for column in self.columns)])
-        return markdown_table(["mean over", *self.columns.values()], rows)
+                rows.append([words, *(self._show(means[metric][name], means["intervals"][metric][name]) for name in self.columns)])
+                found = [means["differences"][metric].get(column) for column in self.columns]
+                cells = [self._show(row["mean"], row["interval"], signed=True) if row else "" for row in found]
+                rows.append([f"… *{own}* minus it", *cells])
+        return markdown_table(["mean over (95 % interval)", *self.columns.values()], rows)
 
-    def _show_difference(self, found: dict[str, float | None] | None) -> str:
-        """+1.5 ± 0.3: a mean over tasks and its standard error; nothing of what cannot be compared."""
-        if found is None:
-            return ""
-        value = found["mean"] or 0.0
-        return f"{'−' if value < 0 else '+'}{self.show(abs(value))} ± {self.show(found['standard_error'])}"
+    def _show(self, value: float | None, interval: Sequence[float] | None, signed: bool = False) -> str:
+        """A mean and where it may lie, with true minus signs; a difference says that it is positive."""
+        shown = self.show(value) + (f" ({self.show(interval[0])} to {self.show(interval[1])})" if interval else "")
+        return ("+" if signed and (value or 0.0) > 0 else "") + shown.replace("-", "−")
 
     def facts(self, evaluation: dict[str, Any]) -> str:
         """Routing, novelty, diversity and time, as a Markdown list."""
@@ -152,6 +162,7 @@ class EvaluationTable(ABC):
                     {"type": metric, "name": f"{words}, {self.columns[column]}", "value": float(self.show(means[metric][column]))}
                     for metric, words in self.metrics.items()
                     for column in self.own_columns
+                    if means[metric][column] is not None
                 ]
                 dataset = {"type": f"cond-pdiff/{where}", "name": f"{means[f'{self.noun}s']} {title}"}
                 results.append({"task": {"type": self.task_type}, "dataset": dataset, "metrics": metrics})
@@ -203,6 +214,13 @@ class EvaluationTable(ABC):
             "",
             "",
         ])  # fmt: skip
+
+
+def _part_of_zoo(settings: dict[str, Any], noun: str) -> str:
+    """A sentence for an evaluation beside a part of the generator's tasks."""
+    here, whole = settings["zoo_tasks"], settings["generator_tasks"]
+    tail = f" The zoo holds {here} of the {whole} {noun}s that the generator was trained on; retrieval, routing and novelty know no others."
+    return tail if here < whole else ""
 
 
 def part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:

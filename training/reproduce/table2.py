@@ -15,7 +15,7 @@ from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce.config import ReproduceConfig
 from cond_pdiff.training.train import train
 
-KEPT = ("style", "seen", "frechet", "look", "routed", "retrieved", "novelty")
+KEPT = ("style", "seen", "frechet", "kid", "look", "routed", "retrieved", "novelty")
 """Of each style's result."""
 
 
