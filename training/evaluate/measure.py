@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.errors import CondPDiffError, TaskDataError
+from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
