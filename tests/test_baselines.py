@@ -24,7 +24,7 @@ from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.measure import difference
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import RUN_FILE, Zoo
+from cond_pdiff.training.zoo import RUN_FILE, Zoo, soup
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -152,6 +152,17 @@ def test_a_regressed_adapter_depends_on_the_request(
     made[0].check_base(sentence_backbone.model)
     assert made[0].spec == own.spec
     assert all(torch.equal(made[0].factors(name)[0], own.factors(name)[0]) for name in own.modules)
+
+
+def test_a_part_of_the_zoo_has_baselines_of_its_own(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
+    """As `evaluate` needs them, which takes a zoo of a part of the generator's tasks, and knows the unseen tasks' adapters too."""
+    zoo, names = Zoo(tiny_zoo), pipe.condition_index.names
+    own = trained(zoo)
+    part = {name: own[name] for name in names[1:]}
+    found = ZooBaselines(pipe, zoo, {**part, "unseen": own[names[0]]})
+    assert torch.equal(found.regression.conditions, pipe.condition_index.embeddings[1:].float())
+    assert all(torch.equal(found.mean.tensors[key], tensor) for key, tensor in ZooBaselines(pipe, zoo, part).mean.tensors.items())
+    assert torch.equal(found.regression.params, torch.stack([found.template.to_params(soup(part[name])) for name in names[1:]]))
 
 
 def test_an_unfinished_zoo_has_no_baselines(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
