@@ -25,6 +25,7 @@ from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.measure import difference
 from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.zoo import RUN_FILE, Zoo, soup
+from cond_pdiff.training.zoo_params import ZooParams
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -225,3 +226,12 @@ def test_the_curve_over_examples_has_all_its_columns(
     few_shot, curves = (importlib.import_module(name) for name in ("few_shot", "unseen_curves"))
     bench, task = few_shot.Bench(str(tiny_generator), Zoo(tiny_zoo)), Task.load(tasks_folder / "likeness")
     assert set(curves.with_examples(bench, task, 2)) == set(curves.COLUMNS["examples"]) <= set(curves.LOOKS)
+
+
+def test_the_curve_over_tasks_trains_on_complete_parts_of_the_zoo(
+    tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    part = importlib.import_module("unseen_curves").part_of(Zoo(tiny_zoo), ["moods"], tmp_path)
+    part.check_complete()
+    assert len(ZooParams.load(part, tmp_path / "params")) == 1
