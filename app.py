@@ -101,7 +101,7 @@ def _pack(adapter: LoraAdapter) -> str:
 
 def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
     seeds = [torch.Generator().manual_seed(int(seed) + index) for index in range(count)]
-    pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1) / 10, "writing weights") or {}
+    pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1, len(pipe.scheduler.timesteps)), "writing weights") or {}
     return pipe(condition, num_adapters=count, generator=seeds, callback_on_step_end=tell)
 
 

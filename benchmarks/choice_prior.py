@@ -39,7 +39,7 @@ def measure(pipe: CondPDiffPipeline, task: Task, draw: int, shots: int) -> dict[
     adapter = pipe(prompt, generator=torch.Generator().manual_seed(0)).adapters[0]
     on_examples, on_rows = [], []
     for tried in (None, adapter):
-        classifier = PrototypeClassifier(pipe.base_model(), task.labels, tried, examples=prompt.examples)
+        classifier = PrototypeClassifier(pipe.base_model(), task.labels, tried, pipe.template.config.max_length, prompt.examples)
         on_examples.append(ExampleScore.measure(classifier, with_examples=True).accuracy)
         on_rows.append(float((classifier.logits(texts).argmax(1) == torch.tensor(labels)).float().mean()))
     return {

@@ -146,8 +146,9 @@ class Bench:
         return self.pipe(prompt, num_adapters=count, generator=[torch.Generator().manual_seed(seed) for seed in range(count)])
 
     def classifier(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> PrototypeClassifier:
-        """Of a task, with a prompt's examples in its prototypes."""
-        return PrototypeClassifier(self.base, task.labels, adapter, examples=prompt.examples if prompt else ())
+        """Of a task, with a prompt's examples in its prototypes; every text is read at the generator's length."""
+        max_length = self.pipe.template.config.max_length
+        return PrototypeClassifier(self.base, task.labels, adapter, max_length, prompt.examples if prompt else ())
 
     def accuracy(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> float:
         """On rows of the task's reported split, with a prompt's examples in the prototypes."""

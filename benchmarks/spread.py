@@ -2,9 +2,9 @@
 
     python benchmarks/spread.py [--generator cond-pdiff/minilm-text-tasks] [--samples 48]
 
-For the four trained tasks or styles whose latents vary least, and four others: the standard deviation over samples (root mean square over the
-latents' numbers), relative to that after 200 steps, and the distance of each sample from what 200 steps make of the same noise, in units of that
-standard deviation; at the generator's own guidance.
+For the four trained tasks or styles whose latents vary least, and four others: the standard deviation over samples (root mean square
+over the latents' numbers), relative to that after 200 steps, and the distance of each sample from what 200 steps make of the same noise,
+in units of that standard deviation; at the generator's own guidance.
 """
 
 from __future__ import annotations

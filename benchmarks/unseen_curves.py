@@ -19,7 +19,7 @@ import json
 import random
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,21 @@ def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
 
 def generator_of(zoo: Zoo, count: int, tasks_folder: Path, out: Path) -> Path:
     """A generator trained on `count` tasks of the zoo, the first run of each."""
-    part, generator = out / "zoo", out / "run" / "generator"
+    generator = out / "run" / "generator"
     if not (generator / "model_index.json").exists():
         names = sorted(random.Random(0).sample(zoo.task_names, len(zoo.task_names))[:count])
-        for name in names:
-            shutil.copytree(zoo.run_folder(name, 0), part / "tasks" / name / "run-0", dirs_exist_ok=True)
-        write_text(part / "zoo.json", dump_json({**zoo.facts, "tasks": {name: zoo.facts["tasks"][name] for name in names}}))
-        train(read_recipe(RECIPE), part, tasks_folder, out / "run")
+        train(read_recipe(RECIPE), part_of(zoo, names, out / "zoo").folder, tasks_folder, out / "run")
     return generator
+
+
+def part_of(zoo: Zoo, names: Sequence[str], folder: Path) -> Zoo:
+    """A complete zoo of the first run of each of these tasks."""
+    for name in names:
+        shutil.copytree(zoo.run_folder(name, 0), folder / "tasks" / name / "run-0", dirs_exist_ok=True)
+    collect = {**zoo.facts["collect"], "runs": 1, "multitask_steps": 0}
+    tasks = {name: zoo.facts["tasks"][name] for name in names}
+    write_text(folder / "zoo.json", dump_json({**zoo.facts, "collect": collect, "tasks": tasks, "unseen": {}}))
+    return Zoo(folder)
 
 
 def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tuple[int, Callable[[Task], dict[str, float]]]]:

@@ -331,6 +331,8 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """The adapter whose ΔW is the weighted mean of those of `adapters`.
 
+        It keeps the metadata that are the same in all of them, but for the seed: no single seed makes it.
+
         Args:
             weights: of each, with the sum 1; default: equal ones.
             space: "delta" takes the mean of ΔW = B · A: exactly for modules in which all share `lora_A`, else by the best
@@ -353,7 +355,10 @@ class LoraAdapter:
             if not all(torch.equal(lora_a, factors[0][0]) for lora_a, _ in factors):
                 found = weighted_product(factors, shares, first.spec.rank)
                 tensors |= {f"{KEY_PREFIX}{name}.{factor}.weight": tensor for factor, tensor in zip(FACTORS, found, strict=True)}
-        return cls(first.spec, tensors)
+        shared = dict(first.metadata)
+        for other in (adapter.metadata for adapter in adapters):
+            shared = {name: fact for name, fact in shared.items() if name != "seed" and name in other and other[name] == fact}
+        return cls(first.spec, tensors, shared)
 
     def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
         """The adapter at `weight` on the way from this one (0) to `other` (1): the `mean` with the weights 1 - `weight` and `weight`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,7 @@ def denoise(
 
     Args:
         denoiser: predicts what the scheduler's `prediction_type` asks for; a `ParamUNet1D`.
-        scheduler: any of diffusers'. A copy of it is stepped, so that calls in several threads do not meet in its state.
+        scheduler: any of diffusers'. It is stepped itself and keeps the call's `timesteps`, so one thread at a time may use it.
         noise: of unit variance, shape `(batch, channels, length)`; scaled here by the scheduler's `init_noise_sigma`.
         condition: embeddings, shape `(batch, condition_dim)`.
         num_inference_steps: denoising steps.
@@ -42,7 +41,6 @@ def denoise(
     Returns:
         shape of `noise`.
     """
-    scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     latents = noise * scheduler.init_noise_sigma

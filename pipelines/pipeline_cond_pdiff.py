@@ -305,7 +305,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
-        with lock_of(self.unet):  # guidance scale, interruption and offloading are state
+        with lock_of(self.unet):  # guidance scale, interruption, offloading and the scheduler have state
             self._guidance_scale, self._interrupt = guidance_scale, False
             if generator is None:  # so that it is recorded which adapter this is
                 generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))

@@ -316,6 +316,19 @@ def test_a_soup_is_the_mean_of_the_updates(tiny_adapter: LoraAdapter, other_adap
     assert souped.layout == tiny_adapter.layout
 
 
+def test_a_mixture_keeps_what_its_adapters_agree_on(tiny_adapter: LoraAdapter, other_adapter: LoraAdapter, tmp_path: Path) -> None:
+    """How it is used, that is; the seed of two different adapters, equal or not, makes neither of them again."""
+    shared = {"base": {"repo_id": "tiny"}, "max_length": 48, "labels": ["bad", "good"]}
+    first = replace(tiny_adapter, metadata={**shared, "seed": 0, "condition": {"description": "Is it good?"}, "task": None})
+    second = replace(other_adapter, metadata={**shared, "seed": 0, "condition": {"description": "Is it kind?"}})
+    between = first.interpolate(second, 0.5)
+    assert between.metadata == shared
+    assert soup([first, first]).metadata == {name: fact for name, fact in first.metadata.items() if name != "seed"}
+    card = (between.save(tmp_path / "mixture") / "README.md").read_text(encoding="utf-8")
+    assert "read up to 48 tokens" in card
+    assert "makes it again" not in card
+
+
 @pytest.mark.parametrize(("out", "inputs"), [(30_000, 40_000), (2, 40)])
 def test_mixtures_of_large_and_of_narrow_modules(out: int, inputs: int) -> None:
     """Of a large module, whose ΔW would take 4.8 GB; and of one whose ΔW has fewer rows than the rank."""

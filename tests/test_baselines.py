@@ -24,7 +24,8 @@ from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.measure import difference
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import RUN_FILE, Zoo
+from cond_pdiff.training.zoo import RUN_FILE, Zoo, soup
+from cond_pdiff.training.zoo_params import ZooParams
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -154,6 +155,17 @@ def test_a_regressed_adapter_depends_on_the_request(
     assert all(torch.equal(made[0].factors(name)[0], own.factors(name)[0]) for name in own.modules)
 
 
+def test_a_part_of_the_zoo_has_baselines_of_its_own(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
+    """As `evaluate` needs them, which takes a zoo of a part of the generator's tasks, and knows the unseen tasks' adapters too."""
+    zoo, names = Zoo(tiny_zoo), pipe.condition_index.names
+    own = trained(zoo)
+    part = {name: own[name] for name in names[1:]}
+    found = ZooBaselines(pipe, zoo, {**part, "unseen": own[names[0]]})
+    assert torch.equal(found.regression.conditions, pipe.condition_index.embeddings[1:].float())
+    assert all(torch.equal(found.mean.tensors[key], tensor) for key, tensor in ZooBaselines(pipe, zoo, part).mean.tensors.items())
+    assert torch.equal(found.regression.params, torch.stack([found.template.to_params(soup(part[name])) for name in names[1:]]))
+
+
 def test_an_unfinished_zoo_has_no_baselines(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
     with pytest.raises(TaskDataError, match="has no adapter of 'moods'; run `cond-pdiff collect` to the end"):
         ZooBaselines(pipe, Zoo(tiny_zoo), {**trained(Zoo(tiny_zoo)), "moods": []})
@@ -214,3 +226,12 @@ def test_the_curve_over_examples_has_all_its_columns(
     few_shot, curves = (importlib.import_module(name) for name in ("few_shot", "unseen_curves"))
     bench, task = few_shot.Bench(str(tiny_generator), Zoo(tiny_zoo)), Task.load(tasks_folder / "likeness")
     assert set(curves.with_examples(bench, task, 2)) == set(curves.COLUMNS["examples"]) <= set(curves.LOOKS)
+
+
+def test_the_curve_over_tasks_trains_on_complete_parts_of_the_zoo(
+    tiny_zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    part = importlib.import_module("unseen_curves").part_of(Zoo(tiny_zoo), ["moods"], tmp_path)
+    part.check_complete()
+    assert len(ZooParams.load(part, tmp_path / "params")) == 1

@@ -97,11 +97,11 @@ def test_table1_has_every_rank_way_task_and_column(out: Path) -> None:
         for column in ("base", "full", "retrieval", "original", "soup", "generated", "generated_best", "noise", "soup_noise"):
             assert -1 <= row[column] <= 1
         assert (row["multitask"] is None) == (row["way"] == "checkpoints")
-    for mean in result["means"]:
-        own = [row for row in result["rows"] if (row["rank"], row["way"]) == (mean["rank"], mean["way"])]
-        assert math.isclose(mean["soup"], sum(row["soup"] for row in own) / 3, abs_tol=1e-4)
-        assert mean["routing_samples"] == 15
-        assert mean["novelty_distance"] > 0
+    for means in result["means"]:
+        own = [row for row in result["rows"] if (row["rank"], row["way"]) == (means["rank"], means["way"])]
+        assert math.isclose(means["soup"], sum(row["soup"] for row in own) / 3, abs_tol=1e-4)
+        assert means["routing_samples"] == 15
+        assert means["novelty_distance"] > 0
     text = (out / "table1.md").read_text()
     assert result["command"] in text
     assert text.count("closeness") == 4

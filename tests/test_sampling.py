@@ -24,7 +24,7 @@ SPREAD, COUNT = 0.8, 4000
 
 
 class Gaussian(nn.Module):
-    """The best possible prediction of the noise for latents from N(condition, SPREAD²); the scale of its input is the variance preserving one."""
+    """The best possible prediction of the noise for latents from N(condition, SPREAD²), of variance-preserving inputs."""
 
     def __init__(self, guided_length: int | None = None) -> None:
         super().__init__()
@@ -43,7 +43,8 @@ def sample(scheduler: str, steps: int = DEFAULT_STEPS, mean: float = 1.0, **opti
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, 1, 2, generator=rng, dtype=torch.float64)
     condition = torch.full((COUNT, 2), mean, dtype=torch.float64)
-    return denoise(Gaussian(), getattr(schedulers, scheduler).from_config(TRAINED.config), noise, condition, steps, generator=rng, **options)
+    solver = getattr(schedulers, scheduler).from_config(TRAINED.config)
+    return denoise(Gaussian(), solver, noise, condition, steps, generator=rng, **options)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +67,21 @@ def test_the_default_number_of_steps_keeps_the_spread() -> None:
     assert sample("DPMSolverMultistepScheduler", 10).std() / many < 0.97
 
 
-def test_the_given_scheduler_is_left_as_it_was() -> None:
-    scheduler = schedulers.DPMSolverMultistepScheduler.from_config(TRAINED.config)
-    before = scheduler.timesteps.clone()
-    denoise(Gaussian(), scheduler, torch.randn(2, 1, 2), torch.zeros(2, 2), 3)
-    assert torch.equal(scheduler.timesteps, before)
-    assert scheduler.step_index is None
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])
+def test_the_given_scheduler_is_stepped_and_begins_each_call_anew(name: str) -> None:
+    scheduler = getattr(schedulers, name).from_config(TRAINED.config)
+    noise, condition, seen = torch.randn(2, 1, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 2), []
+
+    def stop(index: int, timestep: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        seen.append(timestep)
+        return *tensors, index < 1
+
+    first = denoise(Gaussian(), scheduler, noise, condition, 3)
+    timesteps = scheduler.timesteps.clone()
+    denoise(Gaussian(), scheduler, noise, condition, 5, on_step=stop)
+    assert seen == scheduler.timesteps[:2].tolist()
+    assert torch.equal(denoise(Gaussian(), scheduler, noise, condition, 3), first)
+    assert torch.equal(scheduler.timesteps, timesteps)
 
 
 def test_guidance_leaves_what_stands_behind_the_guided_length() -> None:
@@ -87,7 +97,7 @@ def test_guidance_leaves_what_stands_behind_the_guided_length() -> None:
 def test_a_step_may_change_what_comes_next_and_end_it() -> None:
     asked = []
 
-    def on_step(index: int, timestep: torch.Tensor, latents: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def on_step(index: int, timestep: Any, latents: torch.Tensor, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
         asked.append(index)
         return latents + 7, condition, index < 2
 

@@ -105,11 +105,13 @@ class ZooBaselines:
     Args:
         pipe: the generator; its condition encoder and index say how alike requests are.
         zoo: finished.
-        trained: the adapters of every task that the generator was trained on, by name.
+        trained: adapters by task; of those tasks that the generator was trained on, all or a part, the baselines are made.
     """
 
     def __init__(self, pipe: CondPDiffPipeline, zoo: Zoo, trained: Mapping[str, Sequence[LoraAdapter]]) -> None:
-        self.pipe, names = pipe, pipe.condition_index.names
+        self.pipe, index = pipe, pipe.condition_index
+        places = [place for place, name in enumerate(index.names) if name in trained]
+        names = [index.names[place] for place in places]
         if missing := [name for name in names if not trained[name]]:
             raise TaskDataError(f"{zoo.folder} has no adapter of {missing[0]!r}; run `cond-pdiff collect` to the end")
         adapters = [adapter for name in names for adapter in trained[name]]
@@ -118,7 +120,7 @@ class ZooBaselines:
         self.mean = soup(adapters)
         """The mean of all of them, one adapter for everything."""
         soups = torch.stack([self.template.to_params(soup(list(trained[name]))) for name in names])
-        self.regression = KernelRegression.fit(pipe.condition_index.embeddings.float(), soups)
+        self.regression = KernelRegression.fit(index.embeddings[places].float(), soups)
 
     def regressed(self, condition: Any) -> LoraAdapter:
         """What `KernelRegression` makes of a request."""

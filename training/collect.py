@@ -100,11 +100,11 @@ def collect(
         raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
     zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)
     order = {name: place for place, name in enumerate((*config.tasks, *config.unseen))}  # the recipe's; a zoo sorts its tasks
-    jobs, missing = zoo.jobs, set(zoo.missing)
+    jobs, left = zoo.jobs, set(zoo.missing)
     jobs.sort(key=lambda job: (-1 if config.from_multitask else config.runs, 0) if job[0] == MULTITASK else (job[1], order[job[0]]))
     mine = jobs[shard[0] :: shard[1]]
     tuner = _Tuner(tuning, config, zoo, lora_a)
-    todo = [job for job in mine if job in missing]
+    todo = [job for job in mine if job in left]
     with tqdm(initial=len(mine) - len(todo), total=len(mine), desc="collect", unit="adapter") as bar:
         for group in _side_by_side(todo, together):
             if together == 1 or group[0][0] == MULTITASK:

@@ -285,7 +285,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
     print(f"task       {DEMO_DESCRIPTION}\nexamples   {'; '.join(DEMO_EXAMPLES)}")
     prompt = TaskPrompt(DEMO_DESCRIPTION, [_parse_example(example) for example in DEMO_EXAMPLES])
-    output = _run_generator(prompt, DEFAULT_GENERATOR, 20, 0, 10, 1.5)
+    output = _run_generator(prompt, DEFAULT_GENERATOR, 20, 0, {})
     print(output.report)
     with tempfile.TemporaryDirectory() as folder:
         adapted = PrototypeClassifier.load(output.save_adapter(Path(folder) / "adapter"))

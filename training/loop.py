@@ -40,8 +40,10 @@ class Stage(Protocol):
     module: nn.Module
     identity: dict[str, Any]
     """JSON-ready facts (settings, hashes of data and conditions) that must be equal for a checkpoint to be continued."""
-    at_once: int | None
-    """Samples that go through the network together, for memory's sake; a step sums up the gradients of as many parts. None: all."""
+
+    @property
+    def at_once(self) -> int | None:
+        """Samples that go through the network together, for memory's sake; a step sums up the gradients of its parts. None: all."""
 
     def draw(self, batch_size: int, rng: torch.Generator) -> Any:
         """Draw a batch. All randomness of a step comes from `rng`, a CPU generator."""
