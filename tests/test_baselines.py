@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_a_regressed_adapter_depends_on_the_request(
     made[0].check_base(sentence_backbone.model)
     assert made[0].spec == own.spec
     assert all(torch.equal(made[0].factors(name)[0], own.factors(name)[0]) for name in own.modules)
+
+
+def test_what_is_regressed_are_mean_params_also_where_both_factors_were_trained(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
+    """Soups are in ΔW: without a shared `lora_A`, the factors of one task's have nothing to do with those of another's."""
+    rng = torch.Generator().manual_seed(0)
+
+    def moved(adapter: LoraAdapter) -> LoraAdapter:
+        return replace(adapter, tensors={key: t + 0.1 * torch.randn(t.shape, generator=rng) for key, t in adapter.tensors.items()})
+
+    adapters = {name: [moved(adapter) for adapter in own] for name, own in trained(Zoo(tiny_zoo)).items()}
+    baselines = ZooBaselines(pipe, Zoo(tiny_zoo), adapters)
+    for name, mean in zip(pipe.condition_index.names, baselines.regression.params, strict=True):
+        torch.testing.assert_close(mean, torch.stack([baselines.template.to_params(adapter) for adapter in adapters[name]]).mean(0))
 
 
 def test_an_unfinished_zoo_has_no_baselines(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
