@@ -1,8 +1,8 @@
 """`calibrate`: what to believe of a generator's adapters on tasks that it has not seen, measured and fitted. Run it again to go on.
 
-For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2, 4
-and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone and of the best of all, and what both really
-reach on the reported split, beside the base model. For trained tasks the same, with prototypes of names, as they are used. Then
+For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2,
+4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone and of the best of all, and what both
+really reach on the reported split, beside the base model. For trained tasks the same, with prototypes of names, as they are used. Then
 `cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on half of the sources, checks them on the other half, and on all.
 """
 
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -23,8 +25,11 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.classifier import prototype_logits
 from cond_pdiff.conditioning import Text, label_text
+from cond_pdiff.errors import TaskDataError
 from cond_pdiff.few_shot import ExampleScore, weigh
-from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.gain import GainModel
+from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
+from cond_pdiff.training.config import STRICT, Count
 from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.gain_fit import GainRow, check, fit_gain_model
 from cond_pdiff.training.precision import mixed_precision
@@ -36,21 +41,14 @@ MAX_LABELS = 16
 """Of a task: eight examples of each of more classes are more than people give."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class CalibrateConfig:
-    """How much is measured.
+    """How much is measured."""
 
-    Args:
-        draws: prompts a task, with other examples.
-        candidates: adapters a prompt.
-        rows: of the reported split.
-        precision: "bf16": autocast while texts are embedded, where the processor is faster with it.
-    """
-
-    draws: int = 3
-    candidates: int = 8
-    rows: int = 160
-    precision: str = "no"
+    draws: Count = Field(default=3, description="prompts a task, with other examples")
+    candidates: Annotated[int, Field(ge=2, le=MAX_ADAPTERS)] = Field(default=8, description="adapters a prompt")
+    rows: Count = Field(default=160, description="rows of the reported split")
+    precision: Literal["no", "bf16"] = Field(default="no", description="'bf16': autocast while texts are embedded")
 
 
 class Calibrator:
@@ -154,6 +152,19 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
 
 
 def _tasks(folder: Path) -> list[Task]:
-    names = sorted(path.parent.name for path in folder.glob("*/meta.json"))
-    tasks = [Task.load(folder / name) for name in names if read_meta(folder / name).get("task_type", CLASSIFICATION_TYPES[0]) in CLASSIFICATION_TYPES]
-    return [task for task in tasks if len(task.labels) <= MAX_LABELS]
+    folders = sorted(path.parent for path in folder.glob("*/meta.json"))
+    classified = [path for path in folders if read_meta(path).get("task_type", CLASSIFICATION_TYPES[0]) in CLASSIFICATION_TYPES]
+    return [task for task in map(Task.load, classified) if len(task.labels) <= MAX_LABELS]
+
+
+def write_gain_model(generator: str | Path, model: Mapping[str, float]) -> None:
+    """Put fitted numbers into a local generator folder.
+
+    Raises:
+        TaskDataError: it is no local folder.
+    """
+    path = Path(generator) / "condition_index" / "config.json"
+    if not path.is_file():
+        raise TaskDataError(f"{generator} is not the folder of a generator, so its numbers cannot be written; save it somewhere first")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, dump_json({**config, "gain_model": GainModel.from_json(model).to_json()}))
