@@ -25,7 +25,7 @@ from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.measure import difference
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import RUN_FILE, Zoo, soup
+from cond_pdiff.training.zoo import RUN_FILE, Zoo
 from cond_pdiff.training.zoo_params import ZooParams
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"

@@ -20,7 +20,7 @@ WEIGHT_DECAY = 1e-3
 ITERATIONS, FIT_POINTS = 60, 12
 MOST_BELOW = 0.04
 """Share of the tasks that are fitted on for which what is returned may be more than a point below the base model; `take` is set by it."""
-FEWEST_TASKS = 10
+FEWEST_TASKS = 5
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]  # torch declares closures that return a float
-    fitted = {name: float(f"{float(value):.4g}") for name, value in numbers().items() if name != "take"}
+    optimizer.step(closure)
+    fitted = {name: float(f"{value.item():.4g}") for name, value in numbers().items() if name != "take"}
     model = GainModel(**fitted)
     return replace(model, take=_least_take(model, rows))
 
