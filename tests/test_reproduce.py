@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import MPNetConfig, MPNetModel
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
-from cond_pdiff.training.evaluate.measure import mean, mean_interval
+from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
@@ -363,7 +364,7 @@ def test_readme_has_the_numbers_of_the_floor() -> None:
     for column in ("generated", "base"):
         values = [style[column]["kid"] for style in styles if not style["seen"]]
         low, high = mean_interval(values) or (0, 0)
-        assert f"{mean(values):.3g} ({low:.3g} to {high:.3g})" in words
+        assert f"{statistics.fmean(values):.3g} ({low:.3g} to {high:.3g})" in words
     assert {(f"{style['base_floor']['frechet']:.1f}", f"{style['base_floor']['kid']:.2f}") for style in styles} == {("11.6", "-0.07")}
     assert "it is 11.6, and the unbiased kernel distance −0.07" in words
 
