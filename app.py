@@ -8,7 +8,6 @@ import html
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +36,7 @@ CSS = """.gallery img, .near-style {image-rendering: pixelated} .near {backgroun
 .neighbour {display: inline-block; margin-right: 16px}"""
 
 _text_to_image = functools.cache(load_text_to_image)
-PROGRESS, model = gr.Progress(), threading.Lock()
-"""The lock: pipelines and base models serve one request at a time, because attached adapters and schedulers are state."""
+PROGRESS = gr.Progress()
 
 
 @functools.cache
@@ -103,9 +101,8 @@ def _pack(adapter: LoraAdapter) -> str:
 
 def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
     seeds = [torch.Generator().manual_seed(int(seed) + index) for index in range(count)]
-    with model:
-        pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1) / 10, "writing weights") or {}
-        return pipe(condition, num_adapters=count, generator=seeds, callback_on_step_end=tell)
+    pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1) / 10, "writing weights") or {}
+    return pipe(condition, num_adapters=count, generator=seeds, callback_on_step_end=tell)
 
 
 @_friendly
@@ -124,9 +121,8 @@ def make_style(image: str | None, other: str | None, mix: float, seed: int, prog
 def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: int) -> list[tuple[str, str]]:
     """A picture a prompt, from the same noise whatever the adapter; without one, the base model's."""
     asked = _lines(prompts)[:MAX_PROMPTS]
-    with model:
-        base, adapters = _generator(STYLES).template.base, [(adapter, strength)] if adapter else []
-        pictures = make_pictures(_text_to_image(base), asked, adapters, int(seed))
+    base, adapters = _generator(STYLES).template.base, [(adapter, strength)] if adapter else []
+    pictures = make_pictures(_text_to_image(base), asked, adapters, int(seed))
     paths = [str(_folder() / "picture.png") for _ in pictures]
     for picture, path in zip(pictures, paths, strict=True):
         picture.save(path)
@@ -141,10 +137,9 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
     rows: list[Any] = []
     texts = _lines(sentences)
     if out.report.labels and texts:
-        with model:
-            given = out.adapter.metadata.get("prototype_examples", ())
-            adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter, examples=given)
-            rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
+        given = out.adapter.metadata.get("prototype_examples", ())
+        adapted = PrototypeClassifier(_generator(TASKS).base_model(), out.report.labels, out.adapter, examples=given)
+        rows = list(zip(texts, adapted.with_adapter(None).predict(texts), adapted.predict(texts), strict=True))
     return _badge(out.report, _generator(TASKS).condition_index), rows, _pack(out.adapter)
 
 

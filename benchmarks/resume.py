@@ -1,9 +1,10 @@
 """Kill training at random points, run the same command again, compare the weights' bits with an undisturbed run's.
 
-    python benchmarks/resume.py [--kills 50]
+    python benchmarks/resume.py [--kills 50] [--processes 2]
 
-Each trial trains both stages, small networks on a synthetic zoo, is killed (SIGKILL) after a random delay and started again.
-Children are forked from one process that has imported everything, so that kills fall into training.
+Each trial trains both stages, small networks (with batch norm) on a synthetic zoo, is killed (SIGKILL) a random moment after a random step,
+all of its processes in a random order, and started again. Children are forked from one process that has imported everything, so that kills
+fall into training. Several processes train together on the CPU, as `torch.distributed.run` would have started them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -21,20 +23,25 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # forked children must not inherit a thread pool
 
 import torch
+from safetensors.torch import save_file
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.hub import MINILM
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
+from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse, read_recipe
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.processes import processes
 from cond_pdiff.training.tasks import Task, write_task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
 STEPS = {"autoencoder": 60, "unet": 60}
 SMALL = {
-    "autoencoder": {"encoder_channels": [4, 4], "decoder_channels": [4, 2], "decoder_bottom_channels": 4, "stride": 8, "latent_dim": 16},
+    "autoencoder": {"encoder_channels": [4, 4], "decoder_channels": [4, 2], "decoder_bottom_channels": 4, "stride": 8, "latent_dim": 16,
+                    "norm": "batch"},
     "unet": {"block_out_channels": [8, 8, 4], "embedding_dim": 64},
 }
 
@@ -56,8 +63,8 @@ def synthetic_zoo(folder: Path) -> tuple[ZooParams, list[Task]]:
     tasks = [
         write_task(folder / name, f"Decide about {name}.", ["no", "yes"], {"train": rows, "test": rows}) for name in ("apples", "pears")
     ]
-    params = torch.stack([template.to_params(adapter) for adapter in adapters])
-    return ZooParams(template, params, torch.tensor([0, 0, 1, 1]), [f"run {index}" for index in range(4)]), tasks
+    names = [f"run {index}" for index in range(4)]
+    return ZooParams.write(folder / "params", template, map(template.to_params, adapters), [0, 0, 1, 1], names, "{}"), tasks
 
 
 def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
@@ -68,25 +75,41 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
         sections[name] = {**recipe[name], "model": SMALL[name], "fit": short}
     autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, {**sections["unet"], "variants_per_task": 2}, "unet"))
+    config = parse(UNetConfig, {**sections["unet"], "variants_per_task": 2}, "unet")
+    unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, folder), config)
     fit(unet, unet.config.fit, folder / "unet")
+    factor = torch.tensor(autoencoder.module.config.scaling_factor)
+    ends = {**autoencoder.module.state_dict(), **unet.module.state_dict(), "latents": unet.latents, "factor": factor}
+    save_file(ends, folder / f"process-{processes().process_index}.safetensors")
 
 
-def run_child(data: ZooParams, tasks: list[Task], folder: Path, delay: float | None) -> bool:
-    """Train in a forked child; kill it after `delay` seconds. True if it was killed before it had finished."""
-    child = os.fork()
-    if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 2)
-        train(data, tasks, folder)
-        os._exit(0)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
-        raise SystemExit(f"training failed with status {os.WEXITSTATUS(status)}")
-    return os.WIFSIGNALED(status)
+def run_children(data: ZooParams, tasks: list[Task], folder: Path, count: int, steps: int | None, rng: random.Random) -> bool:
+    """Train in forked children; kill them after so many steps of both stages. True if they were killed before they had finished."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if count > 1:
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+            train(data, tasks, folder)
+            os._exit(0)
+        children.append(child)
+    if steps is not None:
+        while sum(path.read_bytes().count(b"\n") for path in folder.glob("*/metrics.jsonl")) < steps:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        for child in rng.sample(children, count):
+            os.kill(child, signal.SIGKILL)
+            time.sleep(rng.choice((0, 0.002)))  # meanwhile the others may find that one is gone
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    if steps is None and any(ends):
+        raise SystemExit(f"training failed with status {ends}")
+    return any(ends)
 
 
 def bits(folder: Path) -> str:
@@ -100,6 +123,7 @@ def bits(folder: Path) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,17 +131,20 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         data, tasks = synthetic_zoo(root)
-        started = time.monotonic()
-        run_child(data, tasks, root / "whole", None)
+        started, count = time.monotonic(), arguments.processes
+        run_children(data, tasks, root / "whole", count, None, rng)
         whole = time.monotonic() - started
-        expected, same, hit = bits(root / "whole"), 0, 0
+        ends = {(root / "whole" / f"process-{index}.safetensors").read_bytes() for index in range(count)}
+        expected, same, hit, places = bits(root / "whole"), 0, 0, []
         while hit < arguments.kills:
             folder = root / f"killed-{hit}-{rng.random()}"
-            if not run_child(data, tasks, folder, rng.uniform(0, whole)):
+            if not run_children(data, tasks, folder, count, rng.randrange(sum(STEPS.values())), rng):
                 continue  # it had finished before the kill
             hit += 1
-            run_child(data, tasks, folder, None)
+            places.append(sum(path.read_bytes().count(b"\n") for path in folder.glob("*/metrics.jsonl")))
+            run_children(data, tasks, folder, count, None, rng)
             same += bits(folder) == expected
             print(f"\r{same} of {hit} bit-identical", end="", flush=True)
         print(f" (weights, optimiser, EMA and metrics of both stages; an undisturbed run takes {whole:.1f} s)")
-        sys.exit(same != hit)
+        print(f"{count} processes end in {len(ends)} kind of bits; killed after {places} of the {sum(STEPS.values())} steps of both stages")
+        sys.exit(same != hit or len(ends) != 1)

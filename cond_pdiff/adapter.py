@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
+from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import (
     KEY_PREFIX,
     Attachment,
@@ -36,6 +37,7 @@ from cond_pdiff.lora import (
     target_linears,
     update_shape,
 )
+from cond_pdiff.low_rank import weighted_product, weighted_sum
 
 CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, CARD_FILE)
@@ -273,6 +275,8 @@ class LoraAdapter:
         replaces the model's, which in a base that was not trained for the task is random, so there is nothing to go back to.
         At scale 0 the adapter's head reads what the base model sees. A model has one head, so a second one is refused.
 
+        It stays for all threads; attaching and detaching wait until no other thread is inside `attached` of this model.
+
         Args:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.
             scale: of ΔW. 0 is the base model (with the adapter's head, if it has one), 1 the adapter at full strength.
@@ -284,27 +288,35 @@ class LoraAdapter:
         if check:
             self.check_base(model)
         module = adapted_module(model)
-        hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
-        for name in self.modules:
-            linear = module.get_submodule(name)
-            weight = linear.weight
-            lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
-            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
-        for name, head in head_linears(module, self.spec).items():
-            if HeadHook.on(head):
-                raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
-            parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
-            hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
-        return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks])
+        with lock_of(module):
+            hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
+            for name in self.modules:
+                linear = module.get_submodule(name)
+                weight = linear.weight
+                lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
+                hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
+            for name, head in head_linears(module, self.spec).items():
+                if HeadHook.on(head):
+                    raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
+                parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
+                hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
+            return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks], lock_of(module))
 
     @contextlib.contextmanager
     def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
-        """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors."""
-        attachment = self.attach(model, scale, check)
-        try:
-            yield model
-        finally:
-            attachment.detach()
+        """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors.
+
+        The thread has the model to itself inside the block: another one that comes to such a block of the same model, or runs the
+        model through this package, waits. Code that calls a shared model itself takes `cond_pdiff.locks.lock_of(model)` for that.
+        """
+        if check:  # before others have to wait: it only reads
+            self.check_base(model)
+        with lock_of(adapted_module(model)):
+            attachment = self.attach(model, scale, check=False)
+            try:
+                yield model
+            finally:
+                attachment.detach()
 
     # --- arithmetic ---------------------------------------------------------------------------------------------
 
@@ -313,32 +325,39 @@ class LoraAdapter:
         tensors = {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in self.tensors.items()}
         return replace(self, tensors=tensors)
 
-    def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
-        """The adapter at `weight` on the way from this one (0) to `other` (1).
+    @classmethod
+    def mean(
+        cls, adapters: Sequence[LoraAdapter], weights: Sequence[float] | None = None, space: Literal["factors", "delta"] = "delta"
+    ) -> LoraAdapter:
+        """The adapter whose ΔW is the weighted mean of those of `adapters`.
 
         Args:
-            space: "delta" interpolates ΔW = B · A: exactly where both share `lora_A`, else by the best approximation of
-                the same rank (truncated SVD). "factors" interpolates A and B separately, as averaging checkpoints does.
-                Heads are interpolated as they are: their layers are linear in their weights.
+            weights: of each, with the sum 1; default: equal ones.
+            space: "delta" takes the mean of ΔW = B · A: exactly for modules in which all share `lora_A`, else by the best
+                approximation of the same rank (truncated SVD). "factors" takes that of A and B separately, as averaging checkpoints
+                does. Of heads it is always that of their tensors: their layers are linear in their weights.
+
+        Raises:
+            AdapterError: the adapters are of different layouts, specifications or dtypes.
         """
-        same_dtypes = all(other.tensors[key].dtype == tensor.dtype for key, tensor in self.tensors.items() if key in other.tensors)
-        if self.layout != other.layout or self.spec != other.spec or not same_dtypes:
+        first = adapters[0]
+        dtypes = [{key: tensor.dtype for key, tensor in adapter.tensors.items()} for adapter in adapters]
+        if any((adapter.layout, adapter.spec) != (first.layout, first.spec) for adapter in adapters) or dtypes != dtypes[:1] * len(dtypes):
             raise AdapterError("only adapters of the same layout, rank, alpha and base model, in the same dtype, can be interpolated")
         if space not in ("factors", "delta"):
             raise AdapterError(f"space must be 'factors' or 'delta', got {space!r}")
-        shared_a = all(torch.equal(self.factors(name)[0], other.factors(name)[0]) for name in self.modules)
-        if space == "factors" or shared_a:
-            tensors = {key: torch.lerp(tensor, other.tensors[key], weight) for key, tensor in self.tensors.items()}
-        else:
-            tensors = {key: torch.lerp(tensor, other.tensors[key], weight) for key, tensor in self.head.items()}
-            for name in self.modules:
-                delta = torch.lerp(self.delta(name), other.delta(name), weight) / self.spec.scale
-                left, values, right = torch.linalg.svd(delta, full_matrices=False)
-                root = values[: self.spec.rank].sqrt()
-                lora_a, lora_b = self.factors(name)
-                tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = (root[:, None] * right[: self.spec.rank]).to(lora_a.dtype)
-                tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = (left[:, : self.spec.rank] * root).to(lora_b.dtype)
-        return replace(self, tensors=tensors, metadata={})
+        shares = weights or [1 / len(adapters)] * len(adapters)
+        tensors = {key: weighted_sum([adapter.tensors[key] for adapter in adapters], shares) for key in first.tensors}
+        for name in first.modules if space == "delta" else ():
+            factors = [adapter.factors(name) for adapter in adapters]
+            if not all(torch.equal(lora_a, factors[0][0]) for lora_a, _ in factors):
+                found = weighted_product(factors, shares, first.spec.rank)
+                tensors |= {f"{KEY_PREFIX}{name}.{factor}.weight": tensor for factor, tensor in zip(FACTORS, found, strict=True)}
+        return cls(first.spec, tensors)
+
+    def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
+        """The adapter at `weight` on the way from this one (0) to `other` (1): the `mean` with the weights 1 - `weight` and `weight`."""
+        return self.mean([self, other], [1 - weight, weight], space)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

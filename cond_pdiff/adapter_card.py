@@ -78,7 +78,7 @@ def _story(metadata: Mapping[str, Any]) -> str:
 
 
 def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    base, generator, versions = (metadata.get(name) for name in ("base", "generator", "versions"))
+    base, generator = metadata.get("base"), metadata.get("generator")
     if isinstance(base, Mapping):
         revision = f" at revision `{_line(base['revision'])}`" if base.get("revision") else ""
         yield "base model", f"`{_line(base.get('repo_id'))}`{revision}"
@@ -99,7 +99,9 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
         yield "seed", f"{metadata['seed']}{again}"
     if "scheduler" in metadata:
         steps, guidance = metadata.get("num_inference_steps"), metadata.get("guidance_scale")
-        yield "sampler", f"{_line(metadata['scheduler'])}, {_line(steps)} steps, guidance {_line(guidance)}"
+        settings = _pairs(metadata.get("scheduler_config"))
+        scheduler = _line(metadata["scheduler"]) + (f" ({settings})" if settings else "")
+        yield "sampler", f"{scheduler}, {_line(steps)} steps, guidance {_line(guidance)}"
     if metadata.get("strength") == 0:
         yield "strength", "0: the examples spoke for the base model"
     if isinstance(metadata.get("prototype_examples"), list):
@@ -114,8 +116,13 @@ def _facts(lora: Mapping[str, Any], num_params: int, metadata: Mapping[str, Any]
     if isinstance(metadata.get("in_distribution"), bool):
         inside = "in distribution" if metadata["in_distribution"] else "**out of distribution**, unlike all that was trained on: test first"
         yield "request", inside
-    if isinstance(versions, Mapping):
-        yield "versions", ", ".join(f"{_line(name)} {_line(value)}" for name, value in versions.items())
+    yield "made on", _pairs(metadata.get("machine"))
+    yield "versions", _pairs(metadata.get("versions"))
+
+
+def _pairs(facts: Any) -> str:
+    """Names and values, nothing of what has none."""
+    return ", ".join(f"{_line(name)} {_line(value)}" for name, value in facts.items()) if isinstance(facts, Mapping) else ""
 
 
 def _line(value: Any) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from cond_pdiff.errors import HubError
+from cond_pdiff.locks import LOADING
 
 
 class PathlessConfig(ConfigMixin):
@@ -36,9 +39,10 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
             HubError: a tensor is missing (diffusers would go on with random numbers), or there is one that does not belong.
         """
         report = bool(kwargs.pop("output_loading_info", False))
-        loaded: Any = super().from_pretrained(  # diffusers annotates the model alone, also where it returns a pair
-            pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
-        )
+        with LOADING:
+            loaded: Any = super().from_pretrained(  # diffusers annotates the model alone, also where it returns a pair
+                pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True, "output_loading_info": True}
+            )
         model, info = loaded
         for what in ("missing_keys", "unexpected_keys"):
             if info[what]:
@@ -50,3 +54,28 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
             # As loaded, weights lie where the file has them; sums over memory that is aligned in another way round differently.
             tensor.data = tensor.data.clone()
         return (model, info) if report else model
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # diffusers wraps torch's, whose types are not to be had
+        """Move and cast as any diffusers model, without its warning at every cast: that of the modules that stay float32 none does."""
+        dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
+        if dtypes:
+            torch.nn.Module.to(self, dtypes[0])
+        return super().to(*(value for value in args if not isinstance(value, torch.dtype)), **kwargs)
+
+
+class ExactComponent(Component):
+    """A component that holds measured numbers and no network: in whatever precision a pipeline is loaded or cast to, they stay float32."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As `Component.from_pretrained`, in float32."""
+        kwargs.pop("torch_dtype", None)
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "dtype": torch.float32})
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # What `to`, `half`, `cuda` … do to every tensor: here, the moving without the casting.
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)

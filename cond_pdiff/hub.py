@@ -290,28 +290,30 @@ def check_generator(folder: Path) -> dict[str, Any]:
             raise HubError(
                 f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
             )
-    for name, limit in MAX_CONFIG_NUMBERS.items():
+    for name in MAX_CONFIG_NUMBERS:
         for settings in folder.glob(f"*/{name}"):
-            largest = _largest_number(settings)
-            if largest > limit:
-                raise HubError(f"{settings}: the number {largest} is too large; at most {limit} is accepted")
+            try:
+                check_config_numbers(name, json.loads(settings.read_text(encoding="utf-8")), settings)
+            except (OSError, ValueError, RecursionError) as error:
+                raise HubError(f"{settings} is not valid JSON: {error}") from error
     return index
 
 
-def _largest_number(path: Path) -> int:
-    """The largest whole number in a JSON file, without its sign."""
-    try:
-        todo = [json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, RecursionError) as error:
-        raise HubError(f"{path} is not valid JSON: {error}") from error
-    largest = 0
+def check_config_numbers(name: str, settings: Any, where: object) -> None:
+    """Refuse settings, as a file of this name has them, with a whole number that is larger than `MAX_CONFIG_NUMBERS` says.
+
+    Raises:
+        HubError: names the number and `where` it stands.
+    """
+    todo, largest = [settings], 0
     while todo:
         value = todo.pop()
         if isinstance(value, (dict, list)):
             todo.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, int):
             largest = max(largest, abs(value))
-    return largest
+    if largest > MAX_CONFIG_NUMBERS[name]:
+        raise HubError(f"{where}: the number {largest} is too large; at most {MAX_CONFIG_NUMBERS[name]} is accepted")
 
 
 def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:

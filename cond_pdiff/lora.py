@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.locks import lock_of
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -169,6 +171,8 @@ def adapted_module(model: Any) -> nn.Module:
 def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Attach several adapters at once, each to its own group of the rows of every batch; gradients flow into their tensors.
 
+    The thread has the model to itself inside the block, as in `LoraAdapter.attached`.
+
     Args:
         model: the base model, which is not checked.
         spec: of all adapters; without heads.
@@ -179,23 +183,25 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
     for name, linear in target_linears(model, spec).items():
         lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
         hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scale)
-    attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()])
-    try:
-        yield
-    finally:
-        attachment.detach()
+    with lock_of(model):
+        attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()], lock_of(model))
+        try:
+            yield
+        finally:
+            attachment.detach()
 
 
 class Attachment:
     """A live attachment; `detach` removes it. The base model's weights are never written to."""
 
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, handles: list[RemovableHandle], lock: threading.RLock) -> None:
+        self._handles, self._lock = handles, lock
 
     def detach(self) -> None:
-        """Remove the adapter from the model; calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Remove the adapter from the model, once no other thread is using it; calling it again does nothing."""
+        with self._lock:
+            while self._handles:
+                self._handles.pop().remove()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import ExactComponent
 from cond_pdiff.errors import CondPDiffError
 
 Mode = Literal["none", "batch", "task", "tensor", "soup"]
@@ -16,7 +16,7 @@ EPSILON = 1e-8
 NUM_TASK_STATISTICS = 2
 
 
-class ParamNormalizer(Component):
+class ParamNormalizer(ExactComponent):
     """Z-score normalisation of params (paper, section 3.2 and table 3a).
 
     - `none`: values are params.
@@ -56,23 +56,26 @@ class ParamNormalizer(Component):
         """How many numbers an adapter has besides its values: 2 in mode `task`, else 0."""
         return NUM_TASK_STATISTICS if self.config.mode == "task" else 0
 
-    def fit(self, params: torch.Tensor) -> None:
-        """Measure the zoo. `params` has shape `(num_adapters, num_params)`."""
-        if params.ndim != 2 or params.shape[1] != sum(self.config.tensor_sizes) or not len(params):
-            raise CondPDiffError(f"expected params of shape (n, {sum(self.config.tensor_sizes)}), got {tuple(params.shape)}")
-        mode = self.config.mode
-        if mode == "batch":
-            columns = params.reshape(-1, 1)
-        elif mode in ("tensor", "soup"):
-            centred = params - params.mean(0) if mode == "soup" else params
-            pieces = centred.split(list(self.config.tensor_sizes), dim=1)
-            self.mean.copy_(params.mean(0) if mode == "soup" else torch.stack([piece.mean() for piece in pieces]))
-            self.std.copy_(torch.stack([piece.std(correction=0) for piece in pieces]))
-        elif mode == "task":
-            columns = self._raw_statistics(params)
-        if mode in ("batch", "task"):
-            self.mean.copy_(columns.mean(0))
-            self.std.copy_(columns.std(0, correction=0))
+    def fit(self, params: torch.Tensor | Iterable[torch.Tensor]) -> None:
+        """Measure the zoo. `params` has shape `(num_adapters, num_params)`, or is gone through once, in chunks of that shape."""
+        mode, sizes = self.config.mode, list(self.config.tensor_sizes)
+        moments = [_Moments() for _ in (sizes if mode == "tensor" else [0])]
+        for chunk in [params] if isinstance(params, torch.Tensor) else params:
+            if chunk.ndim != 2 or chunk.shape[1] != sum(sizes) or not len(chunk):
+                raise CondPDiffError(f"expected params of shape (n, {sum(sizes)}), got {tuple(chunk.shape)}")
+            if mode == "tensor":
+                for each, piece in zip(moments, chunk.split(sizes, dim=1), strict=True):
+                    each.add(piece.reshape(-1, 1))
+            else:
+                moments[0].add(self._raw_statistics(chunk) if mode == "task" else chunk.reshape(-1, 1) if mode == "batch" else chunk)
+        if not moments[0].count:
+            raise CondPDiffError("expected the params of at least one adapter, none came")
+        if mode == "soup":
+            self.mean.copy_(moments[0].mean)
+            self.std.copy_(torch.stack([piece.mean() for piece in moments[0].variance.split(sizes)]).sqrt())
+        elif mode != "none":
+            self.mean.copy_(torch.cat([each.mean for each in moments]))
+            self.std.copy_(torch.cat([each.variance for each in moments]).sqrt())
         self.fitted.fill_(1)
 
     def normalize(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,6 +124,24 @@ class ParamNormalizer(Component):
     def _raw_statistics(params: torch.Tensor) -> torch.Tensor:
         """Mean and logarithm of the standard deviation of each adapter, shape `(batch, 2)`."""
         return torch.stack([params.mean(1), (params.std(1, correction=0) + EPSILON).log()], dim=1)
+
+
+class _Moments:
+    """Mean and variance of columns whose rows come in parts (Chan, Golub and LeVeque, 1979), in double precision."""
+
+    count: int = 0
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Rows, shape `(n, columns)`."""
+        rows = rows.double()
+        mean, variance, new = rows.mean(0), rows.var(0, correction=0), len(rows) / (self.count + len(rows))
+        if self.count:
+            away = mean - self.mean
+            mean = self.mean + new * away
+            variance = (1 - new) * self.variance + new * variance + new * (1 - new) * away.square()
+        self.count, self.mean, self.variance = self.count + len(rows), mean, variance
 
 
 def join_statistics(code: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
+from cond_pdiff.locks import LOADING, lock_of
+from cond_pdiff.lora import adapted_module
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="5f89b7aa30578d55254cdf1964705987df7043d27aafe1461a6a75db7aaf65cf")
@@ -33,7 +35,8 @@ def load_transformer(base: Backbone) -> PixArtTransformer2DModel:
     """
     folder = (find_backbone(base, TRANSFORMER_WEIGHTS) / TRANSFORMER_WEIGHTS).parent
     try:
-        transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+        with LOADING:
+            transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_pretrained(folder, use_safetensors=True)
     except BROKEN_BASE as error:
         raise HubError(f"{folder} cannot be loaded as a PixArt transformer: {type(error).__name__}: {error}") from error
     return transformer
@@ -47,7 +50,8 @@ def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     """
     folder = find_backbone(base, TRANSFORMER_WEIGHTS)
     try:
-        pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
+        with LOADING:
+            pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
     except BROKEN_BASE as error:
         raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
     for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
@@ -66,6 +70,8 @@ def make_pictures(
     guidance_scale: float = 2.0,
 ) -> list[Image.Image]:
     """One picture a prompt, at the base's own size, from the noise of its seed.
+
+    Threads that share a pipeline take turns, as its scheduler and the adapters on it are state.
 
     Args:
         adapters: (adapter, strength) pairs; attached for this call only, their updates add up.
@@ -87,6 +93,7 @@ def make_pictures(
     if not math.isfinite(guidance_scale) or not all(math.isfinite(scale) for _, scale in adapters):
         raise CondPDiffError("guidance_scale and the adapters' strengths must be finite numbers")
     with ExitStack() as stack:
+        stack.enter_context(lock_of(adapted_module(pipe)))
         for adapter, scale in adapters:
             stack.enter_context(adapter.attached(pipe, scale))
         images: list[Image.Image] = pipe(
@@ -104,7 +111,8 @@ def make_pictures(
 def unknown_words(pipe: PixArtAlphaPipeline, prompt: str) -> list[str]:
     """Words of a prompt that the base model's tokenizer has never seen: they make no difference to the picture."""
     tokenizer = pipe.tokenizer
-    return [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
+    with lock_of(adapted_module(pipe)):
+        return [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
 def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), side: int = 192) -> Image.Image:

@@ -20,6 +20,7 @@ from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.few_shot import KNOWN_SIMILARITY, KNOWN_TASK, UNKNOWN_TASK, Choice, choose, choose_with_head
 from cond_pdiff.hub import check_generator, find_generator, generator_source
+from cond_pdiff.locks import LOADING, load_once, lock_of
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
@@ -29,7 +30,8 @@ from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
-from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport, package_versions, recorded_seeds
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
+from cond_pdiff.pipelines.provenance import machine_facts, package_versions, recorded_seeds, scheduler_settings
 from cond_pdiff.publish import add_card, push_generator
 from cond_pdiff.sampling import DEFAULT_STEPS, denoise
 
@@ -92,7 +94,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             template=template,
             condition_index=condition_index,
         )
-        self._base: SentenceBackbone | HeadBackbone | None = None
+        self._base: list[SentenceBackbone | HeadBackbone] = []
         self._source: dict[str, str | None] | None = None
         self._card_folder: Path | None = None
         self._guidance_scale = 1.0
@@ -125,7 +127,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
         check_generator(folder)
         try:
-            pipe: CondPDiffPipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+            with LOADING:
+                pipe: CondPDiffPipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         except CondPDiffError:
             raise
         except BROKEN_GENERATOR as error:
@@ -135,6 +138,11 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             ) from error
         if not set(pipe.components) & set(kwargs):  # with another component, adapters could not be made again from the name
             pipe._source, pipe._card_folder = generator_source(str(pretrained_model_name_or_path), folder), folder
+        return pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> CondPDiffPipeline:
+        """Move and cast as any diffusers pipeline; half precision is for the CPU too, so diffusers' warnings of it are not printed."""
+        pipe: CondPDiffPipeline = super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
         return pipe
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -231,12 +239,13 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Initial noise of unit variance, shape `(num_adapters, channels, length)`."""
+        """Initial noise of unit variance, shape `(num_adapters, channels, length)`; drawn in float32 whatever the precision."""
         channels, length = self.autoencoder.latent_shape
         shape = (num_adapters, channels, length + extra_length(self.normalizer.num_statistics, channels))
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
-            latents = randn_tensor(shape, list(generator) if isinstance(generator, Sequence) else generator, device=device, dtype=dtype)
+            rng = list(generator) if isinstance(generator, Sequence) else generator
+            latents = randn_tensor(shape, rng, device=device, dtype=torch.float32).to(dtype)
         elif not isinstance(latents, torch.Tensor) or tuple(latents.shape) != shape:
             raise CondPDiffError(f"latents must be a tensor of shape {shape}, got {getattr(latents, 'shape', type(latents).__name__)}")
         else:
@@ -263,7 +272,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Generate adapters for one condition.
+        """Generate adapters for one condition. Threads that share a pipeline take turns.
 
         Args:
             condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
@@ -296,44 +305,47 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._guidance_scale, self._interrupt = guidance_scale, False
+        with lock_of(self.unet):  # guidance scale, interruption and offloading are state
+            self._guidance_scale, self._interrupt = guidance_scale, False
+            if generator is None:  # so that it is recorded which adapter this is
+                generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
+            seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
+            condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
+            latents = self.prepare_latents(num_adapters, generator, latents)
+            views = len(condition_embeddings) // num_adapters
+            latents = latents.repeat_interleave(views, 0)
+            drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
+            with self.progress_bar(total=num_inference_steps) as bar:
 
-        if generator is None:  # so that it is recorded which adapter this is
-            generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
-        seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
-        condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
-        latents = self.prepare_latents(num_adapters, generator, latents)
-        views = len(condition_embeddings) // num_adapters
-        latents = latents.repeat_interleave(views, 0)
-        drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
-        with self.progress_bar(total=num_inference_steps) as bar:
+                def on_step(
+                    index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
+                ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+                    tensors = {"latents": latents, "condition_embeddings": embeddings}
+                    if callback_on_step_end is not None:
+                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                        tensors |= callback_on_step_end(self, index, timestep, asked) or {}
+                    bar.update()
+                    return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
 
-            def on_step(
-                index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
-            ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-                tensors = {"latents": latents, "condition_embeddings": embeddings}
-                if callback_on_step_end is not None:
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, index, timestep, asked) or {}
-                bar.update()
-                return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
-
-            latents = denoise(self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, guidance_scale, drawn, on_step)
-        latents = latents.unflatten(0, (num_adapters, views)).mean(1)
-        result = latents if output_type == "latent" else self.decode(latents)
-        self.maybe_free_model_hooks()
-        if output_type != "adapter":
-            return result
-        settings = {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "scheduler": type(self.scheduler).__name__,
-            "dtype": str(self.unet.dtype).removeprefix("torch."),
-            "num_adapters": num_adapters,
-            "generators": "each" if isinstance(generator, Sequence) else "one",
-            "generator": self._source,
-            "versions": package_versions(),
-        }
+                latents = denoise(
+                    self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, guidance_scale, drawn, on_step
+                )
+            latents = latents.unflatten(0, (num_adapters, views)).mean(1)
+            result = latents if output_type == "latent" else self.decode(latents)
+            self.maybe_free_model_hooks()
+            if output_type != "adapter":
+                return result
+            settings = {
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                **scheduler_settings(self.scheduler),
+                "dtype": str(self.unet.dtype).removeprefix("torch."),
+                "num_adapters": num_adapters,
+                "generators": "each" if isinstance(generator, Sequence) else "one",
+                "generator": self._source,
+                "machine": machine_facts(self._execution_device),
+                "versions": package_versions(),
+            }
         made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
         output = self._to_output(checked, result, made, latents, condition_embeddings[0], condition_report)
         return output if return_dict else output.to_tuple()
@@ -391,11 +403,12 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         return base
 
     def _load_base(self) -> SentenceBackbone | HeadBackbone:
-        if self._base is None:
-            reference, heads = self.template.base, self.template.spec.modules_to_save
-            self._base = HeadBackbone.load(reference, self._num_labels, heads) if heads else SentenceBackbone.load(reference)
-        self._base.model.to(self._execution_device)
-        return self._base
+        reference, heads = self.template.base, self.template.spec.modules_to_save
+        base = load_once(
+            self._base, lambda: HeadBackbone.load(reference, self._num_labels, heads) if heads else SentenceBackbone.load(reference)
+        )
+        base.to(self._execution_device)
+        return base
 
     def _choose(
         self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.utils import BaseOutput
 
@@ -98,21 +95,3 @@ class CondPDiffPipelineOutput(BaseOutput):
     def save_adapter(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the chosen adapter as a peft adapter folder (see `LoraAdapter.save`)."""
         return self.adapter.save(folder, overwrite)
-
-
-def package_versions() -> dict[str, str]:
-    """Of the packages that decide an adapter's bits."""
-    return {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__}
-
-
-def recorded_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
-    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
-    if generator is None:
-        return [None] * count
-    seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]
-    return seeds if isinstance(generator, Sequence) else seeds * count
-
-
-def _seed(rng: torch.Generator) -> int | None:
-    fresh = torch.Generator(rng.device).manual_seed(rng.initial_seed())
-    return rng.initial_seed() if torch.equal(rng.get_state(), fresh.get_state()) else None

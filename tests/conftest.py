@@ -268,6 +268,12 @@ def style_generator(style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder:
     return train(copy.deepcopy(style_recipe), style_zoo.folder, styles_folder, tmp_path_factory.mktemp("run"))
 
 
+def bits(run: Path) -> dict[str, str]:
+    """Hashes of all that a run ends in: checkpoints, metrics and the generator."""
+    paths = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".json")]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+
+
 def interrupt_at(patch: pytest.MonkeyPatch, where: str, calls: int) -> None:
     """Raise `KeyboardInterrupt` at the n-th call of the function `where`."""
     owner, _, name = where.rpartition(".")

@@ -20,8 +20,9 @@ from transformers import AutoModel
 from cond_pdiff.adapter import ADAPTER_FILES, LoraAdapter
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.lora import LoraSpec, base_fingerprint
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.training.zoo import soup
 
 TEXTS = ["the kitten purr", "good film", "the room was bad, the meal even worse, and the song awful"]
 QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
@@ -291,6 +292,49 @@ def test_interpolation_of_deltas_with_different_a(tiny_adapter: LoraAdapter, for
     wanted = 0.7 * tiny_adapter.delta(name) + 0.3 * foreign_adapter.delta(name)
     lost = torch.linalg.svdvals(wanted)[tiny_adapter.spec.rank :].norm()
     torch.testing.assert_close((there.delta(name) - wanted).norm(), lost, atol=1e-5, rtol=1e-4)
+
+
+def test_the_factors_of_a_mixture_do_not_depend_on_the_order(tiny_adapter: LoraAdapter, foreign_adapter: LoraAdapter) -> None:
+    there, back = tiny_adapter.interpolate(foreign_adapter, 0.3), foreign_adapter.interpolate(tiny_adapter, 0.7)
+    for key, tensor in there.tensors.items():
+        torch.testing.assert_close(back.tensors[key], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_a_soup_is_the_mean_of_the_updates(tiny_adapter: LoraAdapter, other_adapter: LoraAdapter, foreign_adapter: LoraAdapter) -> None:
+    """Exactly where `lora_A` is shared; else the best approximation of its rank, which the mean of the factors is not."""
+    shared = soup([tiny_adapter, other_adapter, tiny_adapter])
+    assert all(torch.equal(shared.tensors[key], tensor) for key, tensor in tiny_adapter.tensors.items() if ".lora_A." in key)
+    torch.testing.assert_close(deltas(shared), (2 * deltas(tiny_adapter) + deltas(other_adapter)) / 3, atol=1e-6, rtol=1e-5)
+
+    adapters = [tiny_adapter, other_adapter, foreign_adapter]
+    souped, factors = soup(adapters), LoraAdapter.mean(adapters, space="factors")
+    for name in tiny_adapter.modules:
+        wanted = torch.stack([adapter.delta(name) for adapter in adapters]).mean(0)
+        lost = torch.linalg.svdvals(wanted)[tiny_adapter.spec.rank :].norm()
+        torch.testing.assert_close((souped.delta(name) - wanted).norm(), lost, atol=1e-5, rtol=1e-4)
+        assert (factors.delta(name) - wanted).norm() > 1.05 * lost
+    assert souped.layout == tiny_adapter.layout
+
+
+@pytest.mark.parametrize(("out", "inputs"), [(30_000, 40_000), (2, 40)])
+def test_mixtures_of_large_and_of_narrow_modules(out: int, inputs: int) -> None:
+    """Of a large module, whose ΔW would take 4.8 GB; and of one whose ΔW has fewer rows than the rank."""
+    rng = torch.Generator().manual_seed(0)
+    stem = f"{KEY_PREFIX}layer.query"
+    first, second = (
+        LoraAdapter(
+            LoraSpec("base", 3, 3.0, ("query",)),
+            {
+                f"{stem}.lora_A.weight": torch.randn(3, inputs, generator=rng),
+                f"{stem}.lora_B.weight": torch.randn(out, 3, generator=rng),
+            },
+        )
+        for _ in range(2)
+    )
+    rows, columns = slice(0, 50), slice(0, 50)
+    same = first.interpolate(second, 1.0)
+    (lora_a, lora_b), (wanted_a, wanted_b) = same.factors("layer.query"), second.factors("layer.query")
+    torch.testing.assert_close(lora_b[rows] @ lora_a[:, columns], wanted_b[rows] @ wanted_a[:, columns], atol=1e-3, rtol=1e-3)
 
 
 def test_interpolation_refuses_other_kinds(tiny_adapter: LoraAdapter) -> None:

@@ -46,10 +46,11 @@ FACTS = """## How it was made
 | labels | `positive`, `negative` |
 | generator | `generator`, sha256 `{sha256}` |
 | seed | 3; `cond-pdiff verify adapter` makes it again and compares the bytes |
-| sampler | DPMSolverMultistepScheduler, 20 steps, guidance 1.5 |
+| sampler | DPMSolverMultistepScheduler ({settings}), 20 steps, guidance 1.5 |
 | class prototypes | of the label names and 2 recorded examples |
 | nearest trained | {nearest} |
 | request | {request} |
+| made on | device cpu, threads 1, cpu_capability {capability} |
 | versions | {versions} |
 """
 
@@ -73,6 +74,8 @@ def test_the_whole_card_of_a_generated_text_adapter(text_adapter: Path, tiny_bac
         sha256=facts["generator"]["sha256"][:12],
         nearest=", ".join(f"{name} {similarity:.2f}" for name, similarity in facts["nearest"]),
         request="in distribution" if facts["in_distribution"] else "**out of distribution**, unlike all that was trained on: test first",
+        capability=torch.backends.cpu.get_cpu_capability(),
+        settings=", ".join(f"{name} {value}" for name, value in facts["scheduler_config"].items()),
         versions=", ".join(f"{name} {facts['versions'][name]}" for name in ("cond_pdiff", "diffusers", "torch")),
     )
     assert card.startswith(TEXT_CARD.format(base=tiny_backbone.repo_id))

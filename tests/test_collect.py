@@ -19,6 +19,7 @@ from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.collect import _clip_gradients, collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.metrics import measure
@@ -78,6 +79,7 @@ def test_every_job_is_done_and_stands_in_the_manifest(zoo: Zoo, config: CollectC
     assert sorted(zoo.task_names) == ["animals", "moods"]
     assert zoo.unseen_names == ["likeness"]
     assert zoo.base == Backbone(**config.base)
+    assert all(run.facts["machine"] == machine_facts(torch.device("cpu")) for run in all_runs(zoo))
     assert zoo.facts["tasks"]["animals"]["labels"] == list(Task.load(tasks_folder / "animals").labels)
 
 
@@ -180,8 +182,8 @@ def test_runs_can_start_from_the_multitask_adapter(config: CollectConfig, tasks_
             assert torch.equal(lora_a, start_a)
             assert not torch.equal(lora_a, first.factors(name)[0])
             assert not torch.equal(lora_b, start_b)
-    with pytest.raises(TrainingError, match="from_multitask needs multitask_steps"):
-        replace(config, from_multitask=True, multitask_steps=0)
+    with pytest.raises(TrainingError, match="collect: from_multitask needs multitask_steps"):
+        parse(CollectConfig, {"from_multitask": True, "multitask_steps": 0}, "collect")
 
 
 def test_the_multitask_baseline_trains_both_factors(zoo: Zoo, config: CollectConfig) -> None:
@@ -308,7 +310,7 @@ def test_half_precision_trains_nearly_the_same_adapter(config: CollectConfig, ta
     assert not torch.equal(*both)
     assert torch.cosine_similarity(*both, dim=0) > 0.9
     with pytest.raises(TrainingError, match="precision must be 'no' or 'bf16', got 'fp16'"):
-        replace(config, precision="fp16")
+        parse(CollectConfig, {"precision": "fp16"}, "collect")
 
 
 def test_a_task_is_trained_on_or_unseen(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def test_a_style_generator_is_measured_beside_its_baselines(
     assert gap["mean"] == pytest.approx(np.mean([row["kid"]["generated"] - row["kid"]["retrieval"] for row in seen]), abs=1e-4)
     assert gap["interval"][0] <= gap["mean"] <= gap["interval"][1]
     own = [run.adapter() for run in style_zoo.runs("embers")]
+    space = ZooSpace(own, ["", ""])
     assert embers["frechet"]["soup"] == pytest.approx(embers["frechet"]["retrieval"]) or embers["retrieved"] != "embers"
-    assert embers["between_runs"] == pytest.approx(float(ZooSpace(own, ["", ""]).distances(own)[[0, 1], [1, 0]].mean()), abs=1e-4)
+    assert embers["between_runs"] == pytest.approx(float((space.distances(own) / space.norms)[[0, 1], [1, 0]].mean()), abs=1e-4)
     with Image.open(tmp_path / "pictures" / "moss.png") as sheet:
         assert sheet.size == (8 + 2 * 104, 8 + 6 * 124 + 20)  # two captions, six rows: no soup
     report = (tmp_path / "evaluation.md").read_text(encoding="utf-8")

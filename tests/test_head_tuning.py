@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def test_a_zoo_of_heads(bert_zoo: Zoo, config: CollectConfig, tasks_folder: Path
     weights = []
     for name in ("moods", "likeness"):
         (run,) = bert_zoo.runs(name)
-        adapters = run.adapters()
+        adapters = list(run.adapters())
         assert len(adapters) == 2  # the last checkpoints
         assert {adapter.spec.task_type for adapter in adapters} == {HEAD_TASK}
         weights += [adapter.tensors[f"{KEY_PREFIX}classifier.weight"] for adapter in adapters]
@@ -181,13 +181,13 @@ def test_bases_with_other_missing_weights_are_refused(make_base: Any) -> None:
         ({"modules_to_save": ()}, "modules_to_save names the heads of kind 'head'"),
         ({"kind": "text"}, "modules_to_save names the heads of kind 'head'"),
         ({"kind": "heads"}, "kind must be 'text', 'head' or 'style'"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
-        ({"weight_decay": -0.1}, "weight_decay not negative"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be less than 1, got 1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be greater than or equal to 0, got -0.1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config: CollectConfig, change: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
-        replace(config, **change)
+        parse(CollectConfig, {**asdict(config), **change}, "collect")
 
 
 # --- generators --------------------------------------------------------------------------------------------------------------

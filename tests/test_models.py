@@ -113,7 +113,7 @@ def test_every_param_counts(family: str) -> None:
 def test_autoencoder_save_and_load_is_bit_identical(family: str, tmp_path: Path) -> None:
     model, params = autoencoder(family).train(), values(4)
     model(params)  # moves the running statistics of batch norm
-    model.eval().fit_scaling_factor(params)
+    model.eval().fit_scaling_factor(model.encode(params))
     model.save_pretrained(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     loaded = ParamAutoencoder.from_pretrained(tmp_path)
@@ -126,13 +126,14 @@ def test_autoencoder_save_and_load_is_bit_identical(family: str, tmp_path: Path)
 def test_scaling_factor_makes_unit_variance_and_leaves_the_decoder_alone(family: str) -> None:
     model, params = autoencoder(family), values(6)
     reconstruction = model(params)
-    model.fit_scaling_factor(params)
-    assert abs(model.encode(params).square().mean() - 1) < 1e-4
+    latents = model.fit_scaling_factor(model.encode(params))
+    assert abs(latents.square().mean() - 1) < 1e-4
+    torch.testing.assert_close(model.encode(params), latents)
     assert model.config.scaling_factor != 1
     torch.testing.assert_close(model(params), reconstruction, atol=1e-5, rtol=0)
     first = model.config.scaling_factor
-    model.fit_scaling_factor(params)
-    assert model.config.scaling_factor == first
+    model.fit_scaling_factor(model.encode(params))
+    assert model.config.scaling_factor == pytest.approx(first, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_autoencoder_refuses_other_shapes(family: str) -> None:
         with pytest.raises(CondPDiffError, match=rf"expected latents of shape \(batch, {channels}, {length}\), got"):
             model.decode(bad)
     with pytest.raises(CondPDiffError, match="not trained"):
-        model.fit_scaling_factor(torch.full((2, 97), float("nan")))
+        model.fit_scaling_factor(torch.full((2, channels, length), float("nan")))
 
 
 # --- U-Net -------------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def test_save_and_load_is_bit_identical(mode: str, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_statistics_are_exact_in_every_precision(mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    normalizer, exact = fitted(mode), fitted(mode)
+    values, statistics = exact.normalize(zoo(3))
+    for cast in (lambda: normalizer.to(dtype), lambda: normalizer.to("cpu", dtype), normalizer.half, normalizer.bfloat16, normalizer.float):
+        cast()
+        assert torch.equal(normalizer.denormalize(values, statistics), exact.denormalize(values, statistics))
+    normalizer.save_pretrained(tmp_path)
+    loaded = ParamNormalizer.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(loaded.denormalize(values, statistics), exact.denormalize(values, statistics))
+    assert {tensor.device.type for tensor in normalizer.to("meta", dtype).state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize(("count", "channels"), [(2, 1), (2, 2), (2, 3), (3, 2), (5, 4), (0, 3)])
 def test_statistics_join_and_split(count: int, channels: int) -> None:
     rng = torch.Generator().manual_seed(0)

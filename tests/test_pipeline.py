@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import OTHER, PROMPT, quiet, same, seeds
+from diffusers.models.modeling_utils import ModelMixin
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import ConditionError, CondPDiffError
+
+MEASURED = ("normalizer", "condition_index", "condition_encoder")
+"""Components of measured numbers, which are exact in every precision."""
 
 
 def params(pipe: CondPDiffPipeline, condition: Any = PROMPT, **options: Any) -> torch.Tensor:
@@ -235,10 +240,12 @@ def test_other_precisions_keep_constants_exact_and_give_float32(
     pipe: CondPDiffPipeline, tiny_generator: Path, dtype: torch.dtype, tolerance: float, how: str
 ) -> None:
     expected = pipe(PROMPT, num_adapters=2, generator=seeds(0, 1))
+    measured = {name: {key: tensor.clone() for key, tensor in pipe.components[name].state_dict().items()} for name in MEASURED}
     other = pipe.to(dtype) if how == "to" else quiet(CondPDiffPipeline.from_pretrained(tiny_generator, dtype=dtype))
     assert other.unet.dtype == other.autoencoder.dtype == dtype
-    noise = torch.cat([torch.randn(1, *expected.latents.shape[1:], generator=rng) for rng in seeds(0, 1)])  # what `expected` began with
-    output = other(PROMPT, num_adapters=2, latents=noise)
+    for name, tensors in measured.items():
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in other.components[name].state_dict().items())
+    output = other(PROMPT, num_adapters=2, generator=seeds(0, 1))
     assert {adapter.tensors[key].dtype for adapter in output.adapters for key in adapter.tensors} == {torch.float32}
     constants = pipe.template.layout.constants
     assert constants == tuple(key for key in output.adapter.tensors if "lora_A" in key)
@@ -247,6 +254,18 @@ def test_other_precisions_keep_constants_exact_and_give_float32(
         difference = pipe.template.to_params(mine) - pipe.template.to_params(theirs)
         assert difference.norm() < tolerance * pipe.template.to_params(theirs).norm()
     assert output.report.nearest[0].task == expected.report.nearest[0].task
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moving_and_casting_says_nothing(
+    pipe: CondPDiffPipeline, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    pipe.to(dtype).to("cpu", dtype).to(device="cpu").to(dtype=dtype)
+    assert pipe.unet.to(torch.device("cpu")).to("cpu", dtype=dtype).dtype == dtype
+    assert caplog.messages == []
+    ModelMixin.to(pipe.unet, dtype)
+    assert "should be kept in float32" in caplog.text
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------

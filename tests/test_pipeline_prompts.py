@@ -120,7 +120,7 @@ def test_a_single_candidate_is_judged_too(pipe: CondPDiffPipeline, tmp_path: Pat
 def test_without_examples_the_first_is_taken_and_no_base_model_is_loaded(pipe: CondPDiffPipeline, condition: Any, count: int) -> None:
     output = pipe(condition, num_adapters=count)
     assert (output.chosen, output.report.choice, len(output.adapters)) == (0, None, count)
-    assert pipe._base is None
+    assert not pipe._base
 
 
 def test_the_base_model_is_as_it_was(pipe: CondPDiffPipeline) -> None:
@@ -179,6 +179,8 @@ def test_the_adapter_remembers_how_it_was_made(pipe: CondPDiffPipeline, tiny_bac
         "num_inference_steps": 4,
         "guidance_scale": 1.5,
         "scheduler": "DPMSolverMultistepScheduler",
+        "scheduler_config": {"prediction_type": "v_prediction"},
+        "machine": {"device": "cpu", "threads": 1, "cpu_capability": torch.backends.cpu.get_cpu_capability()},
         "dtype": "float32",
         "candidate": 1,
         "num_adapters": 2,

@@ -213,7 +213,7 @@ def test_a_zoo_is_pushed_as_a_data_set_with_manifest_and_card(hub: LoopbackHub, 
 def test_an_unfinished_zoo_is_not_pushed(hub: LoopbackHub, tiny_zoo: Path, tmp_path: Path) -> None:
     zoo = Zoo(shutil.copytree(tiny_zoo, tmp_path / "zoo"))
     shutil.rmtree(zoo.folder / "tasks" / "moods")
-    with pytest.raises(TaskDataError, match="moods has no adapter"):
+    with pytest.raises(TaskDataError, match="is not complete: 2 of 6 runs are missing"):
         push_zoo(zoo, "owner/zoo")
     assert hub.requests == []
 

@@ -20,13 +20,28 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.training.config import RECIPES_FOLDER, AutoencoderConfig, CollectConfig, FitConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.conditions import ConditionBank
+from cond_pdiff.training.config import (
+    RECIPES_FOLDER,
+    AutoencoderConfig,
+    CollectConfig,
+    FitConfig,
+    TuneConfig,
+    UNetConfig,
+    parse,
+    read_recipe,
+)
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.loop import _Run
+from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
+from cond_pdiff.training.reproduce.variants import Variant
 from cond_pdiff.training.styles import load_styles
 from cond_pdiff.training.tasks import load_tasks
+from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.train import train
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
 TINY_AE = TINY_RECIPE["autoencoder"]["model"]
@@ -36,22 +51,23 @@ TINY_AE = TINY_RECIPE["autoencoder"]["model"]
     ("config_class", "section", "message"),
     [
         (FitConfig, {"stepz": 1}, r"here: unknown entry 'stepz'; known are \['batch_size',"),
-        (FitConfig, {"steps": "5"}, "here: steps must be int, got '5'"),
-        (FitConfig, {"steps": 5.0}, "here: steps must be int, got 5.0"),
-        (FitConfig, {"steps": True}, "here: steps must be int, got True"),
-        (FitConfig, {"learning_rate": None}, "here: learning_rate must be float, got None"),
-        (FitConfig, {"precision": 16}, "here: precision must be str, got 16"),
-        (FitConfig, {"log_every": 0}, "fit, log_every: expected at least 1, got 0"),
-        (UNetConfig, {"prediction_type": "v-prediction"}, "prediction_type: expected one of .*'v_prediction'.*, got 'v-prediction'"),
-        (FitConfig, 5, "here must be a JSON object"),
-        (FitConfig, ["steps"], "here must be a JSON object"),
-        (AutoencoderConfig, {"fit": {"step": 1}}, "here, fit: unknown entry 'step'"),
-        (AutoencoderConfig, {"fit": 5}, "here, fit must be a JSON object"),
+        (FitConfig, {"steps": "5"}, "here: steps must be a valid integer, got '5'"),
+        (FitConfig, {"steps": 5.0}, "here: steps must be a valid integer, got 5.0"),
+        (FitConfig, {"steps": True}, "here: steps must be a valid integer, got True"),
+        (FitConfig, {"learning_rate": None}, "here: learning_rate must be a valid number, got None"),
+        (FitConfig, {"precision": 16}, "here: precision must be 'no', 'bf16' or 'fp16', got 16"),
+        (FitConfig, {"log_every": 0}, "here: log_every must be greater than or equal to 1, got 0"),
+        (UNetConfig, {"prediction_type": "v-prediction"}, "prediction_type must be 'epsilon', 'v_pred.*' or 'sample', got 'v-prediction'"),
+        (FitConfig, 5, "here must be an object, got 5"),
+        (FitConfig, ["steps"], "here must be an object"),
+        (AutoencoderConfig, {"fit": {"step": 1}}, r"here, fit: unknown entry 'step'; known are \['batch_size',"),
+        (AutoencoderConfig, {"fit": 5}, "here: fit must be an object"),
         (AutoencoderConfig, {"model": [1]}, "here: model must be"),
         (UNetConfig, {"condition_encoder": "ClipConditionEncoder"}, "here: condition_encoder must be"),
-        (CollectConfig, {"learning_rates": []}, "at least one learning rate"),
+        (CollectConfig, {"learning_rates": []}, "here: learning_rates must have at least 1 item"),
         (CollectConfig, {"tasks": "moods"}, "here: tasks must be"),
-        (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be bool, got 1"),
+        (CollectConfig, {"tasks": ["moods", 1]}, "here, tasks: entry 1 must be a valid string, got 1"),
+        (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be a valid boolean, got 1"),
         (CollectConfig, {"tasks": ["moods"], "learning_rates": 1e-3}, "here: learning_rates must be"),
     ],
 )
@@ -60,10 +76,61 @@ def test_unknown_and_mistyped_entries_are_refused(config_class: type[Any], secti
         parse(config_class, section, "here")
 
 
+@pytest.mark.parametrize(
+    ("config_class", "section", "message"),
+    [
+        (FitConfig, {"learning_rate": -0.001}, "learning_rate must be greater than 0, got -0.001"),
+        (FitConfig, {"ema_decay": 7}, "ema_decay must be less than 1, got 7"),
+        (FitConfig, {"seed": -1}, "seed must be greater than or equal to 0, got -1"),
+        (AutoencoderConfig, {"fit": {"warmup_steps": -1}}, "here, fit: warmup_steps must be greater than or equal to 0, got -1"),
+        (AutoencoderConfig, {"normalizer": "zscore"}, "normalizer must be 'none', .*, got 'zscore'"),
+        (AutoencoderConfig, {"latent_noise": math.nan}, "latent_noise must be a finite number, got nan"),
+        (AutoencoderConfig, {"model": {"decoder_channels": [4, math.inf]}}, "here: model: its numbers must be finite"),
+        (UNetConfig, {"beta_schedule": "sigmoid"}, "beta_schedule must be 'linear', .* got 'sigmoid'"),
+        (UNetConfig, {"condition_dropout": 1.1}, "condition_dropout must be less than or equal to 1"),
+        (TuneConfig, {"num_inference_steps": 0}, "num_inference_steps must be greater than or equal to 1"),
+        (CollectConfig, {"learning_rates": [0.1, -0.1]}, "here, learning_rates: entry 1 must be greater than 0, got -0.1"),
+        (CollectConfig, {"base": {}}, "here: base: not a backbone reference"),
+        (CollectConfig, {"base": {"repo_id": "a", "sha": "b"}}, "here: base: not a backbone reference"),
+        (CollectConfig, {"steps": 8, "last_checkpoints": 3}, "here: a run of 8 steps has no 3 checkpoints 5 steps apart"),
+        (ImageAutoencoderConfig, {"plain_share": -0.1}, "plain_share must be greater than or equal to 0"),
+        (SceneClassifierConfig, {"channels": []}, "channels must have at least 1 item"),
+        (ReproduceConfig, {"alphas": {"4": 0}}, "here, alphas: 4 must be greater than 0, got 0"),
+        (AblationConfig, {"variants": [{"unet": {"mixing": math.nan}}]}, "here, variants: entry 0: its numbers must be finite"),
+        (Variant, {"name": "x"}, "here: group is missing"),
+        (EvaluateConfig, {"samples": 1001}, "samples must be less than or equal to 1000, got 1001"),
+    ],
+)
+def test_values_out_of_range_are_refused(config_class: type[Any], section: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        parse(config_class, section, "here")
+
+
+@pytest.mark.parametrize(
+    "config_class",
+    [
+        *(CollectConfig, FitConfig, AutoencoderConfig, UNetConfig, TuneConfig, ReproduceConfig, AblationConfig, Variant, EvaluateConfig),
+        *(ImageAutoencoderConfig, TransformerConfig, SceneClassifierConfig, SampleConfig),
+    ],
+)
+def test_every_number_is_finite_and_every_entry_has_a_meaning(config_class: type[Any]) -> None:
+    entries = config_class.__pydantic_fields__
+    required = {name: "" for name, entry in entries.items() if entry.is_required()}
+    for name, entry in entries.items():
+        assert entry.description
+        with pytest.raises(TrainingError, match=name):
+            parse(config_class, {**required, name: math.nan}, "here")
+
+
 def test_parse_fills_in_defaults_and_reads_lists() -> None:
     assert parse(FitConfig, {"steps": 7, "learning_rate": 1}, "fit") == FitConfig(steps=7, learning_rate=1)
     assert parse(AutoencoderConfig, {"fit": {"steps": 7}}, "autoencoder").fit == FitConfig(steps=7)
     assert parse(CollectConfig, {"tasks": ["a", "b"]}, "collect").tasks == ("a", "b")
+
+
+def test_numbers_are_written_as_they_were_given() -> None:
+    for alpha in (8, 8.0):
+        assert json.dumps(parse(CollectConfig, {"alpha": alpha}, "collect").record()["alpha"]) == str(alpha)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +184,7 @@ def test_variants_that_are_none_are_refused(tmp_path: Path, variants: Any, messa
     [
         ("autoencoder", {"model": {"latent_dims": 8}}, "latent_dims"),
         ("autoencoder", {"model": {"num_params": 8}}, "num_params"),
+        ("autoencoder", {"model": {"latent_dim": -8}}, "autoencoder, model: .*negative dimension"),
         ("unet", {"model": {"heads": 8}}, "heads"),
         ("unet", {"condition_encoder": {"type": "Nonsense"}}, "type must be one of .*'SentenceConditionEncoder'.*, got 'Nonsense'"),
         ("unet", {"condition_encoder": {"type": "ClipConditionEncoder", "layers": 2}}, "layers"),
@@ -149,7 +217,7 @@ SHAPES: dict[str, tuple[list[str], int, int, int, tuple[int, int], int]] = {
 }
 
 
-def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool) -> ZooParams:
+def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool, folder: Path) -> ZooParams:
     """Two random adapters for each of two tasks."""
     spec = LoraSpec("nobody/base", rank, 8.0, tuple({name.split(".", 3)[-1] for name in modules}))
     rng = torch.Generator().manual_seed(0)
@@ -161,8 +229,8 @@ def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool) -> Zoo
         tensors = {key: tensor if "lora_A" in key else tensor.T.contiguous() for key, tensor in tensors.items()}
         adapters.append(LoraAdapter(spec, {**tensors, **(shared if shared_a else {})}))
     template = AdapterTemplate.from_adapters(adapters, Backbone("nobody/base"), 32)
-    params = torch.stack([template.to_params(adapter) for adapter in adapters])
-    return ZooParams(template, params, torch.tensor([0, 0, 1, 1]), ["moods/run-0", "moods/run-1", "animals/run-0", "animals/run-1"])
+    names = ["moods/run-0", "moods/run-1", "animals/run-0", "animals/run-1"]
+    return ZooParams.write(folder, template, map(template.to_params, adapters), [0, 0, 1, 1], names, "{}")
 
 
 def one_step(stage: AutoencoderStage | UNetStage, folder: Path) -> None:
@@ -197,8 +265,9 @@ def test_recipes_build_their_networks_and_train(
 ) -> None:
     modules, width, rank, num_params, latent_shape, _ = SHAPES[name]
     recipe = read_recipe(name)
-    data = random_zoo(modules, width, rank, shared_a=not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False))
-    assert data.params.shape == (4, num_params)
+    shared_a = not recipe.get("collect", {"train_lora_a": True}).get("train_lora_a", False)
+    data = random_zoo(modules, width, rank, shared_a, tmp_path / "params")
+    assert data.matrix.shape == (4, num_params)
     assert data.template.layout.num_adapter_params == {36_864: 73_728, 40_960: 81_920}.get(num_params, num_params)
 
     if name == "paper-style-half":  # a step of the whole takes 20 s and 3 GB; its full size is checked below, on the meta device
@@ -219,7 +288,8 @@ def test_recipes_build_their_networks_and_train(
     else:
         condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
     section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
-    unet = UNetStage(autoencoder, tasks, parse(UNetConfig, section, "unet"))
+    config = parse(UNetConfig, section, "unet")
+    unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, tmp_path), config)
     channels, length = latent_shape
     statistics = {"minilm-text-tasks": 2, "paper-language-half": 1, "reproduce-minilm": 2}.get(name, 0)
     assert unet.latents.shape == (4, channels, length + statistics)

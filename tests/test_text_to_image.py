@@ -335,7 +335,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(tiny_run: Path, tmp_path: Path
         ("image_autoencoder", {"scene": 5}, "image_autoencoder: unknown entry 'scene'"),
         ("image_autoencoder", {"model": {"latent_chanels": 4}}, "image_autoencoder, model: .*latent_chanels"),
         ("image_autoencoder", {"model": {"use_quant_conv": False}}, "image_autoencoder, model: use_quant_conv and .* must be true"),
-        ("transformer", {"max_length": "32"}, "transformer: max_length must be int"),
+        ("transformer", {"max_length": "32"}, "transformer: max_length must be a valid integer"),
         ("scene_classifier", {"fit": {"stepz": 5}}, "scene_classifier, fit: unknown entry 'stepz'"),
         ("samples", {"step": 5}, "samples: unknown entry 'step'"),
     ],

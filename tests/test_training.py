@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import hashlib
+import gzip
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,19 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RECIPE, interrupt_at
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import TINY_RECIPE, bits, interrupt_at
 from safetensors.torch import load_file, save_file
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import TaskDataError, TrainingError
-from cond_pdiff.training.conditions import prompt_variant
+from cond_pdiff.training.conditions import ConditionBank, prompt_variant
 from cond_pdiff.training.config import AutoencoderConfig, FitConfig, UNetConfig, parse
-from cond_pdiff.training.loop import fit, learning_rate, step_generator
+from cond_pdiff.training.loop import _Run, fit, learning_rate, step_generator
 from cond_pdiff.training.tasks import Task, load_tasks
 from cond_pdiff.training.train import train
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo import Zoo, write_run
+from cond_pdiff.training.zoo_params import ZooParams
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
 TINY_AE = TINY_RECIPE["autoencoder"]["model"]
@@ -38,14 +42,19 @@ def finished(tiny_generator: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def data(tiny_zoo: Path) -> ZooParams:
-    return ZooParams.load(Zoo(tiny_zoo))
+def data(tiny_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> ZooParams:
+    return ZooParams.load(Zoo(tiny_zoo), tmp_path_factory.mktemp("data") / "params")
 
 
-def bits(run: Path) -> dict[str, str]:
-    """Hashes of all that a run ends in: checkpoints, metrics and the generator."""
-    paths = [path for path in run.rglob("*") if path.suffix in (".safetensors", ".jsonl", ".json")]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
+def all_params(data: ZooParams) -> torch.Tensor:
+    return torch.cat(list(data.chunks()))
+
+
+def with_a_fault(data: ZooParams, number: float, folder: Path) -> ZooParams:
+    """One number of the third adapter is not what it was."""
+    params = all_params(data)
+    params[2, 100] = number
+    return ZooParams.write(folder, data.template, params, data.tasks.tolist(), data.names, "{}")
 
 
 def logged_steps(run: Path, stage: str) -> list[int]:
@@ -245,17 +254,53 @@ def test_other_settings_are_refused(
 
 
 def test_other_data_is_refused(finished: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
-    smaller = Path(shutil.copytree(tiny_zoo, tmp_path / "zoo"))
-    shutil.rmtree(smaller / "tasks" / "moods" / "run-1")
+    other = Zoo(shutil.copytree(tiny_zoo, tmp_path / "zoo"))
+    run = other.runs("moods")[0]
+    changed = run.adapter()
+    shutil.rmtree(run.folder)
+    write_run(run.folder, replace(changed, tensors={key: 1.01 * tensor for key, tensor in changed.tensors.items()}), run.facts)
     with pytest.raises(TrainingError, match=r"other settings or data \(data differ\)"):
-        train(recipe, smaller, tasks_folder, finished)
+        train(recipe, other.folder, tasks_folder, finished)
 
 
-def test_a_zoo_without_adapters_of_a_task_is_refused(recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_zoo, tmp_path / "zoo")
-    shutil.rmtree(tmp_path / "zoo" / "tasks" / "animals")
-    with pytest.raises(TaskDataError, match="no adapter of 'animals' yet; run `cond-pdiff collect` to the end"):
-        train(recipe, tmp_path / "zoo", tasks_folder, tmp_path / "run")
+def test_other_prompts_are_refused(finished: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
+    """Descriptions, labels, and the rows that stand in prompts as examples."""
+    before = bits(finished)
+    for index, (old, new) in enumerate((("kind?", "nice?"), ("positive", "fine"), ("the film", "the song"))):
+        tasks = Path(shutil.copytree(tasks_folder, tmp_path / f"tasks-{index}"))
+        for path in (tasks / "moods" / "meta.json", tasks / "moods" / "train.jsonl.gz"):
+            packed = path.suffix == ".gz"
+            text = (gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode().replace(old, new)
+            path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        with pytest.raises(TrainingError, match=rf"{finished / 'unet'} holds a run with other settings or data \(conditions differ\)"):
+            train(recipe, tiny_zoo, tasks, finished)
+    assert bits(finished) == before
+
+
+def test_a_run_of_the_first_release_is_continued(
+    finished: Path, tiny_generator: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path
+) -> None:
+    """Its checkpoints say nothing of processes and conditions."""
+    for path in finished.glob("*/checkpoint-*/state.json"):
+        state = json.loads(path.read_text())
+        for name in ("processes", "conditions"):
+            state["identity"].pop(name, None)
+        path.write_text(json.dumps(state))
+    train(recipe, tiny_zoo, tasks_folder, finished)
+    assert bits(finished / "generator") == bits(tiny_generator)
+
+
+@pytest.mark.parametrize("gone", ["tasks/animals/run-1", "tasks/likeness/run-0", "multitask"])
+def test_a_zoo_that_is_not_complete_is_refused(
+    recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, gone: str
+) -> None:
+    zoo = Zoo(shutil.copytree(tiny_zoo, tmp_path / "zoo"))
+    shutil.rmtree(zoo.folder / gone)
+    zoo.write_manifest()
+    assert json.loads((zoo.folder / "manifest.json").read_text())["complete"] is False
+    assert json.loads((tiny_zoo / "manifest.json").read_text())["complete"] is True
+    with pytest.raises(TaskDataError, match=rf"1 of 6 runs are missing \(.*\); run `cond-pdiff collect --zoo {zoo.folder}` with"):
+        train(recipe, zoo.folder, tasks_folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -264,9 +309,7 @@ def tiny_config(mode: str = "task", **settings: Any) -> AutoencoderConfig:
 
 
 def test_an_adapter_that_is_not_finite_is_named_with_its_step(data: ZooParams, tmp_path: Path) -> None:
-    params = data.params.clone()
-    params[2, 100] = float("nan")
-    stage = AutoencoderStage(replace(data, params=params), tiny_config(checkpoint_every=1))
+    stage = AutoencoderStage(with_a_fault(data, float("nan"), tmp_path / "params"), tiny_config(checkpoint_every=1))
     drawn = [int(stage.draw(1, step_generator(0, step))) for step in range(30)]
     first = drawn.index(2)
     assert 0 < first < 29
@@ -274,25 +317,23 @@ def test_an_adapter_that_is_not_finite_is_named_with_its_step(data: ZooParams, t
     with pytest.raises(TrainingError, match=message):
         fit(stage, stage.config.fit, tmp_path)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{first:08d}"]
-    for path in tmp_path.rglob("*.safetensors"):
+    for path in tmp_path.rglob("checkpoint-*/*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
 @pytest.mark.parametrize("mode", ["none", "batch", "tensor", "task"])
 def test_no_normaliser_hides_what_is_not_finite(data: ZooParams, tmp_path: Path, mode: str) -> None:
-    params = data.params.clone()
-    params[2, 100] = float("inf")
-    stage = AutoencoderStage(replace(data, params=params), tiny_config(mode, batch_size=4))
+    stage = AutoencoderStage(with_a_fault(data, float("inf"), tmp_path / "params"), tiny_config(mode, batch_size=4))
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d+; the batch was .*/run-"):
         fit(stage, stage.config.fit, tmp_path)
 
 
 @pytest.fixture
-def unet_stage(data: ZooParams, recipe: dict[str, Any], tasks_folder: Path, tiny_zoo: Path) -> UNetStage:
+def unet_stage(data: ZooParams, recipe: dict[str, Any], tasks_folder: Path, tiny_zoo: Path, tmp_path: Path) -> UNetStage:
     """On an untrained autoencoder."""
-    autoencoder = AutoencoderStage(data, tiny_config())
+    autoencoder, config = AutoencoderStage(data, tiny_config()), parse(UNetConfig, recipe["unet"], "unet")
     autoencoder.module.eval()
-    return UNetStage(autoencoder, load_tasks(tasks_folder, Zoo(tiny_zoo).task_names), parse(UNetConfig, recipe["unet"], "unet"))
+    return UNetStage(autoencoder, ConditionBank.build(load_tasks(tasks_folder, Zoo(tiny_zoo).task_names), config, tmp_path), config)
 
 
 def test_latents_that_are_not_finite_are_named_too(unet_stage: UNetStage, data: ZooParams, tmp_path: Path) -> None:
@@ -341,14 +382,30 @@ def test_every_precision_trains_and_resumes_with_any_other_before_it(data: ZooPa
     assert bits(tmp_path / "whole") == bits(tmp_path / "resumed")
 
 
-@pytest.mark.parametrize(
-    "precision", ["fp8", "half", "", pytest.param("fp16", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it"))]
-)
-def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path, precision: str) -> None:
-    config = tiny_config(precision=precision)
-    with pytest.raises(TrainingError, match="precision"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
+def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path) -> None:
+    config = tiny_config(precision="fp16")
+    with pytest.raises(TrainingError, match="precision 'fp16' needs a GPU"):
         fit(AutoencoderStage(data, config), config.fit, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_average_waits_where_the_gradient_scaler_skips_a_step(data: ZooParams, tmp_path: Path) -> None:
+    """As with fp16 on a GPU: the scale is too large at first, gradients overflow, and the optimiser does nothing."""
+    stage = AutoencoderStage(data, tiny_config())
+    AcceleratorState._reset_state()
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=math.inf)
+    run = _Run(stage, stage.config.fit, tmp_path, accelerator)
+    before = [parameter.clone() for parameter in stage.module.parameters()]
+    run.step(0)
+    assert run.optimizer.step_was_skipped
+    assert all(torch.equal(old, new) for old, new in zip(before, stage.module.parameters(), strict=True))
+    assert run.ema.optimization_step == 0
+    accelerator.scaler.update(1.0)
+    run.step(1)
+    assert not run.optimizer.step_was_skipped
+    assert run.ema.optimization_step == 1
 
 
 def test_tensorboard_events_are_written_on_demand(data: ZooParams, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_refusals(tiny_generator: Path, style_generator: Path, tasks_folder: Pat
     recipe = {"tune": copy.deepcopy(SECTION)}
     with pytest.raises(TrainingError, match="text adapters"):
         tune(recipe, style_generator, tasks_folder, tmp_path)
-    with pytest.raises(TrainingError, match="needs two labels"):
+    with pytest.raises(TrainingError, match="tune: most_labels must be greater than or equal to 2, got 1"):
         tune({"tune": {**SECTION, "most_labels": 1}}, tiny_generator, tasks_folder, tmp_path)
     with pytest.raises(TrainingError, match="generator differ"):
         tune(recipe, tuned, tasks_folder, tuned.parent)

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--force", action="store_true", help="replace a picture that is already there")
     preview.set_defaults(run=commands.preview)
 
-    verify = add("verify", help="make a generated adapter again from what it records, and compare every bit")
+    verify = add("verify", help="make a generated adapter again from what it records: the same bytes, or but for rounding?")
     verify.add_argument("adapter", type=Path, help="adapter folder")
     verify.add_argument("--generator", metavar="NAME", help="where its generator is now (default: by its recorded name and commit)")
     verify.add_argument("--image", type=Path, metavar="FILE", help="the style image that it was made from")

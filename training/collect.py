@@ -23,19 +23,16 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
+from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.head_tuning import HeadTuning
 from cond_pdiff.training.loop import rate_factor
 from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.style_tuning import StyleTuning
 from cond_pdiff.training.text_tuning import TextTuning
-from cond_pdiff.training.zoo import RUN_FILE, Zoo, write_run
+from cond_pdiff.training.zoo import MULTITASK, Job, Zoo, write_run
 
-MULTITASK = "multitask"
 TUNINGS: dict[str, type] = {"text": TextTuning, "head": HeadTuning, "style": StyleTuning}
-
-Job = tuple[str, int]
-"""A task's name (or `MULTITASK`) and the number of the run."""
 
 
 class Tuning(Protocol):
@@ -73,6 +70,10 @@ def collect(
     A finished job is a folder that exists; an interrupted one left nothing. Jobs are ordered by run, so that a zoo cut
     short covers all tasks.
 
+    The same settings give the same bytes on one make of machine with one number of CPU threads (`OMP_NUM_THREADS`); with another one
+    sums round differently, and training makes more of it. Each `run.json` says under `machine` where its run was trained, so two zoos
+    can be expected to have equal hashes where those entries are equal.
+
     Args:
         config: see `CollectConfig`.
         tasks_folder: a task collection (see `cond_pdiff.training.tasks`).
@@ -98,14 +99,12 @@ def collect(
     if missing := sorted(set(config.unseen) - set(tasks)):
         raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
     zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)
-    made = {name for name in config.tasks if tuning.facts(tasks[name]).get("source")}  # there for variety: one run says it
-    jobs = [(name, 0) for name in (*config.tasks, *config.unseen)]
-    jobs += [(name, run) for run in range(1, config.runs) for name in config.tasks if name not in made]
-    if config.multitask_steps:
-        jobs.insert(0 if config.from_multitask else len(jobs), (MULTITASK, 0))
+    order = {name: place for place, name in enumerate((*config.tasks, *config.unseen))}  # the recipe's; a zoo sorts its tasks
+    jobs, missing = zoo.jobs, set(zoo.missing)
+    jobs.sort(key=lambda job: (-1 if config.from_multitask else config.runs, 0) if job[0] == MULTITASK else (job[1], order[job[0]]))
     mine = jobs[shard[0] :: shard[1]]
     tuner = _Tuner(tuning, config, zoo, lora_a)
-    todo = [job for job in mine if not (tuner.folder(job) / RUN_FILE).exists()]
+    todo = [job for job in mine if job in missing]
     with tqdm(initial=len(mine) - len(todo), total=len(mine), desc="collect", unit="adapter") as bar:
         for group in _side_by_side(todo, together):
             if together == 1 or group[0][0] == MULTITASK:
@@ -116,6 +115,13 @@ def collect(
             bar.update(len(group))
     zoo.write_manifest()
     return zoo
+
+
+def collected(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path) -> Zoo:
+    """The zoo, which is collected, or collected to the end, if it is not complete; see `collect`."""
+    if (Path(zoo_folder) / "zoo.json").exists() and not (zoo := Zoo(zoo_folder)).missing:
+        return zoo
+    return collect(config, tasks_folder, zoo_folder)
 
 
 def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
@@ -186,10 +192,6 @@ class _Tuner:
         self.tuning, self.config, self.zoo, self.lora_a = tuning, config, zoo, lora_a
         self.spec = LoraSpec.from_json(zoo.facts["lora"])
 
-    def folder(self, job: Job) -> Path:
-        """Where its adapter goes."""
-        return self.zoo.folder / MULTITASK if job[0] == MULTITASK else self.zoo.run_folder(*job)
-
     def finetune(self, tasks: Sequence[Any], job: Job) -> None:
         """Train one adapter on one task (or, for the multi-task baseline, on many) and save it with its `run.json`."""
         (name, run), config, started = job, self.config, time.monotonic()
@@ -252,11 +254,12 @@ class _Tuner:
         adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "max_length": self.config.max_length, "task": name})
         facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
         facts |= {"loss": round(loss, 4), "train_lora_a": ".lora_A." in self._trained(name)}
+        facts["machine"] = machine_facts(next(self.tuning.model.parameters()).device)
         if task is not None:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(task)})
             facts.update(self.tuning.metrics(adapter, task))
         facts["seconds"] = round(seconds + time.monotonic() - started, 1)
-        write_run(self.folder(job), adapter, facts, kept)
+        write_run(self.zoo.job_folder(job), adapter, facts, kept)
 
     def _seed(self, job: Job) -> int:
         name, run = job

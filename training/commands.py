@@ -212,7 +212,7 @@ def verify(arguments: argparse.Namespace) -> None:
 
     diffusers_logging.disable_progress_bar()
     result = verify(LoraAdapter.load(arguments.adapter), arguments.generator, arguments.image)
-    if not result.same:
+    if not result.only_rounding:
         raise CondPDiffError(str(result))
     print(result)
 
@@ -313,15 +313,18 @@ def collect(arguments: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     config = parse(CollectConfig, read_recipe(arguments.recipe).get("collect", {}), "collect")
     zoo = collect(config, arguments.tasks, arguments.zoo, arguments.shard, arguments.together)
-    print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}")
+    rest = f"; {len(zoo.missing)} of {len(zoo.jobs)} runs are missing, of other shards" if zoo.missing else ""
+    print(f"{sum(len(zoo.runs(name)) for name in (*zoo.task_names, *zoo.unseen_names))} adapters in {zoo.folder}{rest}")
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Zoo → generator."""
     from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
     from cond_pdiff.training.train import train
 
-    print(f"generator  {train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)}")
+    generator = train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)
+    processes().print(f"generator  {generator}")
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -329,11 +332,13 @@ def tune(arguments: argparse.Namespace) -> None:
     from diffusers.utils import logging as diffusers_logging
 
     from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
     from cond_pdiff.training.tune import tune
 
     diffusers_logging.disable_progress_bar()
     recipe = read_recipe(arguments.recipe)
-    print(f"generator  {tune(recipe, arguments.generator, arguments.tasks, arguments.out, arguments.tensorboard)}")
+    generator = tune(recipe, arguments.generator, arguments.tasks, arguments.out, arguments.tensorboard)
+    processes().print(f"generator  {generator}")
 
 
 def make_styles(arguments: argparse.Namespace) -> None:
@@ -347,17 +352,21 @@ def make_styles(arguments: argparse.Namespace) -> None:
 def train_base(arguments: argparse.Namespace) -> None:
     """A text-to-image base model from nothing."""
     from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
     from cond_pdiff.training.text_to_image.train import train_base
 
-    print(f"base model {train_base(read_recipe(arguments.recipe), arguments.out, arguments.tensorboard)}")
+    folder = train_base(read_recipe(arguments.recipe), arguments.out, arguments.tensorboard)
+    processes().print(f"base model {folder}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a generator beside its baselines."""
+    from cond_pdiff.training.config import parse
     from cond_pdiff.training.evaluate.evaluate import evaluate
     from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
-    config = EvaluateConfig(samples=arguments.samples, max_rows=arguments.max_rows, seed=arguments.seed, **_sampling(arguments))
+    settings = {name: getattr(arguments, name) for name in ("samples", "max_rows", "seed")}
+    config = parse(EvaluateConfig, {**settings, **_sampling(arguments)}, "evaluate")
     if arguments.card and arguments.only:
         raise CondPDiffError("a card tells of all tasks: give --card or --only, not both")
     only = tuple(arguments.only)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceC
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
 from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
 from cond_pdiff.training.config import UNetConfig, build
+from cond_pdiff.training.disk_array import DiskArray
+from cond_pdiff.training.processes import from_main, processes, take_from_main
 from cond_pdiff.training.styles import Style
 from cond_pdiff.training.tasks import Task
 
@@ -26,7 +31,9 @@ CONDITION_ENCODERS = {
 }
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 WORD_DROPOUT = 0.15
+BANK_FILE = "conditions.safetensors"
 
+BANK_FILE = "conditions.safetensors"
 PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
 """Of the small WebP picture of each style that goes with a generator: about 700 bytes."""
 
@@ -40,15 +47,17 @@ class ConditionBank:
         names: the tasks.
         facts: of each task, for the generator's index.
         inputs: embeddings, shape `(num_tasks, variants, condition_dim)`; for an encoder that is trained with the U-Net its
-            inputs, shape `(num_tasks, variants, 3, side, side)`, uint8.
+            inputs, shape `(num_tasks, variants, 3, side, side)`, uint8, on disk.
         previews: of styles, one scene in each, as a WebP file.
+        sha256: of all prompts or pictures that the inputs are made of.
     """
 
     encoder: ConditionEncoder
     names: list[str]
     facts: dict[str, dict[str, Any]]
-    inputs: torch.Tensor
+    inputs: torch.Tensor | DiskArray
     previews: list[bytes]
+    sha256: str
 
     @property
     def trained_encoder(self) -> StyleCnnConditionEncoder | None:
@@ -59,12 +68,19 @@ class ConditionBank:
     def embeddings(self) -> torch.Tensor:
         """Embeddings of all variants, shape `(num_tasks, variants, condition_dim)`, by the encoder as it is now."""
         if self.trained_encoder is None:
+            assert isinstance(self.inputs, torch.Tensor)  # only pictures are kept on disk
             return self.inputs
-        return torch.stack([self.trained_encoder(pixels.float() / 255) for pixels in self.inputs.to(self.encoder.device)]).cpu()
+        device = self.encoder.device
+        return torch.stack([self.trained_encoder(self.inputs[task].to(device).float() / 255).cpu() for task in range(len(self.inputs))])
 
     @classmethod
-    def build(cls, tasks: Sequence[Task] | Sequence[Style], config: UNetConfig) -> ConditionBank:
-        """Make the variants of all tasks; `TrainingError` if the encoder does not fit the kind of task."""
+    def build(cls, tasks: Sequence[Task] | Sequence[Style], config: UNetConfig, folder: Path) -> ConditionBank:
+        """Make the variants of all tasks; `TrainingError` if the encoder does not fit the kind of task.
+
+        Args:
+            folder: gets the inputs of an encoder that is trained, which may be more than fit into memory.
+        """
+        torch.manual_seed(config.fit.seed)
         encoder = _condition_encoder(config.condition_encoder)
         styles = [task for task in tasks if isinstance(task, Style)]
         texts = [task for task in tasks if isinstance(task, Task)]
@@ -82,18 +98,39 @@ class ConditionBank:
         def variants(task: Any, count: int = count) -> Sequence[Any]:
             return style_variants(task, count) if styles else [prompt_variant(task, index) for index in range(count)]
 
+        names, digest = [task.name for task in tasks], hashlib.sha256()
+
         # One task at a time, and pictures as small as the encoder reads them: all variants of some hundred styles at once, as they
         # were cut, do not fit into memory.
-        names = [task.name for task in tasks]
+        def made() -> Iterator[torch.Tensor]:
+            for task in tasks:
+                shown = variants(task)
+                digest.update(json.dumps([task.name, [variant.to_json() for variant in shown]], sort_keys=True).encode())
+                if isinstance(encoder, StyleCnnConditionEncoder):
+                    pixels = torch.stack([style_pixels(variant, encoder.config.image_side) for variant in shown])
+                    yield (255 * pixels).round().to(torch.uint8)
+                else:
+                    yield encoder.encode(shown)[0]
+
         if isinstance(encoder, StyleCnnConditionEncoder):
-            side = encoder.config.image_side
-            pixels = torch.empty((len(tasks), count, 3, side, side), dtype=torch.uint8)
-            for row, task in zip(pixels, tasks, strict=True):
-                row.copy_((255 * torch.stack([style_pixels(variant, side) for variant in variants(task)])).round())
-            return cls(encoder, names, facts, pixels, previews)
-        if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
-            encoder.fit_center([variants(task, 1)[0] for task in tasks])
-        return cls(encoder, names, facts, torch.stack([encoder.encode(variants(task))[0] for task in tasks]), previews)
+            inputs: torch.Tensor | DiskArray = _on_disk(folder / BANK_FILE, made(), len(tasks))
+        else:
+            if isinstance(encoder, (SentenceConditionEncoder, BackboneStyleConditionEncoder)):
+                encoder.fit_center([variants(task, 1)[0] for task in tasks])
+            take_from_main(encoder)
+            inputs = from_main(torch.stack(list(made())))
+        return cls(encoder, names, facts, inputs, previews, digest.hexdigest())
+
+
+def _on_disk(path: Path, rows: Iterator[torch.Tensor], count: int) -> DiskArray:
+    """Rows that all processes make, which the main one writes, and all read."""
+    if processes().is_main_process:
+        DiskArray.write(path, rows, count)
+    else:
+        for _ in rows:
+            pass
+    processes().wait_for_everyone()
+    return DiskArray(path)
 
 
 def _preview(style: Style) -> bytes:

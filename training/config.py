@@ -1,16 +1,24 @@
-"""Training settings as data: a recipe is a JSON file with one section a stage; unknown or misspelt entries are refused."""
+"""Training settings as data: a recipe is a JSON file with one section a stage, which is checked when it is read.
+
+Every section is a frozen dataclass that pydantic checks, also where one is made or changed in code: entries that are unknown, of
+another type, out of their range or not finite are refused.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from cond_pdiff.errors import TrainingError
-from cond_pdiff.hub import MINILM
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic.dataclasses import dataclass
+
+from cond_pdiff.errors import HubError, TrainingError
+from cond_pdiff.hub import MINILM, Backbone
+from cond_pdiff.lora import MAX_RANK
+from cond_pdiff.normalization import Mode
 from cond_pdiff.sampling import DEFAULT_STEPS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -20,62 +28,103 @@ SECTIONS = (
     *("reproduce", "ablation", "quick"),
 )
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""What a diffusers scheduler may have its network predict."""
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""Of every section: nothing is converted, and nothing is ignored."""
 
 
-@dataclass(frozen=True)
+def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
+    check(value)
+    return value  # 8 stays 8, which is not written as 8.0 into zoos and adapters
+
+
+def _finite(settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(settings, allow_nan=False)
+    except ValueError as error:
+        raise ValueError("its numbers must be finite") from error
+    return settings
+
+
+def _reference(base: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Backbone.from_json(base)
+    except HubError as error:
+        raise ValueError(str(error)) from error
+    return base
+
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+InferenceSteps = Annotated[int, Field(ge=1, le=1000)]
+AS_GIVEN = WrapValidator(_as_given)
+Number = Annotated[float, AS_GIVEN]
+Positive = Annotated[float, Field(gt=0), AS_GIVEN]
+NotNegative = Annotated[float, Field(ge=0), AS_GIVEN]
+Share = Annotated[float, Field(ge=0, le=1), AS_GIVEN]
+GuidanceScale = Annotated[float, Field(ge=0, le=100), AS_GIVEN]
+Names = tuple[str, ...]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""Arguments of something else, which checks them when it is made."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class CollectConfig:
     """How adapters are fine-tuned into a zoo."""
 
-    tasks: tuple[str, ...] = ()                     # tasks that the generator is trained on; none named: all but the unseen
-    unseen: tuple[str, ...] = ()                    # tasks kept out; one run each, for comparison
-    kind: str = "text"                              # of tuning: "text" (class prototypes), "head" (a classification head) or "style"
-    base: dict[str, Any] = field(default_factory=MINILM.to_json)  # backbone reference
-    rank: int = 4                                   # r of ΔW = alpha / r · B · A
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
-    modules_to_save: tuple[str, ...] = ()           # the heads, trained whole: full names, such as "classifier"
-    fan_in_fan_out: bool = False                    # the targets' weights lie as (in, out): GPT-2's
-    train_lora_a: bool = False                      # of the runs. True: the paper's way; False: one frozen A for the whole zoo
-    runs: int = 3                                   # runs a task (one of a recoloured style), differing in data, order and rate
-    steps: int = 100                                # optimiser steps a run
-    batch_size: int = 16                            # texts or pictures a step
-    max_length: int = 48                            # tokens a text or caption
-    max_pictures: int = 256                         # training pictures of a style
-    time_shift: float = 0.0                         # for styles on a flow: see `TransformerConfig`; colours are decided in much noise
-    learning_rates: tuple[float, ...] = (4e-3, 3e-3, 5e-3)  # of run 0, 1, 2, 0, …
-    precision: str = "no"                           # "bf16": autocast, about half the time on a CPU that has it
-    warmup: float = 0.1                             # share of the steps
-    weight_decay: float = 0.0                       # AdamW's, on all that is trained
-    lora_dropout: float = 0.0                       # share of an adapted module's inputs that its update does not see in training
-    subset: float = 0.8                             # share of the training rows that a run sees
-    last_checkpoints: int = 1                       # adapters kept of a run: the last one, and earlier ones …
-    checkpoint_every: int = 5                       # … so many steps apart
-    multitask_steps: int = 1500                     # steps of the multi-task baseline, which trains both factors; 0: none
-    multitask_learning_rate: float = 0.0            # of the baseline; 0: see `multitask_rate`
-    from_multitask: bool = False                    # True: all runs start from the baseline's factors
-    metric_rows: int = 200                          # rows of the reported split (or test pictures) for the manifest's metrics
-    seed: int = 0
+    tasks: Names = Field(default=(), description="tasks that the generator is trained on; none named: all but the unseen")
+    unseen: Names = Field(default=(), description="tasks kept out; one run each, for comparison")
+    kind: Literal["text", "head", "style"] = Field(
+        default="text", description="of tuning: 'text' (class prototypes), 'head' (a classification head) or 'style'"
+    )
+    base: Annotated[dict[str, str | None], AfterValidator(_reference)] = Field(
+        default_factory=MINILM.to_json, description="the base model: repo_id, revision, sha256"
+    )
+    rank: Rank = Field(default=4, description="r of ΔW = alpha / r · B · A")
+    alpha: Positive = Field(default=16.0, description="alpha of ΔW = alpha / r · B · A")
+    target_modules: Annotated[Names, Field(min_length=1)] = Field(
+        default=("query", "key", "value", "attention.output.dense"), description="suffixes of the adapted modules' names"
+    )
+    modules_to_save: Names = Field(default=(), description="the heads, trained whole: full names, such as 'classifier'")
+    fan_in_fan_out: bool = Field(default=False, description="the targets' weights lie as (in, out): GPT-2's")
+    train_lora_a: bool = Field(default=False, description="of the runs; true: the paper's way; false: one frozen A for the whole zoo")
+    runs: Count = Field(default=3, description="runs a task (one of a recoloured style), differing in data, order and rate")
+    steps: Count = Field(default=100, description="optimiser steps a run")
+    batch_size: Count = Field(default=16, description="texts or pictures a step")
+    max_length: Count = Field(default=48, description="tokens a text or caption")
+    max_pictures: Count = Field(default=256, description="training pictures of a style")
+    time_shift: Number = Field(
+        default=0.0, description="for styles on a flow: see the section 'transformer'; colours are decided in much noise"
+    )
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        default=(4e-3, 3e-3, 5e-3), description="of run 0, 1, 2, 0, …"
+    )
+    precision: Literal["no", "bf16"] = Field(
+        default="no", description="'bf16': autocast, about half the time on a CPU that has it"
+    )
+    warmup: Share = Field(default=0.1, description="share of the steps")
+    weight_decay: NotNegative = Field(default=0.0, description="AdamW's, on all that is trained")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), AS_GIVEN] = Field(
+        default=0.0, description="share of an adapted module's inputs that its update does not see in training"
+    )
+    subset: Annotated[float, Field(gt=0, le=1), AS_GIVEN] = Field(default=0.8, description="share of the training rows that a run sees")
+    last_checkpoints: Count = Field(default=1, description="adapters kept of a run: the last one, and earlier ones …")
+    checkpoint_every: Count = Field(default=5, description="… so many steps apart")
+    multitask_steps: Amount = Field(default=1500, description="steps of the multi-task baseline, which trains both factors; 0: none")
+    multitask_learning_rate: NotNegative = Field(default=0.0, description="of the baseline; 0: see `multitask_rate`")
+    from_multitask: bool = Field(default=False, description="true: all runs start from the baseline's factors")
+    metric_rows: Count = Field(default=200, description="rows of the reported split (or test pictures) for the manifest's metrics")
+    seed: Seed = Field(default=0, description="of everything that is drawn")
 
     def __post_init__(self) -> None:
-        if not self.learning_rates:
-            raise TrainingError("collect: name at least one learning rate")
-        if self.precision not in ("no", "bf16"):
-            raise TrainingError(f"collect: precision must be 'no' or 'bf16', got {self.precision!r}")
-        if self.kind not in ("text", "head", "style"):
-            raise TrainingError(f"collect: kind must be 'text', 'head' or 'style', got {self.kind!r}")
         if (self.kind == "head") != bool(self.modules_to_save):
-            raise TrainingError(f"collect: modules_to_save names the heads of kind 'head', got {self.modules_to_save!r} for {self.kind!r}")
-        if not 0 <= self.lora_dropout < 1 or self.weight_decay < 0:
-            raise TrainingError(
-                f"collect: lora_dropout must be in [0, 1) and weight_decay not negative, got {self.lora_dropout} and {self.weight_decay}"
-            )
+            raise ValueError(f"modules_to_save names the heads of kind 'head', got {self.modules_to_save!r} for {self.kind!r}")
         if self.from_multitask and not self.multitask_steps:
-            raise TrainingError("collect: from_multitask needs multitask_steps")
-        if self.last_checkpoints < 1 or self.checkpoint_every < 1 or (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
-            raise TrainingError(
-                f"collect: a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"
+            raise ValueError("from_multitask needs multitask_steps")
+        if (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
+            raise ValueError(
+                f"a run of {self.steps} steps has no {self.last_checkpoints} checkpoints {self.checkpoint_every} steps apart"
             )
 
     @property
@@ -92,85 +141,100 @@ class CollectConfig:
         Words that came after the first zoos are left out where they say nothing, so that older zoos can be continued.
         """
         later = ("modules_to_save", "fan_in_fan_out", "weight_decay", "lora_dropout")
-        kept = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("tasks", "unseen", "base")}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("tasks", "unseen", "base")}
         return {name: value for name, value in kept.items() if value or name not in later}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FitConfig:
     """How one stage is trained by the loop."""
 
-    steps: int = 2000
-    batch_size: int = 32
-    learning_rate: float = 1e-3     # peak; cosine to zero after the warm-up
-    warmup_steps: int = 100
-    weight_decay: float = 0.0
-    ema_decay: float = 0.995        # of the weights that are kept
-    max_grad_norm: float = 1.0
-    precision: str = "no"           # "bf16" or "fp16": autocast, where the device is faster with it
-    checkpoint_every: int = 200     # steps; a killed run goes on from the last checkpoint
-    log_every: int = 20             # steps a line of metrics.jsonl
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            if isinstance(getattr(self, name), int) and getattr(self, name) < 1:  # `parse` tells what has another type
-                raise TrainingError(f"fit, {name}: expected at least 1, got {getattr(self, name)}")
+    steps: Count = Field(default=2000, description="optimiser steps")
+    batch_size: Count = Field(default=32, description="samples a step")
+    learning_rate: Positive = Field(default=1e-3, description="peak; cosine to zero after the warm-up")
+    warmup_steps: Amount = Field(default=100, description="steps in which the learning rate rises")
+    weight_decay: NotNegative = Field(default=0.0, description="AdamW's")
+    ema_decay: Annotated[float, Field(ge=0, lt=1), AS_GIVEN] = Field(default=0.995, description="of the weights that are kept")
+    max_grad_norm: Positive = Field(default=1.0, description="longer gradients are shortened to it")
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no", description="'bf16' or 'fp16': autocast, where the device is faster with it"
+    )
+    checkpoint_every: Count = Field(default=200, description="steps; a killed run goes on from the last checkpoint")
+    log_every: Count = Field(default=20, description="steps a line of metrics.jsonl")
+    seed: Seed = Field(default=0, description="of everything that is drawn")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class AutoencoderConfig:
     """The autoencoder stage (paper, section 3.2 and appendix B)."""
 
-    model: dict[str, Any] = field(default_factory=dict)     # ParamAutoencoder's arguments, without num_params
-    fit: FitConfig = FitConfig()
-    normalizer: str = "task"        # ParamNormalizer's mode
-    input_noise: float = 0.001      # standard deviation, in units of normalised params
-    latent_noise: float = 0.1       # standard deviation, in units of the batch's latents (equation 6b)
+    model: JsonObject = Field(default_factory=dict, description="ParamAutoencoder's arguments, without num_params")
+    fit: FitConfig = Field(default=FitConfig(), description="how it is trained")
+    normalizer: Mode = Field(default="task", description="ParamNormalizer's mode")
+    input_noise: NotNegative = Field(default=0.001, description="standard deviation, in units of normalised params")
+    latent_noise: NotNegative = Field(
+        default=0.1, description="standard deviation, in units of the batch's latents (equation 6b)"
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class UNetConfig:
     """The diffusion stage (paper, section 3.3 and appendix B)."""
 
-    model: dict[str, Any] = field(default_factory=dict)     # ParamUNet1D's arguments, without sizes
-    fit: FitConfig = FitConfig()
-    condition_encoder: dict[str, Any] = field(default_factory=lambda: {"type": "SentenceConditionEncoder"})  # and its arguments
-    prediction_type: str = "v_prediction"
-    num_train_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    condition_dropout: float = 0.1  # share of samples trained without a condition, for classifier-free guidance
-    condition_noise: float = 0.02   # standard deviation added to condition embeddings
-    variants_per_task: int = 48     # of each task's condition: prompts with other examples, crops of style pictures
-    latent_jitter: float = 0.0      # standard deviation added to training latents (unit variance)
-    noise_draws: int = 1            # noise levels at which a step trains each sample; its condition is embedded once for all of them
-    mixing: float = 0.0             # share of samples that are mixtures of two tasks, condition and latents alike
-    mixing_beyond: float = 0.0      # how far mixtures go past either task, in units of the way between them
+    model: JsonObject = Field(default_factory=dict, description="ParamUNet1D's arguments, without sizes")
+    fit: FitConfig = Field(default=FitConfig(), description="how it is trained")
+    condition_encoder: JsonObject = Field(
+        default_factory=lambda: {"type": "SentenceConditionEncoder"}, description="its type, and its arguments"
+    )
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        default="v_prediction", description="what the network predicts (diffusers' names)"
+    )
+    num_train_timesteps: Count = Field(default=1000, description="noise levels")
+    beta_start: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] = Field(default=1e-4, description="variance that the first noise level adds")
+    beta_end: Annotated[float, Field(gt=0, lt=1), AS_GIVEN] = Field(default=0.02, description="variance that the last noise level adds")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
+        default="linear", description="the way from one to the other (diffusers' names)"
+    )
+    condition_dropout: Share = Field(
+        default=0.1, description="share of samples trained without a condition, for classifier-free guidance"
+    )
+    condition_noise: NotNegative = Field(default=0.02, description="standard deviation added to condition embeddings")
+    variants_per_task: Count = Field(
+        default=48, description="of each task's condition: prompts with other examples, crops of style pictures"
+    )
+    latent_jitter: NotNegative = Field(default=0.0, description="standard deviation added to training latents (unit variance)")
+    noise_draws: Count = Field(
+        default=1, description="noise levels at which a step trains each sample; its condition is embedded once for all of them"
+    )
+    mixing: Share = Field(default=0.0, description="share of samples that are mixtures of two tasks, condition and latents alike")
+    mixing_beyond: NotNegative = Field(
+        default=0.0, description="how far mixtures go past either task, in units of the way between them"
+    )
 
-    def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise TrainingError(f"unet, prediction_type: expected one of {PREDICTION_TYPES}, got {self.prediction_type!r}")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TuneConfig:
     """The third stage: task loss. A step's batch is of episodes."""
 
-    fit: FitConfig = FitConfig()
-    decoder: bool = False           # is the autoencoder's decoder trained too? It says which adapters there can be
-    examples: int = 32              # of an episode, all its classes together
-    most_labels: int = 8            # classes of an episode
-    whole_tasks: float = 0.6        # share of episodes with as many classes as their task has (up to `most_labels`)
-    shown: float = 0.5              # share of an episode's examples that the condition holds; the loss is on the others
-    without_examples: float = 0.25  # share of conditions with description and label names only
-    max_length: int = 48            # tokens a text
-    num_inference_steps: int = DEFAULT_STEPS  # denoising steps, all with gradients: as many as the adapters will be made with
-
-    def __post_init__(self) -> None:
-        if self.most_labels < 2 or self.examples < 4 or self.num_inference_steps < 1:
-            raise TrainingError("tune: an episode needs two labels and four examples at least, and a denoising step")
+    fit: FitConfig = Field(default=FitConfig(), description="how it is trained")
+    decoder: bool = Field(
+        default=False, description="is the autoencoder's decoder trained too? It says which adapters there can be"
+    )
+    examples: Annotated[int, Field(ge=4)] = Field(default=32, description="of an episode, all its classes together")
+    most_labels: Annotated[int, Field(ge=2)] = Field(default=8, description="classes of an episode")
+    whole_tasks: Share = Field(
+        default=0.6, description="share of episodes with as many classes as their task has (up to `most_labels`)"
+    )
+    shown: Share = Field(
+        default=0.5, description="share of an episode's examples that the condition holds; the loss is on the others"
+    )
+    without_examples: Share = Field(
+        default=0.25, description="share of conditions with description and label names only"
+    )
+    max_length: Count = Field(default=48, description="tokens a text")
+    num_inference_steps: InferenceSteps = Field(
+        default=DEFAULT_STEPS, description="denoising steps, all with gradients: as many as the adapters will be made with"
+    )
 
 
 Config = TypeVar("Config")
@@ -220,36 +284,33 @@ def _check_sections(recipe: object, where: str) -> None:
 
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
-    """A config dataclass from a recipe's section; `TrainingError` names unknown, missing or mistyped entries."""
-    if not isinstance(section, Mapping):
-        raise TrainingError(f"{where} must be a JSON object, got {section!r:.80}")
-    known = {entry.name: entry for entry in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    unknown = sorted(set(section) - set(known))
-    if unknown:
-        raise TrainingError(f"{where}: unknown entry {unknown[0]!r}; known are {sorted(known)}")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in section.items()}
-    if known.get("fit") and "fit" in values:
-        values["fit"] = parse(FitConfig, values["fit"], f"{where}, fit")
+    """A checked section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
     try:
-        config = config_class(**values)
-    except TypeError as error:
-        raise TrainingError(f"{where}: {error}") from error
-    for name, entry in known.items():
-        _check_type(getattr(config, name), str(entry.type), f"{where}: {name}")
-    return config
+        return TypeAdapter(config_class).validate_json(json.dumps(section))
+    except ValidationError as error:
+        raise TrainingError(_explained(config_class, error, where)) from error
+
+
+def _explained(config_class: Any, error: ValidationError, where: str) -> str:
+    """The first of pydantic's complaints, in one line."""
+    first = error.errors(include_url=False)[0]
+    path = [f"entry {part}" if isinstance(part, int) else part for part in first["loc"]]
+    place = ", ".join([where, *path[:-1]])
+    if first["type"] == "unexpected_keyword_argument":
+        for name in path[:-1]:
+            config_class = config_class.__pydantic_fields__[name].annotation
+        return f"{place}: unknown entry {path[-1]!r}; known are {sorted(config_class.__pydantic_fields__)}"
+    what = f"{place}: {path[-1]}" if path else where
+    if first["type"] == "missing":
+        return f"{what} is missing"
+    if first["type"] == "value_error":
+        return f"{what}: {first['ctx']['error']}"
+    return f"{what} must {first['msg'].partition(' should ')[2]}, got {first['input']!r:.80}"
 
 
 def build(network: Callable[..., Network], where: str, /, *arguments: Any, **settings: Any) -> Network:
-    """`network(*arguments, **settings)`; `TrainingError` if the recipe's settings name an argument that it does not have."""
+    """`network(*arguments, **settings)`; `TrainingError` if it has no such argument, or cannot be made with such a value."""
     try:
         return network(*arguments, **settings)
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise TrainingError(f"{where}: {error}") from error
-
-
-def _check_type(value: object, declared: str, what: str) -> None:
-    expected: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    expected |= {"tuple": (tuple,), "dict": (dict,)}
-    allowed = expected.get(declared.partition("[")[0])
-    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and declared != "bool")):
-        raise TrainingError(f"{what} must be {declared.replace('tuple', 'a list: ').replace('dict', 'an object: ')}, got {value!r}")

@@ -67,7 +67,7 @@ def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: in
     base = load_text_to_image(zoo.base)
     training = [index for index in range(count) if not is_test(index / (count - 1))]
     names = {index: f"mixture-{index:05d}" for index in training}
-    collect = {**zoo.facts["collect"], "runs": 1}
+    collect = {**zoo.facts["collect"], "runs": 1, "multitask_steps": 0}
     tasks: dict[str, Any] = {names[index]: {"group": names[index], "licence": ""} for index in training}
     write_text(out / "zoo" / "zoo.json", dump_json({**zoo.facts, "collect": collect, "tasks": tasks, "unseen": {}}))
     found: dict[str, list[torch.Tensor]] = {"ratios": [], "params": [], "pictures": []}

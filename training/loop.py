@@ -2,7 +2,7 @@
 
 Resuming is exact: all randomness of a step comes from (seed, step, process), the learning rate is a function of the step,
 and a checkpoint holds weights, optimiser, EMA and gradient scaler. Killing a run at any moment and giving the same command
-again ends in the same bits as an undisturbed run.
+again, with as many processes, ends in the same bits as an undisturbed run; all processes end in the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,9 +28,9 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from cond_pdiff.training.config import FitConfig
 from cond_pdiff.training.precision import attention_backend
+from cond_pdiff.training.processes import average_norms, processes, take_from_main
 
 METRICS_FILE = "metrics.jsonl"
-PRECISIONS = ("no", "bf16", "fp16")
 
 
 class Stage(Protocol):
@@ -38,7 +39,9 @@ class Stage(Protocol):
     name: str
     module: nn.Module
     identity: dict[str, Any]
-    """JSON-ready facts (settings, data hash) that must be equal for a checkpoint to be continued."""
+    """JSON-ready facts (settings, hashes of data and conditions) that must be equal for a checkpoint to be continued."""
+    at_once: int | None
+    """Samples that go through the network together, for memory's sake; a step sums up the gradients of as many parts. None: all."""
 
     def draw(self, batch_size: int, rng: torch.Generator) -> Any:
         """Draw a batch. All randomness of a step comes from `rng`, a CPU generator."""
@@ -62,10 +65,9 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
     Raises:
         TrainingError: the loss is not finite (names step and batch), or the checkpoint is of another run.
     """
-    if config.precision not in PRECISIONS:
-        raise TrainingError(f"precision must be one of {PRECISIONS}, got {config.precision!r}")
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise TrainingError("tensorboard events need the package tensorboard: pip install 'cond-pdiff[train]'")
+    processes()  # decides on the device before accelerate does
     AcceleratorState._reset_state()  # accelerate keeps one precision for the whole process; each stage has its own
     try:
         accelerator = Accelerator(mixed_precision=config.precision, log_with="tensorboard" if tensorboard else None, project_dir=folder)
@@ -89,7 +91,8 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             run.save(step + 1)
     run.finish()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # `end_training` would also leave the other processes, which the next stage needs
+        tracker.finish()
 
 
 def rate_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -115,7 +118,7 @@ class _Run:
 
     def __init__(self, stage: Stage, config: FitConfig, folder: Path, accelerator: Accelerator) -> None:
         self.stage, self.config, self.folder, self.accelerator = stage, config, folder, accelerator
-        self.identity = json.loads(json.dumps({"fit": asdict(config), **stage.identity}))
+        self.identity = json.loads(json.dumps({"fit": asdict(config), "processes": accelerator.num_processes, **stage.identity}))
         optimizer = torch.optim.AdamW(stage.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
         self.module, self.optimizer = accelerator.prepare(stage.module.train(), optimizer)
         self.ema = EMAModel(stage.module.parameters(), decay=config.ema_decay)
@@ -126,21 +129,29 @@ class _Run:
         rng = step_generator(config.seed, step, accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        batch = stage.draw(config.batch_size, rng)
-        with accelerator.autocast(), attention_backend(config.precision, accelerator.device.type):
-            loss = stage.loss(self.module, batch, rng)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{stage.name}: the loss is {value} at step {step}; the batch was {stage.describe(batch)}. "
-                "The last checkpoint is kept; check these adapters, or lower the learning rate."
-            )
-        accelerator.backward(loss)
+        total, at_once = 0.0, stage.at_once or config.batch_size
+        for done in range(0, config.batch_size, at_once):
+            size = min(at_once, config.batch_size - done)
+            last = done + size == config.batch_size
+            with nullcontext() if last else accelerator.no_sync(self.module):  # processes tell each other a step's whole gradients
+                batch = stage.draw(size, rng)
+                with accelerator.autocast(), attention_backend(config.precision, accelerator.device.type):
+                    loss = stage.loss(self.module, batch, rng)
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"{stage.name}: the loss is {value} at step {step}; the batch was {stage.describe(batch)}. "
+                        "The last checkpoint is kept; check these adapters, or lower the learning rate."
+                    )
+                accelerator.backward(loss * (size / config.batch_size))
+            total += value * size / config.batch_size
         accelerator.clip_grad_norm_(self.module.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.stage.module.parameters())
-        return value
+        if not self.optimizer.step_was_skipped:  # as the gradient scaler of fp16 does where gradients overflow
+            self.ema.step(self.stage.module.parameters())
+        average_norms(self.stage.module)
+        return total
 
     def save(self, step: int) -> None:
         if not self.accelerator.is_main_process:
@@ -166,9 +177,11 @@ class _Run:
         step = 0
         if found is not None:
             step, tensors, state = found
-            found_identity = state.get("identity", self.identity)  # without one, the checkpoint is damaged: `_load` says so
-            if found_identity != self.identity:
-                different = sorted(name for name in self.identity if found_identity.get(name) != self.identity[name])
+            # Without one, the checkpoint is damaged: `_load` says so. What 0.1.0 did not record yet counts as the same.
+            new = {name: self.identity[name] for name in ("conditions", "rows") if name in self.identity}
+            identity = {"processes": 1, **new, **state.get("identity", self.identity)}
+            different = sorted(name for name in identity.keys() | self.identity.keys() if identity.get(name) != self.identity.get(name))
+            if different:
                 raise TrainingError(
                     f"{self.folder} holds a run with other settings or data ({', '.join(different)} differ); choose another folder"
                 )
@@ -219,6 +232,7 @@ class _Run:
         # Mixed precision wraps the module's forward; what is kept must not depend on accelerate.
         self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
         self.ema.copy_to(self.stage.module.parameters())
+        take_from_main(self.stage.module)
         self.stage.module.to("cpu").eval()
         if self.accelerator.is_main_process:
             write_text(self.folder / "run.json", dump_json({"identity": self.identity, "steps": self.config.steps}))

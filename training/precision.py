@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from accelerate import PartialState
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cond_pdiff.training.processes import processes
 
 
 def training_device() -> torch.device:
     """A GPU if there is one, as for the loop's stages; `ACCELERATE_USE_CPU=true` keeps both on the CPU."""
-    return PartialState().device
+    return processes().device
 
 
 @contextmanager

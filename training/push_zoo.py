@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
 from cond_pdiff.training.zoo import Zoo
@@ -22,12 +21,10 @@ def push_zoo(zoo: Zoo, repo_id: str, **options: Any) -> Push:
         options: as for `cond_pdiff.hub.push_folder`.
 
     Raises:
-        TaskDataError: a task of the zoo has no adapter yet.
+        TaskDataError: the zoo is not complete.
         HubError: see `push_folder`.
     """
-    missing = [name for name in (*zoo.task_names, *zoo.unseen_names) if not zoo.runs(name)]
-    if missing:
-        raise TaskDataError(f"{zoo.folder} is not finished: {missing[0]} has no adapter; run `cond-pdiff collect` again to go on")
+    zoo.check_complete()
     zoo.write_manifest()
     write_zoo_card(zoo, repo_id)
     return push_folder(zoo.folder, repo_id, **{"repo_type": "dataset", "commit_message": "Push a zoo of LoRA adapters", **options})

@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.publish import CARD_FILES, add_card
+from cond_pdiff.training.conditions import BANK_FILE, ConditionBank
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.processes import processes
 from cond_pdiff.training.styles import load_styles
 from cond_pdiff.training.tasks import load_tasks
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
 from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo_params import ZooParams
 
 
 def train(
@@ -28,8 +29,13 @@ def train(
         recipe: its `autoencoder` and `unet` sections (see `AutoencoderConfig`, `UNetConfig`).
         zoo_folder: made by `collect`.
         tasks_folder: the task collection that the zoo was collected on; prompts are drawn from its training rows.
-        run_folder: gets `autoencoder/` and `unet/` (checkpoints, metrics.jsonl) and `generator/`.
+        run_folder: gets `params/` (the zoo as one matrix; made again if it is deleted), `autoencoder/` and `unet/` (checkpoints,
+            metrics.jsonl) and `generator/`. Several processes share it.
         tensorboard: also write tensorboard events.
+
+    Raises:
+        TaskDataError: the zoo is not complete, or a task is missing.
+        TrainingError: `run_folder` holds a run with other settings, data, prompts or number of processes.
 
     Returns:
         The generator's folder. Autoencoder, U-Net and condition encoder are stored in half precision (and loaded in float32 by default).
@@ -41,13 +47,18 @@ def train(
     load = load_styles if zoo.kind == "style" else load_tasks
     tasks = load(tasks_folder, zoo.task_names)
 
-    autoencoder = AutoencoderStage(ZooParams.load(zoo), autoencoder_config)
+    with processes().main_process_first():  # which writes the matrix that the others read
+        data = ZooParams.load(zoo, run_folder / "params")
+    autoencoder = AutoencoderStage(data, autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
-    print(f"autoencoder: loses {autoencoder.reconstruction_error():.1%} of the zoo's energy")
-    unet = UNetStage(autoencoder, tasks, unet_config)
+    lost = autoencoder.reconstruction_error()
+    processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy")
+    unet = UNetStage(autoencoder, ConditionBank.build(tasks, unet_config, run_folder), unet_config)
     fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         save_generator(unet.pipeline(), run_folder / "generator")
+        (run_folder / BANK_FILE).unlink(missing_ok=True)
+    processes().wait_for_everyone()
     return run_folder / "generator"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,15 +13,11 @@ from torch import nn
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.style_encoders import StyleCnnConditionEncoder
-from cond_pdiff.normalization import join_statistics
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
-from cond_pdiff.training.styles import Style
-from cond_pdiff.training.tasks import Task
 from cond_pdiff.training.train_autoencoder import AutoencoderStage
-
 
 GUIDANCE_SCALE = 1.5
 """With which a generator samples that was trained without a condition too."""
@@ -68,29 +63,20 @@ class Denoiser(nn.Module):
 
 
 class UNetStage:
-    """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage; without a `bank` of conditions it makes one of the tasks."""
+    """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage, and the conditions of the same tasks."""
 
     name = "unet"
 
-    def __init__(
-        self,
-        autoencoder: AutoencoderStage,
-        tasks: Sequence[Task] | Sequence[Style],
-        config: UNetConfig,
-        bank: ConditionBank | None = None,
-    ) -> None:
-        self.autoencoder, self.config = autoencoder, config
-        autoencoder.module.fit_scaling_factor(autoencoder.values)
-        with torch.no_grad():
-            self.latents = join_statistics(autoencoder.module.encode(autoencoder.values), autoencoder.statistics)
-        torch.manual_seed(config.fit.seed)
-        self.bank = bank or ConditionBank.build(tasks, config)
+    def __init__(self, autoencoder: AutoencoderStage, bank: ConditionBank, config: UNetConfig) -> None:
+        self.autoencoder, self.bank, self.config = autoencoder, bank, config
+        self.latents = autoencoder.encode()
         torch.manual_seed(config.fit.seed)
         sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
         unconditional = config.condition_dropout > 0
         guidance = {"unconditional": unconditional, "guidance_scale": GUIDANCE_SCALE if unconditional else 1.0}
         guidance["guided_length"] = autoencoder.module.latent_shape[1]
         self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model, **guidance)
+        self.at_once = max(1, self.unet.at_once // config.noise_draws)
         self.module: nn.Module = Denoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
@@ -100,7 +86,7 @@ class UNetStage:
             prediction_type=config.prediction_type,
             clip_sample=False,
         )
-        self.identity: dict[str, Any] = {"config": asdict(config), "autoencoder": autoencoder.identity}
+        self.identity: dict[str, Any] = {"config": asdict(config), "autoencoder": autoencoder.identity, "conditions": bank.sha256}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of tasks and of one adapter of each. Adapters are equally likely: a recoloured style, of one run, is drawn less often."""

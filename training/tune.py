@@ -7,6 +7,8 @@ apart; the generator learns from its mistakes. (Text-to-LoRA found such training
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
@@ -27,6 +28,7 @@ from cond_pdiff.training.conditions import WORD_DROPOUT
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.processes import processes
 from cond_pdiff.training.tasks import Task, load_tasks
 from cond_pdiff.training.train import save_generator
 
@@ -91,6 +93,7 @@ class TuneStage:
     """
 
     name = "tune"
+    at_once = None
 
     def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
@@ -100,8 +103,16 @@ class TuneStage:
             "config": asdict(config),
             "generator": weights_sha256(pipe),
             "tasks": [task.name for task in tasks],
+            "rows": self._sha256(),
         }
         self.module: nn.Module = Writer(pipe, config)
+
+    def _sha256(self) -> str:
+        """Of all that episodes are drawn from."""
+        digest = hashlib.sha256()
+        for task, rows in zip(self.tasks, self.rows, strict=True):
+            digest.update(json.dumps([task.description, task.labels, rows], sort_keys=True).encode())
+        return digest.hexdigest()
 
     def draw(self, batch_size: int, rng: torch.Generator) -> list[Episode]:
         """`batch_size` episodes of tasks that are all equally likely."""
@@ -177,8 +188,9 @@ def tune(
         raise TrainingError("tune needs a generator of text adapters; this one makes them from pictures")
     stage = TuneStage(pipe, load_tasks(tasks_folder, list(pipe.condition_index.config.tasks)), config)
     fit(stage, config.fit, run_folder / "tune", tensorboard)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         save_generator(pipe, run_folder / "generator")
+    processes().wait_for_everyone()
     return run_folder / "generator"
 
 

@@ -2,10 +2,10 @@
 
 zoo.json                                the settings and tasks it was collected with
 lora_a.safetensors                      the one `lora_A` (and new head) that all runs start from; with `from_multitask`, the multi-task run
-tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, hash
+tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, machine, hash
 multitask/                              one adapter trained on all zoo tasks, both factors of it: the baseline
 tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept
-manifest.json                           all run.json in one table
+manifest.json                           all run.json in one table, and whether the zoo is complete
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,15 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 
 RUN_FILE = "run.json"
+MULTITASK = "multitask"
 ZOO_PARTS = ("base", "lora", "collect", "tasks", "unseen")
 """Of `zoo.json`, each a JSON object."""
 
 
 def file_sha256(path: Path) -> str:
     """Of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_run(
@@ -54,6 +56,10 @@ def write_run(
         (aside / RUN_FILE).write_text(dump_json({**facts, **hashes}), encoding="utf-8")
 
 
+Job = tuple[str, int]
+"""A task's name (or `MULTITASK`) and the number of the run."""
+
+
 @dataclass(frozen=True)
 class ZooRun:
     """One fine-tuned adapter of a zoo: where it is and what `run.json` says of it."""
@@ -70,10 +76,14 @@ class ZooRun:
         """Load the adapter, checking that its bytes are the ones that were collected."""
         return self._load(self.folder, self.facts["sha256"])
 
-    def adapters(self) -> list[LoraAdapter]:
-        """The adapter and, if they were kept, its earlier checkpoints."""
-        checkpoints = self.facts.get("checkpoints", {})
-        return [self.adapter(), *(self._load(self.folder / name, sha256) for name, sha256 in checkpoints.items())]
+    @property
+    def files(self) -> dict[Path, str]:
+        """Folders of the adapter and, if they were kept, of its earlier checkpoints → sha256 of the weights."""
+        return {self.folder: self.facts["sha256"]} | {self.folder / name: sha for name, sha in self.facts.get("checkpoints", {}).items()}
+
+    def adapters(self) -> Iterator[LoraAdapter]:
+        """The adapter and, if they were kept, its earlier checkpoints, loaded one after the other."""
+        return (self._load(folder, sha256) for folder, sha256 in self.files.items())
 
     def _load(self, folder: Path, sha256: str) -> LoraAdapter:
         if file_sha256(folder / WEIGHTS_FILE) != sha256:
@@ -132,18 +142,47 @@ class Zoo:
         runs = [ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
         return sorted(runs, key=lambda run: int(run.facts["run"]))
 
+    @property
+    def jobs(self) -> list[Job]:
+        """All runs that the zoo's settings ask for, ordered by run: a zoo cut short covers all tasks."""
+        collect, names = self.facts["collect"], self.task_names
+        made = {name for name, facts in self.facts["tasks"].items() if facts.get("source")}  # there for variety: one run says it
+        jobs = [(name, 0) for name in (*names, *self.unseen_names)]
+        jobs += [(name, run) for run in range(1, int(collect.get("runs", 1))) for name in names if name not in made]
+        if collect.get("multitask_steps"):
+            jobs.insert(0 if collect.get("from_multitask") else len(jobs), (MULTITASK, 0))
+        return jobs
+
+    @property
+    def missing(self) -> list[Job]:
+        """Runs that have not been collected yet; none of a complete zoo."""
+        return [job for job in self.jobs if not (self.job_folder(job) / RUN_FILE).exists()]
+
+    def check_complete(self) -> None:
+        """Raise `TaskDataError` that tells what is missing, unless the zoo was collected to its end."""
+        if missing := self.missing:
+            shown = [name if name == MULTITASK else f"run {run} of {name!r}" for name, run in missing[:3]] + ["…"] * (len(missing) > 3)
+            raise TaskDataError(
+                f"{self.folder} is not complete: {len(missing)} of {len(self.jobs)} runs are missing ({', '.join(shown)}); run "
+                f"`cond-pdiff collect --zoo {self.folder}` with its recipe and tasks again to go on"
+            )
+
+    def job_folder(self, job: Job) -> Path:
+        """Where a job's adapter is, or will be."""
+        name, run = job
+        return self.folder / MULTITASK if name == MULTITASK else self.run_folder(name, run)
+
     def multitask(self) -> ZooRun | None:
         """The multi-task baseline, if it has been collected."""
-        path = self.folder / "multitask" / RUN_FILE
+        path = self.folder / MULTITASK / RUN_FILE
         return ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def write_manifest(self) -> None:
-        """Gather all `run.json` into `manifest.json`."""
+        """Gather all `run.json` into `manifest.json`, which also says whether these are all."""
         rows = [run.facts for task in (*self.task_names, *self.unseen_names) for run in self.runs(task)]
-        write_text(self.folder / "manifest.json", dump_json({"zoo": self.facts, "runs": rows}))
+        write_text(self.folder / "manifest.json", dump_json({"zoo": self.facts, "runs": rows, "complete": not self.missing}))
 
 
 def soup(adapters: list[LoraAdapter]) -> LoraAdapter:
-    """The mean of one task's adapters (the paper's "model soup" baseline)."""
-    mean = {key: torch.stack([adapter.tensors[key] for adapter in adapters]).mean(0) for key in adapters[0].tensors}
-    return LoraAdapter(adapters[0].spec, mean)
+    """The mean, in ΔW, of one task's adapters (the paper's "model soup" baseline)."""
+    return LoraAdapter.mean(adapters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,14 +41,17 @@ class AdapterTemplate(Component):
         self.register_buffer("constant_bits", torch.zeros(max(size, 1), dtype=torch.int32))
 
     @classmethod
-    def from_adapters(cls, adapters: list[LoraAdapter], base: Backbone, max_length: int) -> AdapterTemplate:
-        """The template of a zoo: tensors that are equal in all `adapters` become constants.
+    def from_adapters(cls, adapters: Iterable[LoraAdapter], base: Backbone, max_length: int) -> AdapterTemplate:
+        """The template of a zoo: tensors that are equal in all `adapters`, which are gone through once, become constants.
 
         Raises:
             AdapterError: the adapters differ in layout, rank, alpha or base model, or do not differ at all.
         """
-        first = adapters[0]
-        for adapter in adapters[1:]:
+        adapters = iter(adapters)
+        first, count = next(adapters), 1
+        constants = list(first.tensors)
+        for adapter in adapters:
+            count += 1
             other, shapes = adapter.layout.shapes, first.layout.shapes
             for key in sorted(key for key in adapter.head.keys() & first.head.keys() if other[key] != shapes[key]):
                 raise AdapterError(
@@ -57,9 +60,9 @@ class AdapterTemplate(Component):
                 )
             if adapter.layout != first.layout or adapter.spec != first.spec:
                 raise AdapterError("the adapters of a zoo must share layout, rank, alpha and base model")
-        constants = [key for key in first.tensors if all(torch.equal(adapter.tensors[key], first.tensors[key]) for adapter in adapters)]
+            constants = [key for key in constants if torch.equal(adapter.tensors[key], first.tensors[key])]
         if len(constants) == len(first.tensors):
-            raise AdapterError(f"all tensors of the {len(adapters)} adapters are equal: there is nothing to model")
+            raise AdapterError(f"all tensors of the {count} adapters are equal: there is nothing to model")
         layout = ParamLayout.from_tensors(first.tensors, constants)
         template = cls(layout.to_json(), first.spec.to_json(), base.to_json(), max_length)
         if constants:

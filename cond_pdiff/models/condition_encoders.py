@@ -15,10 +15,11 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from torch import nn
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, ExactComponent
 from cond_pdiff.conditioning import TaskPrompt, Text, label_text
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.hub import MINILM, Backbone, find_backbone
+from cond_pdiff.locks import load_once
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 
@@ -43,7 +44,7 @@ class ConditionReport:
         return asdict(self)
 
 
-class SentenceConditionEncoder(Component):
+class SentenceConditionEncoder(ExactComponent):
     """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
 
     The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label
@@ -78,10 +79,9 @@ class SentenceConditionEncoder(Component):
     @property
     def backbone(self) -> SentenceBackbone:
         """The frozen sentence encoder, on this module's device."""
-        if not self._loaded:
-            self._loaded.append(SentenceBackbone.load(Backbone.from_json(self.config.backbone)))
-        self._loaded[0].model.to(self.center.device)
-        return self._loaded[0]
+        backbone = load_once(self._loaded, lambda: SentenceBackbone.load(Backbone.from_json(self.config.backbone)))
+        backbone.to(self.center.device)
+        return backbone
 
     def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
@@ -150,7 +150,7 @@ class ClipConditionEncoder(Component):
         super().__init__()
         # All weights are the backbone's; this says where they belong, and gives the saved encoder a tensor.
         self.register_buffer("anchor", torch.zeros(1))
-        self._loaded: list[Any] = []
+        self._loaded: list[tuple[nn.Module, Any]] = []
 
     @property
     def condition_dim(self) -> int:
@@ -160,20 +160,21 @@ class ClipConditionEncoder(Component):
     @property
     def backbone(self) -> tuple[nn.Module, Any]:
         """(open_clip model, tokenizer), on this module's device."""
-        if not self._loaded:
-            import open_clip
-
-            # Random weights, where asked for, are the same in every process and leave the caller's RNG alone.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                model = open_clip.create_model(self.config.model_name, pretrained=None)
-            if self.config.backbone is not None:
-                weights = "open_clip_model.safetensors"
-                folder = find_backbone(Backbone.from_json(self.config.backbone), weights)
-                model.load_state_dict(load_file(folder / weights))
-            self._loaded = [model.requires_grad_(False).eval(), open_clip.get_tokenizer(self.config.model_name)]
-        model, tokenizer = self._loaded
+        model, tokenizer = load_once(self._loaded, self._load)
         return model.to(self.anchor.device), tokenizer
+
+    def _load(self) -> tuple[nn.Module, Any]:
+        import open_clip
+
+        # Random weights, where asked for, are the same in every process and leave the caller's RNG alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = open_clip.create_model(self.config.model_name, pretrained=None)
+        if self.config.backbone is not None:
+            weights = "open_clip_model.safetensors"
+            folder = find_backbone(Backbone.from_json(self.config.backbone), weights)
+            model.load_state_dict(load_file(folder / weights))
+        return model.requires_grad_(False).eval(), open_clip.get_tokenizer(self.config.model_name)
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import ExactComponent
 from cond_pdiff.errors import CondPDiffError
 
 
@@ -23,7 +24,7 @@ class Neighbour:
     similarity: float
 
 
-class ConditionIndex(Component):
+class ConditionIndex(ExactComponent):
     """Condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
 
     Args:
@@ -111,18 +112,27 @@ class ConditionIndex(Component):
         """
         if own.ndim != 3 or own.shape[0] != len(self.names) or own.shape[2] != self.config.condition_dim:
             raise CondPDiffError(f"expected ({len(self.names)}, prompts, {self.config.condition_dim}) conditions, got {tuple(own.shape)}")
-        # Means over the prompts that have a part, so that prompts without examples do not dilute it.
-        complete = own.square().sum(2) > own.square().sum(2).amax(1, keepdim=True) - 1e-3
-        weights = complete.to(own.dtype)[..., None]
-        self.embeddings.copy_((own * weights).sum(1) / weights.sum(1))
+        # Task by task: what is computed of all prompts and all tasks together does not fit into memory for thousands of them.
+        for row, prompts in enumerate(own):
+            # Means over the prompts that have a part, so that prompts without examples do not dilute it.
+            lengths = prompts.square().sum(1)
+            weights = (lengths > lengths.amax() - 1e-3).to(own.dtype)[:, None]
+            self.embeddings[row] = (prompts * weights).sum(0) / weights.sum(0)
         if len(self.names) < 2:
             return
         groups = [self.config.tasks[name].get("group") or name for name in self.names]
         if len(set(groups)) == 1:
             groups = self.names
-        same = torch.tensor([[group == other for other in groups] for group in groups])
-        everywhere = [self.similarities(prompts) for prompts in own]
-        to_other = [similarities.masked_fill(same[row], -torch.inf).amax(1) for row, similarities in enumerate(everywhere)]
-        foreign = torch.cat(to_other).float().quantile(0.9)
-        reached = torch.cat(everywhere).amax(1).float().quantile(0.1)
-        self.threshold.fill_(float(torch.minimum(foreign, reached)))
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+        group_of = torch.tensor([numbers[group] for group in groups])
+        to_other, to_any = torch.empty(2, *own.shape[:2])
+        for row, prompts in enumerate(own):
+            similarities = self.similarities(prompts).float()
+            to_any[row] = similarities.amax(1)
+            to_other[row] = similarities.masked_fill_(group_of == group_of[row], -torch.inf).amax(1)
+        self.threshold.fill_(min(_quantile(to_other, 0.9), _quantile(to_any, 0.1)))
+
+
+def _quantile(values: torch.Tensor, share: float) -> float:
+    """Of all values, with linear interpolation; `torch.quantile` takes 16 million at most."""
+    return float(np.quantile(values.numpy(), share))

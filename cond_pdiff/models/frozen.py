@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone, find_backbone
+from cond_pdiff.locks import LOADING
 
 BROKEN_MODEL = (OSError, ValueError, RuntimeError, SafetensorError)
 """What transformers and torch raise on files that make no sense."""
@@ -28,21 +29,22 @@ def load_frozen(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn
         HubError: not to be had, or not such a model.
     """
     folder = find_backbone(backbone)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = auto_model.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
-    except BROKEN_MODEL as error:
-        raise HubError(f"{folder} cannot be loaded as {backbone.repo_id}: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
+    with LOADING:
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            model, info = auto_model.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except BROKEN_MODEL as error:
+            raise HubError(f"{folder} cannot be loaded as {backbone.repo_id}: {error}") from error
+        finally:
+            if bars:
+                transformers_logging.enable_progress_bar()
     return model.requires_grad_(False).eval(), folder, set(info["missing_keys"])

@@ -53,7 +53,8 @@ class HeadBackbone(TextBackbone):
 
     def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
         """Logits of one batch, with gradients if any are wanted, shape `(len(texts), num_labels)`."""
-        return self.model(**self.tokenize(texts, max_length)).logits
+        logits: torch.Tensor = self.run(self.tokenize(texts, max_length)).logits
+        return logits
 
     def logits(self, texts: Sequence[Text], max_length: int, batch_size: int = 32) -> torch.Tensor:
         """Logits of one text or more, without gradients, shape `(len(texts), num_labels)`."""

@@ -17,6 +17,8 @@ from cond_pdiff.errors import CondPDiffError
 
 Norm = Literal["batch", "instance", "none"]
 NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "instance": nn.InstanceNorm1d, "none": nn.Identity}
+NUMBERS_AT_ONCE = 2**25
+"""Of the widest feature map of the adapters that go through the network together: 134 MB in float32, of which a few are alive."""
 ACTIVATIONS = {"leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "tanh": nn.Tanh}
 
 
@@ -51,6 +53,8 @@ class ParamAutoencoder(Component):
         encoder_activation: "leaky_relu", "elu", "tanh" or any name that diffusers knows.
         decoder_activation: the same, for the decoder.
         scaling_factor: latents are multiplied by it after encoding, so that a zoo's latents have unit variance.
+
+    In evaluation mode a large batch goes through the network in parts of `at_once` adapters, so that memory does not grow with it.
     """
 
     __module__ = "cond_pdiff"
@@ -87,6 +91,9 @@ class ParamAutoencoder(Component):
             lengths.append((lengths[-1] + 2 * padding - kernel_size) // stride + 1)
         if lengths[-1] < 1:
             raise CondPDiffError(f"{num_params} params are too few for {len(encoder_channels)} stages of stride {stride}")
+        widths = [channels * length for channels, length in zip(encoder_channels, lengths[1:], strict=True)]
+        widths += [channels * length for channels, length in zip(decoder_channels, lengths[-2::-1], strict=True)]
+        self.at_once = max(1, NUMBERS_AT_ONCE // max(widths))
         self.bottom_length = lengths[-1]
         self.bottom_channels = decoder_bottom_channels or encoder_channels[-1]
 
@@ -125,6 +132,9 @@ class ParamAutoencoder(Component):
         """Normalised params, shape `(batch, num_params)` → scaled latents, shape `(batch, *latent_shape)` (equation 6a)."""
         if values.ndim != 2 or values.shape[1] != self.config.num_params:
             raise CondPDiffError(f"expected values of shape (batch, {self.config.num_params}), got {tuple(values.shape)}")
+        return self._in_parts(self._encode, values)
+
+    def _encode(self, values: torch.Tensor) -> torch.Tensor:
         hidden = self.encoder(values[:, None])
         if self.to_latent is not None:
             hidden = self.to_latent(hidden.flatten(1))[:, None]
@@ -137,21 +147,29 @@ class ParamAutoencoder(Component):
             raise CondPDiffError(
                 f"expected latents of shape (batch, {self.latent_shape[0]}, {self.latent_shape[1]}), got {tuple(latents.shape)}"
             )
+        return self._in_parts(self._decode, latents)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         hidden = latents / self.config.scaling_factor
         if self.from_latent is not None:
             hidden = self.from_latent(hidden[:, 0]).unflatten(1, (self.bottom_channels, self.bottom_length))
         return self.decoder(hidden)[:, 0]
+
+    def _in_parts(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """The function of a batch. In use, where adapters do not see each other, `at_once` of them go through the network together."""
+        if self.training or len(batch) <= self.at_once:
+            return function(batch)
+        return torch.cat([function(part) for part in batch.split(self.at_once)])
 
     def forward(self, values: torch.Tensor, disturb: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
         """Reconstruct values, shape `(batch, num_params)`; `disturb` may add noise to the latents on the way (equation 6b)."""
         latents = self.encode(values)
         return self.decode(disturb(latents) if disturb else latents)
 
-    def fit_scaling_factor(self, values: torch.Tensor) -> None:
-        """Set `scaling_factor` so that the latents of `values` have unit variance (root mean square over all entries)."""
-        self.register_to_config(scaling_factor=1.0)
-        with torch.no_grad():
-            spread = float(self.encode(values).square().mean().sqrt())
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Change `scaling_factor` so that `latents`, which were encoded with it, get unit variance (root mean square); return those."""
+        spread = float(latents.detach().double().square().mean().sqrt())
         if not math.isfinite(spread) or spread == 0:
             raise CondPDiffError(f"latents have size {spread}; the autoencoder is not trained")
-        self.register_to_config(scaling_factor=1.0 / spread)
+        self.register_to_config(scaling_factor=self.config.scaling_factor / spread)
+        return latents / spread

@@ -14,7 +14,7 @@ from torch import nn
 
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.models.param_autoencoder import activation
+from cond_pdiff.models.param_autoencoder import NUMBERS_AT_ONCE, activation
 
 ConditionMode = Literal["add", "concat"]
 
@@ -44,6 +44,8 @@ class ParamUNet1D(Component):
         unconditional: was it trained without a condition too? Else there is nothing that guidance could lead away from.
         guidance_scale: classifier-free guidance unless a call says otherwise; 1 is none.
         guided_length: guidance acts on so many of the sample's first columns; None: on all, as in generators of 0.1.0.
+
+    In training, no more than `at_once` samples should go through the network together: memory grows with them.
     """
 
     __module__ = "cond_pdiff"
@@ -96,6 +98,7 @@ class ParamUNet1D(Component):
         self.condition_to_bottom = None if concat else nn.Linear(embedding_dim, bottom)
 
         widths = (channels, *block_out_channels)
+        self.at_once = max(1, NUMBERS_AT_ONCE // (max(widths) * length))
         self.down = nn.ModuleList(nn.Conv1d(inputs, outputs, kernel_size, padding="same") for inputs, outputs in itertools.pairwise(widths))
         self.bottom = nn.Linear(bottom, bottom) if bottom_linear else None
         self.up = nn.ModuleList(

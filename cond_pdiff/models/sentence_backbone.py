@@ -39,7 +39,7 @@ class SentenceBackbone(TextBackbone):
             shape `(len(texts), embedding_dim)`, each row of length 1.
         """
         batch = self.tokenize(texts, max_length)
-        hidden = self.model(**batch).last_hidden_state
+        hidden = self.run(batch).last_hidden_state
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1)
         return nn.functional.normalize(pooled, dim=-1)

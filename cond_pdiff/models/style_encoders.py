@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, ExactComponent
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.hub import Backbone
+from cond_pdiff.locks import load_once
 from cond_pdiff.models.frozen import load_frozen
 
 MAX_ASPECT = 3
@@ -104,7 +105,7 @@ class StyleCnnConditionEncoder(Component):
         return torch.cat(rows), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
 
 
-class BackboneStyleConditionEncoder(Component):
+class BackboneStyleConditionEncoder(ExactComponent):
     """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
 
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
@@ -147,9 +148,7 @@ class BackboneStyleConditionEncoder(Component):
     @property
     def backbone(self) -> Any:
         """The frozen backbone, on this module's device; `HubError` if it cannot be loaded."""
-        if not self._loaded:
-            self._loaded.append(load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0])
-        return self._loaded[0].to(self.center.device)
+        return load_once(self._loaded, lambda: load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0]).to(self.center.device)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from cond_pdiff.conditioning import Text
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.locks import lock_of
 from cond_pdiff.models.frozen import BROKEN_MODEL, load_frozen
 
 
@@ -45,14 +46,26 @@ class TextBackbone(ABC):
 
     def count_tokens(self, text: Text) -> int:
         """The number of tokens of one text or pair, special tokens included, before any cut."""
-        return len(self.tokenizer([text], verbose=False)["input_ids"][0])
+        with lock_of(self.tokenizer):  # a call sets how it cuts and pads
+            return len(self.tokenizer([text], verbose=False)["input_ids"][0])
 
     def tokenize(self, texts: Sequence[Text], max_length: int) -> BatchEncoding:
         """A padded batch on the model's device. Longer texts are cut at `max_length` tokens."""
         # A pair is cut at its longer half first ("longest_first"), so the shorter text of a pair is never lost.
         cut = min(max_length, self.max_tokens)
-        batch = self.tokenizer(list(texts), padding=True, truncation="longest_first", max_length=cut, return_tensors="pt")
+        with lock_of(self.tokenizer):
+            batch = self.tokenizer(list(texts), padding=True, truncation="longest_first", max_length=cut, return_tensors="pt")
         return batch.to(next(self.model.parameters()).device)
+
+    def run(self, batch: BatchEncoding) -> Any:
+        """What the model makes of a batch, with the adapters that this thread has attached, and no other thread's."""
+        with lock_of(self.model):
+            return self.model(**batch)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model, once no other thread is using it."""
+        with lock_of(self.model):
+            self.model.to(device)
 
     @abstractmethod
     def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:

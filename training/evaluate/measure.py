@@ -8,21 +8,24 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.errors import CondPDiffError, TaskDataError
+from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.condition_index import Neighbour
-from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.baselines import multitask_adapter
+from cond_pdiff.training.config import STRICT, Count, GuidanceScale, InferenceSteps, Seed
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo import Zoo, soup
 
@@ -30,19 +33,17 @@ RESAMPLED = 10_000
 """Sets of tasks that an interval of a mean is of."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
     """How much is measured."""
 
-    samples: int = 20  # adapters generated a task
-    max_rows: int = 200  # rows of the reported split a task, a fixed random choice; for styles, held-out pictures
-    num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float | None = None  # None: the generator's own
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise CondPDiffError(f"max_rows must be at least 1, got {self.max_rows}")
+    samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=20, description="adapters generated a task")
+    max_rows: Count = Field(
+        default=200, description="rows of the reported split a task, a fixed random choice; for styles, held-out pictures"
+    )
+    num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
+    guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")
+    seed: Seed = Field(default=0, description="of generated adapters")
 
 
 class ZooEvaluator(ABC):
@@ -73,7 +74,7 @@ class ZooEvaluator(ABC):
         )
         guidance = self.pipe.unet.config.guidance_scale if config.guidance_scale is None else config.guidance_scale
         self.settings: dict[str, Any] = {
-            **config.__dict__,
+            **asdict(config),
             "guidance_scale": guidance,
             "zoo_tasks": len(zoo.task_names),
             "zoo_runs": len(self.space.tasks),

@@ -39,18 +39,25 @@ class ZooSpace:
 
     def __init__(self, adapters: Sequence[LoraAdapter], tasks: Sequence[str]) -> None:
         self.adapters, self.tasks = list(adapters), list(tasks)
-        self.squared_norms = torch.tensor([float(delta_gram([x], [x])) for x in self.adapters], dtype=torch.float64)
+        self.norms = _norms(self.adapters)
 
     def distances(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
-        """‖ΔW − ΔW_zoo‖ / ‖ΔW_zoo‖ for every pair, shape `(len(adapters), len(zoo))`."""
-        own = torch.tensor([float(delta_gram([x], [x])) for x in adapters], dtype=torch.float64)
-        squared = own[:, None] + self.squared_norms - 2 * delta_gram(adapters, self.adapters)
-        return (squared.clamp_min(0) / self.squared_norms).sqrt()
+        """‖ΔW − ΔW_zoo‖ for every pair, shape `(len(adapters), len(zoo))`."""
+        squared = _norms(adapters)[:, None].square() + self.norms.square() - 2 * delta_gram(adapters, self.adapters)
+        return squared.clamp_min(0).sqrt()
 
     def nearest(self, adapters: Sequence[LoraAdapter]) -> list[tuple[int, float]]:
-        """(index of the nearest zoo adapter, relative distance) of each adapter: the novelty."""
+        """(index of the nearest zoo adapter, distance to it in units of its own ‖ΔW‖) of each adapter; the latter is the novelty.
+
+        The nearest is that of the smallest distance, not of the smallest number of these: that would favour large adapters.
+        """
         values, indices = self.distances(adapters).min(1)
-        return list(zip(indices.tolist(), values.tolist(), strict=True))
+        return list(zip(indices.tolist(), (values / self.norms[indices]).tolist(), strict=True))
+
+
+def _norms(adapters: Sequence[LoraAdapter]) -> torch.Tensor:
+    """‖ΔW‖ of each, shape `(len(adapters),)`."""
+    return torch.tensor([float(delta_gram([x], [x])) for x in adapters], dtype=torch.float64).sqrt()
 
 
 def common_errors(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor) -> float | None:

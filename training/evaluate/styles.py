@@ -142,6 +142,6 @@ def shown_picture(style: Style, seed: int, trained: bool) -> StyleImage:
 def _spread(adapters: Sequence[LoraAdapter]) -> float | None:
     """Mean distance between two adapters, in units of their size."""
     space = ZooSpace(adapters, [""] * len(adapters))
-    distances = space.distances(adapters)
+    distances = space.distances(adapters) / space.norms
     pairs = ~torch.eye(len(adapters), dtype=torch.bool)
     return round(float(distances[pairs].mean()), 4) if len(adapters) > 1 else None

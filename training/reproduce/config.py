@@ -3,51 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from pydantic import Field
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.sampling import DEFAULT_STEPS
-from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.config import (
+    STRICT,
+    Amount,
+    AutoencoderConfig,
+    CollectConfig,
+    Count,
+    GuidanceScale,
+    InferenceSteps,
+    JsonObject,
+    Names,
+    NotNegative,
+    Positive,
+    Rank,
+    Seed,
+    UNetConfig,
+    parse,
+    read_recipe,
+)
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ReproduceConfig:
     """What is measured, and on how much."""
 
-    ranks: tuple[int, ...] = (4,)                   # of table 1, in the order in which they are measured
-    alphas: dict[str, float] = field(default_factory=lambda: {"4": 16.0})  # r → alpha
-    ways: dict[str, Any] = field(default_factory=lambda: {"runs": {}})  # of collecting: name → other entries of `collect`
-    table_ways: tuple[str, ...] = ("runs",)         # those of table 1
-    full_learning_rate: float = 1e-4                # of fine-tuning all weights
-    max_rows: int = 0                               # rows of the reported split a task; 0: all
-    samples: int = 20                               # adapters generated a task (paper: 20)
-    reported_samples: int = 3                       # of which so many, and the best, are measured on the reported split
-    selection_rows: int = 32                        # training rows that the best is chosen on
-    num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float | None = None             # None: the generator's own
-    seed: int = 0
-    figure_rank: int = 4
-    distribution_way: str = "checkpoints"           # of the zoo of figures 3(e) and 4(a) …
-    distribution_tasks: tuple[str, ...] = ()        # … and their tasks
-    performance_way: str = "runs"                   # of figure 3(f), errors and noise
-    performance_tasks: tuple[str, ...] = ()
-    noise_sizes: tuple[float, ...] = (0.0, 1.0)     # of isotropic noise, in units of the update
+    ranks: Annotated[tuple[Rank, ...], Field(min_length=1)] = Field(
+        default=(4,), description="of table 1, in the order in which they are measured"
+    )
+    alphas: dict[str, Positive] = Field(default_factory=lambda: {"4": 16.0}, description="r → alpha")
+    ways: dict[str, JsonObject] = Field(
+        default_factory=lambda: dict[str, dict[str, Any]](runs={}), description="of collecting: name → other entries of `collect`"
+    )
+    table_ways: Annotated[Names, Field(min_length=1)] = Field(default=("runs",), description="those of table 1")
+    full_learning_rate: Positive = Field(default=1e-4, description="of fine-tuning all weights")
+    max_rows: Amount = Field(default=0, description="rows of the reported split a task; 0: all")
+    samples: Count = Field(default=20, description="adapters generated a task (paper: 20)")
+    reported_samples: Count = Field(
+        default=3, description="of which so many, and the best, are measured on the reported split"
+    )
+    selection_rows: Count = Field(default=32, description="training rows that the best is chosen on")
+    num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
+    guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")
+    seed: Seed = Field(default=0, description="of generated adapters and of what is chosen at random")
+    figure_rank: Rank = Field(default=4, description="of the figures' zoos")
+    distribution_way: str = Field(default="checkpoints", description="of the zoo of figures 3(e) and 4(a) …")
+    distribution_tasks: Names = Field(default=(), description="… and their tasks")
+    performance_way: str = Field(default="runs", description="of figure 3(f), errors and noise …")
+    performance_tasks: Names = Field(default=(), description="… and their tasks")
+    noise_sizes: tuple[NotNegative, ...] = Field(
+        default=(0.0, 1.0), description="of isotropic noise, in units of the update"
+    )
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class AblationConfig:
     """Table 3: each variant trains the generator anew and is measured on a part of the tasks."""
 
-    tasks: tuple[str, ...] = ()
-    rank: int = 1
-    seeds: int = 3
-    samples: int = 3                                # generated a task and seed
-    max_rows: int = 400
-    autoencoder: dict[str, Any] = field(default_factory=dict)   # changes of the stage, of all variants
-    unet: dict[str, Any] = field(default_factory=dict)
-    variants: tuple[dict[str, Any], ...] = ()       # see `cond_pdiff.training.reproduce.variants.Variant`
+    tasks: Names = Field(default=(), description="those that are measured")
+    rank: Rank = Field(default=1, description="of the zoos")
+    seeds: Count = Field(default=3, description="trainings a variant")
+    samples: Count = Field(default=3, description="generated a task and seed")
+    max_rows: Amount = Field(default=400, description="rows of the reported split a task; 0: all")
+    autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage, of all variants")
+    unet: JsonObject = Field(default_factory=dict, description="changes of the stage, of all variants")
+    variants: tuple[JsonObject, ...] = Field(
+        default=(), description="see `cond_pdiff.training.reproduce.variants.Variant`"
+    )
 
 
 @dataclass(frozen=True)

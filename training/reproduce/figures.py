@@ -78,7 +78,7 @@ def _performance(lab: Lab, name: str) -> dict[str, Any]:
 
 
 def _similarities(adapters: Sequence[LoraAdapter], trained: Sequence[LoraAdapter]) -> list[float]:
-    """Cosine, in ΔW, of each adapter to the nearest of the trained ones that is not itself."""
+    """The largest cosine, in ΔW, of each adapter with a trained one that is not itself."""
     similarities = []
     for adapter in adapters:
         others = [other for other in trained if other is not adapter] or [adapter]

@@ -14,7 +14,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.baselines import multitask_adapter
-from cond_pdiff.training.collect import collect, one_of, optimise
+from cond_pdiff.training.collect import collected, one_of, optimise
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.metrics import measure, metric_names, predictions
 from cond_pdiff.training.reproduce.config import Settings
@@ -89,10 +89,7 @@ class Lab:
 
     def zoo(self, way: str, rank: int) -> Zoo:
         """The zoo of one way of collecting, at one rank; collected if need be."""
-        folder, config = self.out / "zoos" / f"{way}-{rank}", self.settings.collect(way, rank)
-        if not (folder / "manifest.json").exists():
-            return collect(config, self.tasks_folder, folder)
-        return Zoo(folder)
+        return collected(self.settings.collect(way, rank), self.tasks_folder, self.out / "zoos" / f"{way}-{rank}")
 
     def bench(self, way: str, rank: int) -> Bench:
         """A zoo with its generator, trained if need be; only the last one is kept in memory."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.training.collect import collect
+from cond_pdiff.training.collect import collected
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
@@ -27,12 +28,11 @@ def measure(recipe: Mapping[str, Any], styles_folder: Path, out: Path) -> dict[s
     """
     config = parse(ReproduceConfig, recipe.get("reproduce", {}), "reproduce")
     zoo = out / "style-zoo"
-    if not (zoo / "manifest.json").exists():
-        collect(parse(CollectConfig, recipe.get("collect", {}), "collect"), styles_folder, zoo)
+    collected(parse(CollectConfig, recipe.get("collect", {}), "collect"), styles_folder, zoo)
     generator = out / "style-run" / "generator"
     if not (generator / "model_index.json").exists():
         train(dict(recipe), zoo, styles_folder, out / "style-run")
-    sizes = EvaluateConfig(config.samples, config.max_rows, config.num_inference_steps, config.guidance_scale, config.seed)
+    sizes = parse(EvaluateConfig, {entry.name: getattr(config, entry.name) for entry in fields(EvaluateConfig)}, "reproduce")
     evaluation = evaluate(generator, zoo, styles_folder, out / "style-evaluation", sizes)
     assert evaluation is not None  # one process does all styles
     rows = [{"style": result["task"], **{name: result[name] for name in KEPT if name in result}} for result in evaluation["tasks"]]

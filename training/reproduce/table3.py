@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import parse
@@ -47,11 +49,11 @@ def _measure(workshop: Workshop, variant: Variant, seed: int) -> dict[str, Any]:
     for name in workshop.config.tasks:
         task, number = lab.tasks[name], workshop.bank.names.index(name)
         params = workshop.params(variant, task, seed)
-        original = data.template.to_adapter(data.params[data.tasks == number][0])
+        original = data.template.to_adapter(data[data.tasks == number][0])
         adapters = [first_blocks(data.template.to_adapter(row), original, variant.blocks) for row in params]
         metric, limit = metric_names(task)[0], workshop.config.max_rows
         scores = [lab.score(task, lab.predict(task, adapter, limit), limit)[metric] for adapter in adapters]
-        nearest = (params[:, None] - data.params).norm(dim=2).argmin(1)
+        nearest = torch.cat([(params[:, None] - chunk).norm(dim=2) for chunk in data.chunks()], dim=1).argmin(1)
         routed = (data.tasks[nearest] == number).float().mean()
         result[name] = {"score": round(statistics.fmean(scores), 4), "routed": round(float(routed), 4)}
     return result

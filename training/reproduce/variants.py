@@ -5,64 +5,68 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+import pydantic.dataclasses
 import torch
 from diffusers import schedulers
+from pydantic import Field
 from torch import nn
 
 from cond_pdiff.conditioning import TaskPrompt
-from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.baselines import KernelRegression
 from cond_pdiff.training.conditions import ConditionBank
+from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.loop import fit
 from cond_pdiff.training.reproduce.lab import Lab, spread
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage, ZooParams
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
 from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
 
-PARTS = ("description", "labels", "examples")
+PARTS: tuple[Literal["description", "labels", "examples"], ...] = ("description", "labels", "examples")
 """Of a condition embedding, in the order of `SentenceConditionEncoder`."""
 
 ONE_HOT = "one-hot"
-SAMPLERS = ("diffusion", "gaussian", "retrieval", "conditional mean")
 RIDGE = 0.1
 """Of the conditional mean, which is asked for the tasks that it knows; leaving these out would say nothing about that."""
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Variant:
     """One row of table 3."""
 
-    group: str                                      # what is varied
-    name: str
-    way: str = "runs"                               # of collecting the zoo
-    adapters: int = 0                               # of each task that are trained on (paper: N), evenly spread; 0: all
-    autoencoder: dict[str, Any] = field(default_factory=dict)   # changes of the stage
-    unet: dict[str, Any] = field(default_factory=dict)
-    pca: bool = False                               # principal components instead of the autoencoder
-    condition: tuple[str, ...] = PARTS              # parts of the prompt; or "one-hot": which task it is, and nothing else
-    sampler: str = "diffusion"                      # or what makes adapters without it
-    blocks: float = 1.0                             # share of the base model's first blocks that is generated, the rest is original
-    num_inference_steps: int = DEFAULT_STEPS
-    guidance_scale: float | None = None             # None: the generator's own
-    scheduler: str = ""                             # diffusers' name of another one than the generator's own
+    group: str = Field(description="what is varied")
+    name: str = Field(description="of the row")
+    way: str = Field(default="runs", description="of collecting the zoo")
+    adapters: Amount = Field(default=0, description="of each task that are trained on (paper: N), evenly spread; 0: all")
+    autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage")
+    unet: JsonObject = Field(default_factory=dict, description="changes of the stage")
+    pca: bool = Field(default=False, description="principal components instead of the autoencoder")
+    condition: tuple[Literal["description", "labels", "examples", "one-hot"], ...] = Field(
+        default=PARTS, description="parts of the prompt; or 'one-hot' alone: which task it is, and nothing else"
+    )
+    sampler: Literal["diffusion", "gaussian", "retrieval", "conditional mean"] = Field(
+        default="diffusion", description="or what makes adapters without it"
+    )
+    blocks: Annotated[float, Field(gt=0, le=1), AS_GIVEN] = Field(
+        default=1.0, description="share of the base model's first blocks that is generated, the rest is original"
+    )
+    num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
+    guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")
+    scheduler: str = Field(default="", description="diffusers' name of another one than the generator's own")
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise TrainingError(f"ablation, {self.name}: sampler must be one of {SAMPLERS}, got {self.sampler!r}")
-        if self.condition != (ONE_HOT,) and not (self.condition and set(self.condition) <= set(PARTS)):
-            raise TrainingError(f"ablation, {self.name}: condition must be some of {PARTS}, or {ONE_HOT!r}, got {list(self.condition)}")
-        if not 0 < self.blocks <= 1:
-            raise TrainingError(f"ablation, {self.name}: blocks must be above 0 and at most 1, got {self.blocks}")
+        if not self.condition or (ONE_HOT in self.condition and len(self.condition) > 1):
+            raise ValueError(f"condition must be some of {PARTS}, or {ONE_HOT!r} alone, got {list(self.condition)}")
         if self.scheduler and not hasattr(schedulers, self.scheduler):
-            raise TrainingError(f"ablation, {self.name}: scheduler must be a class of diffusers.schedulers, got {self.scheduler!r}")
+            raise ValueError(f"scheduler must be a class of diffusers.schedulers, got {self.scheduler!r}")
 
     def key(self, *entries: str) -> str:
         """A name for all that decides the result, or for these entries of it.
@@ -108,10 +112,11 @@ class PrincipalCode(nn.Module):
         """The inverse of `encode`, up to what the components lose."""
         return latents[:, 0] / self.scale @ self.directions + self.center
 
-    def fit_scaling_factor(self, values: torch.Tensor) -> None:
-        """Give the latents of `values` unit variance."""
-        self.scale = 1.0
-        self.scale = 1.0 / float(self.encode(values).square().mean().sqrt())
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Give `latents`, which were encoded with the present scale, unit variance, and return them."""
+        spread = float(latents.detach().square().mean().sqrt())
+        self.scale /= spread
+        return latents / spread
 
 
 @dataclass(frozen=True)
@@ -141,12 +146,13 @@ class Workshop:
     def zoo(self, variant: Variant) -> ZooParams:
         """The adapters that the variant is trained on."""
         if variant.way not in self._zoos:
-            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank))
+            folder = self.lab.out / "params" / f"{variant.way}-{self.config.rank}"
+            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank), folder)
         data = self._zoos[variant.way]
         if not variant.adapters:
             return data
         kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
-        return ZooParams(data.template, data.params[kept], data.tasks[kept], [data.names[index] for index in kept])
+        return data.part(kept)
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -156,7 +162,7 @@ class Workshop:
     @cached_property
     def bank(self) -> ConditionBank:
         """Conditions of all tasks; the same for all variants, which read parts of them."""
-        return ConditionBank.build(self.tasks, self.lab.settings.unet())
+        return ConditionBank.build(self.tasks, self.lab.settings.unet(), self.lab.out)
 
     def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
         """What the variant reads of condition embeddings of the task of this index; same shape."""
@@ -184,12 +190,13 @@ class Workshop:
         autoencoder = AutoencoderStage(self.zoo(variant), settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
         if variant.pca:
             autoencoder.identity["pca"] = True
-            autoencoder.module = PrincipalCode(autoencoder.values, autoencoder.module.config.latent_dim)
+            values = torch.cat([values for values, _ in autoencoder.values()])
+            autoencoder.module = PrincipalCode(values, autoencoder.module.config.latent_dim)
         else:
             fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.inputs)])
+        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.embeddings())])
         config = settings.unet(self.config.unet, seeded, variant.unet)
-        unet = UNetStage(autoencoder, self.tasks, config, replace(self.bank, inputs=inputs))
+        unet = UNetStage(autoencoder, replace(self.bank, inputs=inputs), config)
         fit(unet, config.fit, folder / "unet")
         pipe = unet.pipeline()
         pipe.set_progress_bar_config(disable=True)
@@ -208,12 +215,13 @@ class Workshop:
             steps, guidance = variant.num_inference_steps, variant.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
+        conditions = self.bank.embeddings()
         if variant.sampler == "conditional mean":
-            soups = torch.stack([data.params[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
-            regression = KernelRegression(self.bank.inputs.mean(1), soups, RIDGE)
+            soups = torch.stack([data[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
+            regression = KernelRegression(conditions.mean(1), soups, RIDGE)
             return regression.predict(embedding[None]).expand(count, -1)
-        nearest = (self.bank.inputs @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
-        own = data.params[data.tasks == nearest]
+        nearest = (conditions @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
+        own = data[data.tasks == nearest]
         if variant.sampler == "retrieval":
             return own[[(seed + index) % len(own) for index in range(count)]]
         noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import parse
 from cond_pdiff.training.loop import fit
+from cond_pdiff.training.processes import processes
 from cond_pdiff.training.text_to_image.card import write_base_card
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.text_to_image.evaluate import evaluate_base
@@ -54,11 +54,11 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
     transformer = TransformerStage(data, transformer_config)
     fit(transformer, transformer_config.fit, run_folder / transformer.name, tensorboard)
     folder = run_folder / "pipeline"
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         save_base(transformer.pipeline(autoencoder.autoencoder), folder)
     classifier = SceneClassifierStage(classifier_config)
     fit(classifier, classifier_config.fit, run_folder / classifier.name, tensorboard)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         result = evaluate_base(folder, classifier.classifier, sample_config, run_folder / "evaluation.json")
         write_base_card(folder, str(recipe.get("name", run_folder.name)), result)
         print(f"attributes right: {result['generated']['mean']:.1%} (renders {result['rendered']['mean']:.1%}, "

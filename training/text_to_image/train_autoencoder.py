@@ -56,6 +56,7 @@ class ImageAutoencoderStage:
     """See `cond_pdiff.training.loop.Stage`."""
 
     name = "image_autoencoder"
+    at_once = None
 
     def __init__(self, config: ImageAutoencoderConfig) -> None:
         self.config = config

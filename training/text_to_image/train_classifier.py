@@ -71,6 +71,7 @@ class SceneClassifierStage:
     """See `cond_pdiff.training.loop.Stage`."""
 
     name = "scene_classifier"
+    at_once = None
 
     def __init__(self, config: SceneClassifierConfig) -> None:
         self.config = config

@@ -74,6 +74,7 @@ class TransformerStage:
     """See `cond_pdiff.training.loop.Stage`."""
 
     name = "transformer"
+    at_once = None
 
     def __init__(self, data: SceneLatents, config: TransformerConfig) -> None:
         self.data, self.config = data, config

@@ -1,0 +1,96 @@
+"""Peak memory of training on `paper-language-half+bert+rank16`: 750 adapters of 1,179,648 numbers, a few steps of each stage.
+
+    python benchmarks/memory.py [--recipe paper-language-half+bert+rank16] [--adapters 750] [--steps 1] [--batch 256] [--passed 750]
+
+Adapters are random, the text encoder is untrained; the networks, the batches and what is done with the whole zoo are those of `train`.
+`--batch` and `--passed` (adapters of the autoencoder's last pass) may be less than the recipe's where time is short: a step goes through
+the networks in parts, so the peak is that of one part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.hub import MINILM
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec
+from cond_pdiff.models.adapter_template import AdapterTemplate
+from cond_pdiff.training.conditions import ConditionBank
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.loop import fit
+from cond_pdiff.training.tasks import write_task
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
+from cond_pdiff.training.train_unet import UNetStage
+from cond_pdiff.training.zoo_params import ZooParams
+
+TASKS = 5
+WIDTH = 768  # BERT-base's, in twelve layers
+PARTS = ("self.query", "self.key", "self.value", "output.dense")
+MODULES = [f"bert.encoder.layer.{layer}.attention.{part}" for layer in range(12) for part in PARTS]
+
+
+def random_zoo(rank: int, count: int, folder: Path) -> ZooParams:
+    """Adapters of BERT-base's attention, one after the other to disk."""
+    rng = torch.Generator().manual_seed(0)
+
+    def adapter() -> LoraAdapter:
+        factors = {"A": (rank, WIDTH), "B": (WIDTH, rank)}
+        shapes = {f"{KEY_PREFIX}{name}.lora_{factor}.weight": shape for name in MODULES for factor, shape in factors.items()}
+        spec = LoraSpec("nobody/base", rank, 2.0 * rank, ("attention.output.dense", "key", "query", "value"))
+        return LoraAdapter(spec, {key: 0.03 * torch.randn(shape, generator=rng) for key, shape in shapes.items()})
+
+    template = AdapterTemplate.from_adapters([adapter(), adapter()], MINILM, 128)
+    tasks = [index * TASKS // count for index in range(count)]
+    params = (template.to_params(adapter()) for _ in range(count))
+    return ZooParams.write(folder, template, params, tasks, [f"run {index}" for index in range(count)], "{}")
+
+
+def report(what: str, started: float) -> None:
+    """Seconds and the peak so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{time.monotonic() - started:7.1f} s  {peak:5.2f} GB  {what}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="paper-language-half+bert+rank16")
+    parser.add_argument("--adapters", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--passed", type=int, default=750)
+    arguments = parser.parse_args()
+    recipe, started = read_recipe(arguments.recipe), time.monotonic()
+    rank = parse(CollectConfig, recipe["collect"], "collect").rank
+    sizes = {"steps": arguments.steps, "batch_size": arguments.batch}
+    sections = {name: {**recipe[name], "fit": {**recipe[name]["fit"], **sizes}} for name in ("autoencoder", "unet")}
+    sections["unet"]["condition_encoder"] = {**recipe["unet"]["condition_encoder"], "backbone": None}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        report("libraries", started)
+        data = random_zoo(rank, arguments.adapters, folder / "params")
+        report(f"{len(data)} adapters of {data.template.layout.num_params:,} numbers on disk", started)
+        autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
+        report("autoencoder, normaliser and the hash of all adapters", started)
+        fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
+        report(f"{arguments.steps} steps of the autoencoder with {arguments.batch} adapters", started)
+        passed = copy.copy(autoencoder)
+        passed.data = data.part(range(min(arguments.passed, len(data))))
+        passed.reconstruction_error()
+        report(f"{len(passed.data)} adapters through the autoencoder and back", started)
+        rows = [(f"text number {index}", index % 2) for index in range(40)]
+        splits = {"train": rows, "test": rows}
+        tasks = [write_task(folder / f"task-{index}", f"Decide about {index}.", ["no", "yes"], splits) for index in range(TASKS)]
+        config = parse(UNetConfig, sections["unet"], "unet")
+        unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, folder), config)
+        report("latents and conditions", started)
+        fit(unet, config.fit, folder / "unet")
+        report(f"{arguments.steps} steps of the U-Net with {arguments.batch} latents", started)
+        unet.pipeline().save_pretrained(folder / "generator")
+        report("generator on disk", started)

@@ -1,0 +1,66 @@
+"""What decides an adapter's bits beside generator, condition and arguments: recorded with it, so that it can be made again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import schedulers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from cond_pdiff.errors import AdapterError
+from cond_pdiff.hub import check_config_numbers
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that decide an adapter's bits."""
+    return {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """In what order sums are taken depends on the device, the CPU threads of the calling thread and the instruction set."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """Class and settings of a scheduler as adapters record them: JSON-ready, and those alone that are not the class's defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
+    config = json.loads(scheduler.to_json_string())  # also of classes that the settings once were for
+    changed = {name: value for name, value in sorted(config.items()) if name in defaults and value != defaults[name]}
+    return {"scheduler": type(scheduler).__name__, "scheduler_config": changed}
+
+
+def build_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """The scheduler that `scheduler_settings` describes.
+
+    Raises:
+        AdapterError: diffusers has no such scheduler.
+        HubError: a number is so large that it would take all memory.
+    """
+    found = getattr(schedulers, name, None)
+    if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
+        raise AdapterError(f"the adapter was made with a {name!r:.80}, which is no scheduler of diffusers")
+    check_config_numbers("scheduler_config.json", config, "the adapter's scheduler_config")
+    return found(**config)
+
+
+def recorded_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
+    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
+    if generator is None:
+        return [None] * count
+    seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]
+    return seeds if isinstance(generator, Sequence) else seeds * count
+
+
+def _seed(rng: torch.Generator) -> int | None:
+    fresh = torch.Generator(rng.device).manual_seed(rng.initial_seed())
+    return rng.initial_seed() if torch.equal(rng.get_state(), fresh.get_state()) else None

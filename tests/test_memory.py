@@ -1,0 +1,86 @@
+"""What goes over a whole zoo needs no more memory for more adapters. Measured in processes of their own: a peak is never forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+START = """
+import json, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def told(before):
+    print(json.dumps(round(peak() - before)))
+"""
+
+STAGES = START + """
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec
+from cond_pdiff.models.adapter_template import AdapterTemplate
+from cond_pdiff.training.config import AutoencoderConfig, FitConfig
+from cond_pdiff.training.loop import fit
+from cond_pdiff.training.train_autoencoder import AutoencoderStage
+from cond_pdiff.training.zoo_params import ZooParams
+
+rank, width, count = 32, 1024, 300
+rng = torch.Generator().manual_seed(0)
+
+def adapter():
+    shapes = {"A": (rank, width), "B": (width, rank)}
+    tensors = {f"{KEY_PREFIX}q.lora_{factor}.weight": torch.randn(shape, generator=rng) for factor, shape in shapes.items()}
+    return LoraAdapter(LoraSpec("nobody/base", rank, 8.0, ("q",)), tensors)
+
+template = AdapterTemplate.from_adapters([adapter(), adapter()], Backbone("nobody/base"), 16)
+model = {"encoder_channels": [4, 4, 4], "decoder_channels": [4, 64, 4], "stride": 4, "kernel_size": 5, "latent_dim": None}
+config = AutoencoderConfig(model, FitConfig(steps=1, batch_size=40, warmup_steps=0))
+small = ZooParams.write(folder / "small", template, (template.to_params(adapter()) for _ in range(40)), [0] * 40, ["a"] * 40, "{}")
+for data in (small, None):
+    if data is None:
+        before = peak()
+        params = (template.to_params(adapter()) for _ in range(count))
+        data = ZooParams.write(folder / "params", template, params, [0] * count, ["a"] * count, "{}")
+    stage = AutoencoderStage(data, config)
+    fit(stage, config.fit, folder / f"run-{len(data)}")
+    assert 0 < stage.reconstruction_error() < 2
+    assert stage.encode().shape[0] == len(data)
+told(before)
+"""
+
+INDEX = START + """
+from cond_pdiff.models.condition_index import ConditionIndex
+
+tasks, prompts, dim = 1500, 48, 64
+index = ConditionIndex({f"task {number}": {"group": f"group {number % 7}"} for number in range(tasks)}, dim)
+own = torch.nn.functional.normalize(torch.randn(tasks, prompts, dim, generator=torch.Generator().manual_seed(0)), dim=2)
+before = peak()
+index.fit(own)
+assert 0 < float(index.threshold) < 1
+told(before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "most"),
+    [
+        (STAGES, 60),  # megabytes; the zoo has 79, and a single one of its feature maps 1,260
+        (INDEX, 60),  # similarities of all prompts to all tasks take 432
+    ],
+    ids=["stages", "index"],
+)
+def test_memory_does_not_grow_with_the_zoo(script: str, most: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) < most
