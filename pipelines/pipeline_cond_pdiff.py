@@ -37,7 +37,8 @@ from cond_pdiff.sampling import DEFAULT_STEPS, denoise
 
 MAX_ADAPTERS = 1000
 STYLE_VIEWS = 16
-"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles."""
+"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles.
+`benchmarks/style_views.py` chooses the number."""
 
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 BROKEN_GENERATOR = (
