@@ -1,10 +1,11 @@
 """Peak memory of training on `paper-language-half+bert+rank16`: 750 adapters of 1,179,648 numbers, a few steps of each stage.
 
-    python benchmarks/memory.py [--recipe paper-language-half+bert+rank16] [--adapters 750] [--steps 1] [--batch 256] [--passed 750]
+    python benchmarks/memory.py [--recipe paper-language-half+bert+rank16] [--adapters 750] [--steps 1] [--batch 256] [--latents 256]
+        [--passed 750]
 
 Adapters are random, the text encoder is untrained; the networks, the batches and what is done with the whole zoo are those of `train`.
-`--batch` and `--passed` (adapters of the autoencoder's last pass) may be less than the recipe's where time is short: a step goes through
-the networks in parts, so the peak is that of one part.
+`--batch` and `--latents` (of a step of autoencoder and U-Net) and `--passed` (adapters of the autoencoder's last pass) may be less than
+the recipe's where time is short: a step goes through the networks in parts, one adapter and eight latents each, so the peak is that of one.
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ if __name__ == "__main__":
     parser.add_argument("--adapters", type=int, default=750)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--latents", type=int, default=256)
     parser.add_argument("--passed", type=int, default=750)
     arguments = parser.parse_args()
     recipe, started = read_recipe(arguments.recipe), time.monotonic()
     rank = parse(CollectConfig, recipe["collect"], "collect").rank
-    sizes = {"steps": arguments.steps, "batch_size": arguments.batch}
-    sections = {name: {**recipe[name], "fit": {**recipe[name]["fit"], **sizes}} for name in ("autoencoder", "unet")}
+    sections = {}
+    for name, batch in (("autoencoder", arguments.batch), ("unet", arguments.latents)):
+        fit_section = {**recipe[name]["fit"], "steps": arguments.steps, "batch_size": batch}
+        sections[name] = {**recipe[name], "fit": fit_section}
     sections["unet"]["condition_encoder"] = {**recipe["unet"]["condition_encoder"], "backbone": None}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -91,6 +95,6 @@ if __name__ == "__main__":
         unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, folder), config)
         report("latents and conditions", started)
         fit(unet, config.fit, folder / "unet")
-        report(f"{arguments.steps} steps of the U-Net with {arguments.batch} latents", started)
+        report(f"{arguments.steps} steps of the U-Net with {arguments.latents} latents", started)
         unet.pipeline().save_pretrained(folder / "generator")
         report("generator on disk", started)

@@ -49,6 +49,20 @@ def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.
     return LOGIT_SCALE * torch.einsum("ed,eld->el", examples, _prototypes(names, sums, counts)[fold])
 
 
+def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Scaled cosine similarities of texts to prototypes of names and examples.
+
+    Args:
+        names, examples, targets: see `held_out_logits`.
+        asked: embeddings of the texts, shape `(num_texts, embedding_dim)`.
+
+    Returns:
+        shape `(num_texts, num_labels)`.
+    """
+    sums, counts = _summed(examples, targets, len(names)), targets.bincount(minlength=len(names))
+    return LOGIT_SCALE * asked @ _prototypes(names, sums, counts).T
+
+
 def _summed(examples: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
     """The sum of each group's examples, shape `(count, embedding_dim)`."""
     return examples.new_zeros(count, examples.shape[1]).index_add(0, groups, examples)
@@ -166,19 +180,18 @@ class PrototypeClassifier:
         """
         if isinstance(texts, str):
             raise ConditionError(f"give a list of texts, got the single string {texts!r:.80}")
-        names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
-        targets, count = self.targets.to(names.device), len(self.labels)
-        prototypes = _prototypes(names, _summed(examples, targets, count), targets.bincount(minlength=count))
-        return LOGIT_SCALE * asked @ prototypes.T
+        names, examples, asked = self.embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
+        return prototype_logits(names, examples, self.targets.to(names.device), asked)
 
     @torch.no_grad()
     def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the label names and of the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
-        names, examples, _ = self._embed([])
+        names, examples, _ = self.embed([])
         return names, examples
 
-    def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
-        """Embeddings of the label names, the examples and the texts, under the adapter."""
+    @torch.no_grad()
+    def embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
+        """Unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""
         parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], texts)
         with self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext():
             embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,30 +15,12 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
+from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.head_backbone import HeadBackbone
 
 REFINE_EXAMPLES = 32
 """Examples of a step at most: with more of them, each step draws anew."""
 
-
-@dataclass(frozen=True)
-class Prior:
-    """What is believed before any example is seen, as firmly as so many examples say it.
-
-    Args:
-        examples: how firmly.
-        gain: in accuracy of an adapter over the base model.
-        with_examples: do class prototypes hold the examples, or are they of label names alone?
-    """
-
-    examples: int
-    gain: float
-    with_examples: bool
-
-
-UNKNOWN_TASK, KNOWN_TASK = Prior(63, 0.043, True), Prior(32, 0.2, False)
-"""For a trained task, in about its own words and with its labels, the adapter was made to put texts near these very names, each as often
-as its class is met; examples undo that. Number and gain of the first were fitted by `benchmarks/choice_prior.py`."""
 
 KNOWN_SIMILARITY = 0.92
 """From which similarity of a request to a trained task they may be the same; between different tasks of one kind it is lower."""
@@ -50,26 +33,56 @@ class ExampleScore:
     Args:
         accuracy: from 0 to 1.
         loss: cross-entropy in nats.
-        with_examples: of class prototypes of names and examples (judged by `held_out_logits`), or of names alone?
+        with_examples: of class prototypes of names and examples (judged by `held_out_logits`), or of names alone? For a known task it is
+            names: the adapter was made to put texts near these very names, each as often as its class is met, and examples undo that.
+        separation: see `separation`; None where no class has two examples.
     """
 
     accuracy: float
     loss: float
     with_examples: bool
+    separation: float | None = None
 
     @classmethod
     def measure(cls, classifier: PrototypeClassifier, with_examples: bool) -> ExampleScore:
         """Of a classifier's own examples."""
         names, examples = classifier.example_embeddings()
-        targets = classifier.targets.to(names.device)
-        logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
-        return cls.of(logits, targets, with_examples)
+        return cls.of_embeddings(names, examples, classifier.targets.to(names.device), with_examples)
 
     @classmethod
-    def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
+    def of_embeddings(cls, names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
+        """From embeddings of the label names and the examples; see `held_out_logits`."""
+        logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
+        return cls.of(logits, targets, with_examples, separation(examples, targets))
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool, separation: float | None = None) -> ExampleScore:
         """From logits, shape `(num_examples, num_labels)`, and the right labels' indices, shape `(num_examples,)`."""
         accuracy = float((logits.argmax(1) == targets).float().mean())
-        return cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples)
+        return cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples, separation)
+
+
+def separation(examples: torch.Tensor, targets: torch.Tensor) -> float | None:
+    """How far apart embeddings keep classes: the mean cosine of two examples of one class, less that of two classes, in their spread.
+
+    All pairs of examples tell something, which makes it the surest sign of a good adapter among those that were tried (accuracy, losses,
+    margins, Fisher's ratio, the area under the curve): on tasks outside the zoo it goes with the real gain with a rank correlation of 0.32,
+    the gain in accuracy on the same examples with 0.17.
+
+    Args:
+        examples: unit-length embeddings, shape `(num_examples, embedding_dim)`.
+        targets: index of each example's label, shape `(num_examples,)`.
+
+    Returns:
+        None if no class has two examples, or there is one class only.
+    """
+    same = targets[:, None] == targets
+    pairs = ~torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    if not bool((same & pairs).any()) or bool(same.all()):
+        return None
+    cosines = examples @ examples.T
+    spread = cosines[pairs].std(correction=0).clamp(min=1e-6)
+    return round(float((cosines[same & pairs].mean() - cosines[~same].mean()) / spread), 5)
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,12 @@ class Choice:
     """What the examples of a prompt say of generated adapters.
 
     Args:
-        index: of the adapter with the least loss.
-        strength: by which its update should be multiplied: 1, or 0 where the base model alone is expected to do better.
+        index: of the adapter that does best on them.
+        strength: by which its update should be multiplied: 1, or 0 where the base model alone is preferred.
         score: of that adapter at that strength.
         scores: of all adapters.
         base: the base model's; None for adapters that bring a head, without which there is nothing to compare.
-        predicted_gain: in accuracy over the base model with the same examples, on texts like them; None for those adapters.
+        estimate: what that adapter gains over the base model with the same examples, on texts like them; None for adapters with heads.
     """
 
     index: int
@@ -90,43 +103,83 @@ class Choice:
     score: ExampleScore
     scores: tuple[ExampleScore, ...]
     base: ExampleScore | None
-    predicted_gain: float | None
+    estimate: GainEstimate | None
+
+    @property
+    def predicted_gain(self) -> float | None:
+        """In accuracy, of what is returned: 0 for the base model; None for adapters that bring a head."""
+        if self.estimate is None:
+            return None
+        return self.estimate.gain if self.strength else 0.0
 
     @property
     def gain(self) -> str:
         """What to expect, in words; nothing for adapters that bring a head."""
-        if self.predicted_gain is None:
+        if self.estimate is None:
             return ""
-        if not self.strength:
-            return "none expected: the adapter is the base model; fine-tune instead"
-        return f"{100 * self.predicted_gain:+.0f} points of accuracy expected over the base model with these examples"
+        if self.strength:
+            return f"{self.estimate} expected over the base model with these examples" + (": unsure" if self.estimate.unsure else "")
+        why = "unsure, so the adapter is" if self.estimate.unsure else "the adapter is"
+        return f"{why} the base model: a generated one would gain {self.estimate}; fine-tune, or give more examples"
 
 
-def choose(classifier: PrototypeClassifier, adapters: Sequence[LoraAdapter], prior: Prior = UNKNOWN_TASK) -> Choice:
+def choose(
+    classifier: PrototypeClassifier,
+    adapters: Sequence[LoraAdapter],
+    similarity: float = 0.0,
+    known: bool = False,
+    model: GainModel | None = None,
+) -> Choice:
     """Choose an adapter, or the base model, by a classifier's examples: nothing else is ever selected on.
 
-    The adapter with the least loss is taken. What it gains in accuracy on few examples is chance to a good part, so it is drawn
-    towards the prior: with n examples, the predicted gain is (n · observed + `prior.examples` · `prior.gain`) / (n + `prior.examples`).
-    Where it is negative, the base model is chosen.
+    The adapter under which the classes are best separated is taken (for a known task, whose prototypes are names, the one with the least
+    loss). What it gains over the base model is predicted by `GainModel`; unless it is more probably better than `model.take`, the base
+    model is chosen.
 
     Args:
         classifier: of the task, with its examples.
         adapters: for its base model.
-        prior: `KNOWN_TASK` for a trained task, asked for in about its own words.
+        similarity: of the request to the nearest trained task.
+        known: is it a trained task, asked for in about its own words and with its labels?
+        model: of gains; default: the one of the bundled text generator.
 
     Raises:
         ConditionError: there are no examples.
     """
+    model = model or GainModel()
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
     base = ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
-    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), prior.with_examples) for adapter in adapters)
+    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), not known) for adapter in adapters)
+    index, evidence = weigh(base, scores, count, len(classifier.labels), similarity, known)
+    estimate = model.predict(evidence)
+    strength = float(estimate.probability >= model.take)
+    return Choice(index, strength, scores[index] if strength else base, scores, base, estimate)
+
+
+def weigh(
+    base: ExampleScore, scores: Sequence[ExampleScore], count: int, num_labels: int, similarity: float, known: bool
+) -> tuple[int, Evidence]:
+    """Index of the best of several adapters, and what is known of its gain over the base model.
+
+    Args:
+        base: the base model's score on `count` examples of `num_labels` classes.
+        scores: the adapters' on the same examples.
+        similarity, known: see `choose`.
+    """
     index = _best(scores)
-    gain = (count * (scores[index].accuracy - base.accuracy) + prior.examples * prior.gain) / (count + prior.examples)
-    if gain < 0:
-        return Choice(index, 0.0, base, scores, base, 0.0)
-    return Choice(index, 1.0, scores[index], scores, base, round(gain, 4))
+    separations = [score.separation for score in scores if score.separation is not None]
+    mean = statistics.fmean(separations) if separations else 0.0
+    return index, Evidence(
+        labels=num_labels,
+        similarity=similarity,
+        known=known,
+        examples=count,
+        base_hits=round(base.accuracy * count),
+        separation=mean - (base.separation or 0.0),
+        own_separation=(scores[index].separation or 0.0) - mean if separations else 0.0,
+    )
 
 
 def choose_with_head(
@@ -151,8 +204,16 @@ def choose_with_head(
 
 
 def _best(scores: Sequence[ExampleScore]) -> int:
-    """Index of the one with the least loss: on few examples, candidates differ in accuracy by chance mostly."""
-    return min(range(len(scores)), key=lambda place: scores[place].loss)
+    """Index of the one that separates the classes best, or has the least loss where prototypes are names or no class has two examples.
+
+    On few examples, candidates differ in accuracy by chance mostly.
+    """
+
+    def badness(place: int) -> float:
+        score = scores[place]
+        return -score.separation if score.with_examples and score.separation is not None else score.loss
+
+    return min(range(len(scores)), key=badness)
 
 
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:

@@ -18,7 +18,7 @@ from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.component import PathlessConfig
 from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.few_shot import KNOWN_SIMILARITY, KNOWN_TASK, UNKNOWN_TASK, Choice, choose, choose_with_head
+from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice, choose, choose_with_head
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.locks import LOADING, load_once, lock_of
 from cond_pdiff.models.adapter_template import AdapterTemplate
@@ -37,7 +37,8 @@ from cond_pdiff.sampling import DEFAULT_STEPS, denoise
 
 MAX_ADAPTERS = 1000
 STYLE_VIEWS = 16
-"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles."""
+"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles.
+`benchmarks/style_views.py` chooses the number."""
 
 ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 BROKEN_GENERATOR = (
@@ -231,7 +232,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     def encode_condition(self, condition: Any, num_adapters: int) -> tuple[torch.Tensor, ConditionReport | StyleReport]:
         """Condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
         embeddings, reports = self.condition_encoder.encode([condition])
-        if isinstance(condition, StyleImage) and not self._nearest(embeddings[0])[1]:
+        if isinstance(condition, StyleImage) and not self.nearest(embeddings[0])[1]:
             crops: list[Any] = condition.crops(STYLE_VIEWS - 1)
             embeddings = torch.cat([embeddings, self.condition_encoder.encode(crops)[0]])
         return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
@@ -352,7 +353,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
     # --- internals ----------------------------------------------------------------------------------------------
 
-    def _nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
+    def nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
         """The nearest trained tasks of a condition, and is it in-distribution?"""
         nearest = tuple(self.condition_index.nearest(embedding.to(self.condition_index.device, torch.float32)))
         return nearest, bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
@@ -366,7 +367,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         embedding: torch.Tensor,
         condition_report: ConditionReport | StyleReport,
     ) -> CondPDiffPipelineOutput:
-        nearest, inside = self._nearest(embedding)
+        nearest, inside = self.nearest(embedding)
         metadata = {
             "condition": condition.to_json(),
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
@@ -416,10 +417,14 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         base, length = self._load_base(), self.template.config.max_length
         if isinstance(base, HeadBackbone):
             return choose_with_head(base, labels, examples, adapters, length)
-        near = [neighbour.task for neighbour in nearest if neighbour.similarity >= KNOWN_SIMILARITY]
-        known = any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
         classifier = PrototypeClassifier(base, labels, adapters[0], length, examples)
-        return choose(classifier, adapters, KNOWN_TASK if known else UNKNOWN_TASK)
+        similarity = nearest[0].similarity if nearest else 0.0
+        return choose(classifier, adapters, similarity, self.knows(nearest, labels), self.condition_index.gain_model)
+
+    def knows(self, nearest: Sequence[Neighbour], labels: Sequence[str]) -> bool:
+        """Is a request with these neighbours and label names one of the trained tasks, in about its own words?"""
+        near = [neighbour.task for neighbour in nearest if neighbour.similarity >= KNOWN_SIMILARITY]
+        return any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
 
     def _check_guidance(self, scale: float) -> None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.measure import difference
 from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import RUN_FILE, Zoo, soup
+from cond_pdiff.training.zoo import RUN_FILE, Zoo
 from cond_pdiff.training.zoo_params import ZooParams
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -163,7 +164,21 @@ def test_a_part_of_the_zoo_has_baselines_of_its_own(pipe: CondPDiffPipeline, tin
     found = ZooBaselines(pipe, zoo, {**part, "unseen": own[names[0]]})
     assert torch.equal(found.regression.conditions, pipe.condition_index.embeddings[1:].float())
     assert all(torch.equal(found.mean.tensors[key], tensor) for key, tensor in ZooBaselines(pipe, zoo, part).mean.tensors.items())
-    assert torch.equal(found.regression.params, torch.stack([found.template.to_params(soup(part[name])) for name in names[1:]]))
+    means = [torch.stack([found.template.to_params(adapter) for adapter in part[name]]).mean(0) for name in names[1:]]
+    assert torch.equal(found.regression.params, torch.stack(means))
+
+
+def test_what_is_regressed_are_mean_params_also_where_both_factors_were_trained(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:
+    """Soups are in ΔW: without a shared `lora_A`, the factors of one task's have nothing to do with those of another's."""
+    rng = torch.Generator().manual_seed(0)
+
+    def moved(adapter: LoraAdapter) -> LoraAdapter:
+        return replace(adapter, tensors={key: t + 0.1 * torch.randn(t.shape, generator=rng) for key, t in adapter.tensors.items()})
+
+    adapters = {name: [moved(adapter) for adapter in own] for name, own in trained(Zoo(tiny_zoo)).items()}
+    baselines = ZooBaselines(pipe, Zoo(tiny_zoo), adapters)
+    for name, mean in zip(pipe.condition_index.names, baselines.regression.params, strict=True):
+        torch.testing.assert_close(mean, torch.stack([baselines.template.to_params(adapter) for adapter in adapters[name]]).mean(0))
 
 
 def test_an_unfinished_zoo_has_no_baselines(pipe: CondPDiffPipeline, tiny_zoo: Path) -> None:

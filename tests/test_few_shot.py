@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditioning import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
-from cond_pdiff.few_shot import KNOWN_TASK, UNKNOWN_TASK, ExampleScore, choose, refine
+from cond_pdiff.few_shot import ExampleScore, choose, refine, separation
+from cond_pdiff.gain import Evidence, GainModel
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.verify import verify
 
@@ -130,46 +132,58 @@ def test_a_refined_adapter_says_so(classifier: PrototypeClassifier, tmp_path: Pa
         verify(LoraAdapter.load(tmp_path / "adapter"))
 
 
-def test_of_adapters_the_one_that_helps_is_chosen(classifier: PrototypeClassifier) -> None:
+def test_of_adapters_the_one_that_keeps_the_classes_apart_is_chosen(classifier: PrototypeClassifier) -> None:
     assert classifier.adapter is not None
     good = refine(classifier, steps=20, learning_rate=5e-3)
-    choice = choose(classifier, [classifier.adapter, good, classifier.adapter.scaled(5.0)])
-    assert (choice.index, choice.strength, choice.score) == (1, 1.0, choice.scores[1])
-    count, gain = len(EXAMPLES), choice.score.accuracy - choice.base.accuracy
-    assert gain > 0.1
-    prior = UNKNOWN_TASK
-    assert choice.predicted_gain == pytest.approx((count * gain + prior.examples * prior.gain) / (count + prior.examples), abs=1e-4)
+    choice = choose(classifier, [classifier.adapter, good, classifier.adapter.scaled(5.0)], similarity=0.5)
+    separations = [score.separation for score in choice.scores]
+    assert separations.index(max(separations)) == choice.index == 1
+    mean, base = statistics.fmean(separations), choice.base
+    assert choice.estimate == GainModel().predict(
+        Evidence(3, 0.5, False, len(EXAMPLES), round(base.accuracy * len(EXAMPLES)), mean - base.separation, separations[1] - mean)
+    )
 
 
-def test_an_adapter_that_the_examples_speak_against_is_not_taken(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_taken_if_it_is_probably_better(classifier: PrototypeClassifier) -> None:
     assert classifier.adapter is not None
-    many = PrototypeClassifier(classifier.backbone, LABELS, examples=EXAMPLES * 20)
-    for accuracy, strength in ((0.2, 0.0), (0.47, 0.0), (0.495, 1.0), (0.9, 1.0)):
-        found = iter([0.5, accuracy])  # the base model, the adapter
-        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found, **__: ExampleScore(next(found), 1.0, True))
-        choice = choose(many, [classifier.adapter])
+    for take, strength in ((0.001, 1.0), (0.999, 0.0)):
+        choice = choose(classifier, [classifier.adapter], model=GainModel(take=take))
         assert choice.strength == strength
-        assert (choice.predicted_gain > 0) == (strength > 0)
-
-
-def test_a_known_task_is_trusted_more(classifier: PrototypeClassifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert classifier.adapter is not None
-    for prior, strength in ((UNKNOWN_TASK, 0.0), (KNOWN_TASK, 1.0)):
-        found = iter([0.9, 0.2])  # the base model, the adapter; on six examples
-        monkeypatch.setattr(ExampleScore, "measure", lambda *_, found=found, **__: ExampleScore(next(found), 1.0, True))
-        assert choose(classifier, [classifier.adapter], prior).strength == strength
+        assert choice.score == (choice.scores[0] if strength else choice.base)
+        assert choice.predicted_gain == (choice.estimate.gain if strength else 0.0)
+        assert ("the adapter is the base model" in choice.gain) == (not strength)
+        assert ("unsure" in choice.gain) == choice.estimate.unsure
 
 
 def test_prototypes_hold_the_examples_of_unknown_tasks(classifier: PrototypeClassifier) -> None:
     assert classifier.adapter is not None
     names, examples = classifier.example_embeddings()
-    by_names = ExampleScore.of(LOGIT_SCALE * examples @ names.T, classifier.targets, False)
-    by_both = ExampleScore.of(held_out_logits(names, examples, classifier.targets), classifier.targets, True)
+    apart = separation(examples, classifier.targets)
+    by_names = ExampleScore.of(LOGIT_SCALE * examples @ names.T, classifier.targets, False, apart)
+    by_both = ExampleScore.of(held_out_logits(names, examples, classifier.targets), classifier.targets, True, apart)
     assert by_names.loss != by_both.loss
-    for prior, expected in ((UNKNOWN_TASK, by_both), (KNOWN_TASK, by_names)):
-        choice = choose(classifier, [classifier.adapter], prior)
+    for known, expected in ((False, by_both), (True, by_names)):
+        choice = choose(classifier, [classifier.adapter], known=known)
         assert choice.scores == (expected,)
         assert choice.base == ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
+
+
+def test_separation_is_of_pairs() -> None:
+    examples = nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), dim=1)
+    apart = separation(examples, torch.tensor([0, 0, 1, 1]))
+    assert apart > 1.5
+    assert separation(examples, torch.tensor([0, 1, 0, 1])) == pytest.approx(-apart / 2, abs=0.1)
+    for targets in ([0, 1, 2, 3], [0, 0, 0, 0]):  # no two of one class; no two of different ones
+        assert separation(examples, torch.tensor(targets)) is None
+    assert separation(torch.ones(4, 2) / 2**0.5, torch.tensor([0, 0, 1, 1])) == 0.0
+
+
+def test_one_example_a_class_says_nothing_of_the_gain(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter) -> None:
+    single = PrototypeClassifier(sentence_backbone, LABELS, tiny_adapter, examples=EXAMPLES[::2])
+    choice = choose(single, [tiny_adapter, tiny_adapter.scaled(0.5)])
+    assert [score.separation for score in choice.scores] == [None, None]
+    assert choice.index == min((0, 1), key=lambda place: choice.scores[place].loss)
+    assert choice.estimate.gain == GainModel().predict(Evidence(3, 0.0, False, 3, round(3 * choice.base.accuracy))).gain
 
 
 def test_strength_multiplies_the_update(classifier: PrototypeClassifier) -> None:

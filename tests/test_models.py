@@ -136,6 +136,27 @@ def test_scaling_factor_makes_unit_variance_and_leaves_the_decoder_alone(family:
     assert model.config.scaling_factor == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", AUTOENCODERS)
+def test_a_large_batch_goes_through_the_autoencoder_in_parts(family: str) -> None:
+    model, params = autoencoder(family).eval(), values(7)
+    latents, reconstruction = model.encode(params), model(params)
+    model.at_once = 3
+    torch.testing.assert_close(model.encode(params), latents)
+    torch.testing.assert_close(model(params), reconstruction)
+    seen: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model(params)
+    model.train()(params)  # batch norm sees all of them
+    assert seen == [3, 3, 1, 7]
+
+
+def test_how_many_go_through_together_follows_from_the_widest_map() -> None:
+    with torch.device("meta"):
+        small, large = ParamAutoencoder(36_864), ParamAutoencoder(1_179_648, (4, 4, 4, 4), (4, 256, 256, 8), None, 5, 5, None)
+    assert small.at_once == 227  # the decoder's last map but one has 4 x 36,864 numbers
+    assert large.at_once == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -36,6 +36,18 @@ def test_denormalize_inverts_normalize(mode: str, seed: int) -> None:
     torch.testing.assert_close(normalizer.denormalize(values, statistics), params, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_zoo_may_come_in_chunks(mode: str) -> None:
+    normalizer, params = ParamNormalizer(mode, SIZES), zoo() + 5.0  # far from zero, where sums of squares would cancel
+    normalizer.fit(params.split(4))
+    whole = ParamNormalizer(mode, SIZES)
+    whole.fit(params)
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(normalizer.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+    with pytest.raises(CondPDiffError, match="at least one adapter"):
+        ParamNormalizer(mode, SIZES).fit([])
+
+
 def test_task_mode_standardises_every_adapter_and_its_statistics() -> None:
     values, statistics = fitted("task").normalize(zoo())
     torch.testing.assert_close(values.mean(1), torch.zeros(9), atol=1e-5, rtol=0)

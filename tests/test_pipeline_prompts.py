@@ -82,7 +82,7 @@ def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: P
     output = pipe(PROMPT, num_adapters=8, generator=seeds(*range(8)))
     choice = output.report.choice
     assert len({score.loss for score in choice.scores}) == 8
-    order = sorted(range(8), key=lambda index: choice.scores[index].loss)
+    order = sorted(range(8), key=lambda index: -choice.scores[index].separation)
     assert output.chosen == choice.index == order[0]
     # The scores are those that a stranger measures on the saved folder.
     for index in (order[0], order[-1]):
@@ -92,7 +92,6 @@ def test_the_best_on_the_examples_is_chosen(pipe: CondPDiffPipeline, tmp_path: P
         logits = by_both if choice.scores[index].with_examples else by_names
         assert choice.scores[index].accuracy == pytest.approx(right(logits, classifier.targets), abs=1e-4)
         assert choice.scores[index].loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, classifier.targets)), abs=1e-4)
-    # It is a trained task, asked for with its labels.
     assert choice.strength == 1.0
     other = pipe(TaskPrompt(PROMPT.description, [(text, label + "!") for text, label in EXAMPLES]), num_adapters=2).report.choice
     assert {score.with_examples for score in other.scores} == {True}  # of an unknown one, always
@@ -105,7 +104,9 @@ def right(logits: torch.Tensor, targets: torch.Tensor) -> float:
 def test_a_single_candidate_is_judged_too(pipe: CondPDiffPipeline, tmp_path: Path) -> None:
     output = pipe(PROMPT, generator=seeds(0))
     choice = output.report.choice
-    assert choice == choose(PrototypeClassifier(pipe.base_model(), PROMPT.labels, examples=PROMPT.examples), output.adapters)
+    similarity = output.report.nearest[0].similarity
+    classifier = PrototypeClassifier(pipe.base_model(), PROMPT.labels, output.adapters[0], examples=PROMPT.examples)
+    assert choice == choose(classifier, output.adapters, similarity, pipe.knows(output.report.nearest, PROMPT.labels))
     assert "chosen     1 of 1, accuracy" in str(output.report)
     loaded = LoraAdapter.load(output.save_adapter(tmp_path / "adapter"))
     assert loaded.metadata["strength"] == choice.strength

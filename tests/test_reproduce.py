@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers import MPNetConfig, MPNetModel
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
-from cond_pdiff.training.evaluate.measure import mean, mean_interval
+from cond_pdiff.pipelines.pipeline_cond_pdiff import STYLE_VIEWS
+from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
@@ -363,9 +365,20 @@ def test_readme_has_the_numbers_of_the_floor() -> None:
     for column in ("generated", "base"):
         values = [style[column]["kid"] for style in styles if not style["seen"]]
         low, high = mean_interval(values) or (0, 0)
-        assert f"{mean(values):.3g} ({low:.3g} to {high:.3g})" in words
+        assert f"{statistics.fmean(values):.3g} ({low:.3g} to {high:.3g})" in words
     assert {(f"{style['base_floor']['frechet']:.1f}", f"{style['base_floor']['kid']:.2f}") for style in styles} == {("11.6", "-0.07")}
     assert "it is 11.6, and the unbiased kernel distance −0.07" in words
+
+
+def test_readme_has_the_gain_of_many_views() -> None:
+    styles = json.loads((ROOT / "results" / "style_views.json").read_text())["styles"]
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for metric in ("kid", "frechet"):
+        gains = [style[metric]["1"] - style[metric][str(STYLE_VIEWS)] for style in styles]
+        low, high = mean_interval(gains) or (0, 0)
+        assert f"{statistics.fmean(gains):.1f} ({low:.1f} to {high:.1f})" in words
+        means = {views: statistics.fmean(style[metric][views] for style in styles) for views in styles[0][metric]}
+        assert min(means, key=means.__getitem__) == str(STYLE_VIEWS)
 
 
 def test_other_numbers_are_noticed(out: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -406,6 +407,41 @@ def test_the_average_waits_where_the_gradient_scaler_skips_a_step(data: ZooParam
     run.step(1)
     assert not run.optimizer.step_was_skipped
     assert run.ema.optimization_step == 1
+
+
+def test_a_step_in_parts_has_the_gradient_of_the_whole(data: ZooParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise, on all four adapters in order: three at once and then one, or all."""
+    ends = []
+    for at_once in (None, 3):
+        config = replace(tiny_config(steps=1, batch_size=4, log_every=1), input_noise=0.0, latent_noise=0.0)
+        stage = AutoencoderStage(data, config)
+        stage.at_once, left = at_once, list(range(4))
+        monkeypatch.setattr(stage, "draw", lambda size, rng, left=left: torch.tensor([left.pop(0) for _ in range(size)]))
+        fit(stage, config.fit, tmp_path / f"{at_once}")
+        ends.append((stage.module.state_dict(), json.loads((tmp_path / f"{at_once}" / "metrics.jsonl").read_text())["loss"]))
+        assert left == []
+    assert ends[0][1] == pytest.approx(ends[1][1], rel=1e-5)
+    for name, tensor in ends[0][0].items():
+        torch.testing.assert_close(ends[1][0][name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_the_matrix_of_a_zoo_is_made_once_and_again_for_other_adapters(tiny_zoo: Path, tmp_path: Path) -> None:
+    zoo, folder = Zoo(shutil.copytree(tiny_zoo, tmp_path / "zoo")), tmp_path / "params"
+    first = ZooParams.load(zoo, folder)
+    made = (folder / "params.safetensors").stat().st_mtime_ns
+    again = ZooParams.load(zoo, folder)
+    assert (folder / "params.safetensors").stat().st_mtime_ns == made
+    assert first.sha256 == again.sha256 == hashlib.sha256(all_params(first).numpy().tobytes()).hexdigest()
+    assert all(torch.equal(first.template.to_params(run.adapter()), first[torch.tensor([index])][0])
+               for index, run in enumerate(run for task in zoo.task_names for run in zoo.runs(task)))  # fmt: skip
+    part = first.part([3, 1])
+    assert torch.equal(part[torch.tensor([0, 1])], first[torch.tensor([3, 1])])
+    assert (part.names, part.tasks.tolist()) == ([first.names[3], first.names[1]], [1, 0])
+    run = zoo.runs("moods")[0]
+    changed = run.adapter()
+    shutil.rmtree(run.folder)
+    write_run(run.folder, replace(changed, tensors={key: 1.01 * tensor for key, tensor in changed.tensors.items()}), run.facts)
+    assert ZooParams.load(zoo, folder).sha256 != first.sha256
 
 
 def test_tensorboard_events_are_written_on_demand(data: ZooParams, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class KernelRegression:
 
     Args:
         conditions: an embedding a task, shape `(num_tasks, condition_dim)`.
-        params: of its soup, shape `(num_tasks, num_params)`.
+        params: the mean of its adapters', shape `(num_tasks, num_params)`.
         ridge: in units of the kernel's mean diagonal. With little of it each task gets its own soup, with much all get the mean.
     """
 
@@ -119,8 +119,9 @@ class ZooBaselines:
         self.multitask = multitask_adapter(zoo)
         self.mean = soup(adapters)
         """The mean of all of them, one adapter for everything."""
-        soups = torch.stack([self.template.to_params(soup(list(trained[name]))) for name in names])
-        self.regression = KernelRegression.fit(index.embeddings[places].float(), soups)
+        # Means of params, as the generator models them: a soup of adapters with an own `lora_A` each has factors like no other's.
+        means = torch.stack([torch.stack([self.template.to_params(adapter) for adapter in trained[name]]).mean(0) for name in names])
+        self.regression = KernelRegression.fit(index.embeddings[places].float(), means)
 
     def regressed(self, condition: Any) -> LoraAdapter:
         """What `KernelRegression` makes of a request."""

@@ -152,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--tensorboard", action="store_true", help="also write tensorboard events")
     tune.set_defaults(run=commands.tune)
 
+    calibrate = add("calibrate", help="fit what gains a text generator predicts, on tasks that it has not seen (resumable)")
+    calibrate.add_argument("generator", help="bundled name, folder, or Hub repository")
+    calibrate.add_argument("--tasks", required=True, type=Path, help="folder of task folders; those that it was not trained on count")
+    calibrate.add_argument("--out", required=True, type=Path, help="folder for tasks/*.json and gain_model.json")
+    calibrate.add_argument("--draws", type=int, default=3, metavar="N", help="prompts a task (default: %(default)s)")
+    calibrate.add_argument("--rows", type=int, default=160, metavar="N", help="rows of the reported split (default: %(default)s)")
+    calibrate.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16: where the processor is faster with it")
+    calibrate.add_argument("--write", action="store_true", help="also write the fitted numbers into the generator (a local folder)")
+    calibrate.set_defaults(run=commands.calibrate)
+
     styles = add("make-styles", help="make style folders from pictures by a style-transfer network (resumable)")
     styles.add_argument("--images", required=True, type=Path, help="folder of PNG, JPEG or WebP pictures")
     styles.add_argument("--out", required=True, type=Path, help="folder to create or continue")

@@ -341,6 +341,21 @@ def tune(arguments: argparse.Namespace) -> None:
     processes().print(f"generator  {generator}")
 
 
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Generator → what gains it predicts."""
+    from diffusers.utils import logging as diffusers_logging
+
+    from cond_pdiff.training.calibrate import CalibrateConfig, calibrate, write_gain_model
+    from cond_pdiff.training.config import parse
+
+    diffusers_logging.disable_progress_bar()
+    settings = {name: getattr(arguments, name) for name in ("draws", "rows", "precision")}
+    result = calibrate(arguments.generator, arguments.tasks, arguments.out, parse(CalibrateConfig, settings, "calibrate"))
+    print((arguments.out / "gain_model.json").read_text(encoding="utf-8"))
+    if arguments.write:
+        write_gain_model(arguments.generator, result["model"])
+
+
 def make_styles(arguments: argparse.Namespace) -> None:
     """Style pictures → style folders."""
     from cond_pdiff.training.make_styles import make_styles

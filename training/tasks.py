@@ -50,6 +50,7 @@ class Task:
         licence: of the data.
         dataset: name of the Hub's data set that the rows come from, if they do.
         label_range: (lowest, highest) score of a regression task, else None.
+        source: where the rows come from; tasks of one source may share texts. (Of "owner/data : file" the part before the colon.)
     """
 
     name: str
@@ -60,6 +61,7 @@ class Task:
     licence: str = ""
     dataset: str = ""
     label_range: tuple[float, float] | None = None
+    source: str = ""
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
@@ -83,6 +85,7 @@ class Task:
                 licence=str(meta.get("licence", "")),
                 dataset=str(meta.get("dataset", "")),
                 label_range=label_range,
+                source=str(meta.get("source", "")).partition(" : ")[0],
             )
             TaskPrompt(task.description, labels=task.labels)
         except (KeyError, TypeError, ValueError) as error:
