@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 START = """
-import json, resource, sys
+import json, re, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this program alone: getrusage's begins with that of the process that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 def told(before):
     print(json.dumps(round(peak() - before)))
@@ -45,7 +45,10 @@ def adapter():
 template = AdapterTemplate.from_adapters([adapter(), adapter()], Backbone("nobody/base"), 16)
 model = {"encoder_channels": [4, 4, 4], "decoder_channels": [4, 64, 4], "stride": 4, "kernel_size": 5, "latent_dim": None}
 config = AutoencoderConfig(model, FitConfig(steps=1, batch_size=40, warmup_steps=0))
-small = ZooParams.write(folder / "small", template, (template.to_params(adapter()) for _ in range(40)), [0] * 40, ["a"] * 40, "{}")
+chunk = 64  # adapters that are read at once
+small = ZooParams.write(
+    folder / "small", template, (template.to_params(adapter()) for _ in range(chunk)), [0] * chunk, ["a"] * chunk, "{}"
+)
 for data in (small, None):
     if data is None:
         before = peak()
@@ -71,16 +74,18 @@ told(before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     ("script", "most"),
     [
-        (STAGES, 60),  # megabytes; the zoo has 79, and a single one of its feature maps 1,260
+        (STAGES, 30),  # megabytes; the larger zoo has 62 more, and a single one of its feature maps 1,260
         (INDEX, 60),  # similarities of all prompts to all tasks take 432
     ],
     ids=["stages", "index"],
 )
 def test_memory_does_not_grow_with_the_zoo(script: str, most: int, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    # Large tensors go back to the system when they are freed: what is left of others would come and go with chance.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) < most
