@@ -110,14 +110,14 @@ def test_fitting_finds_what_the_rows_were_drawn_from(fitted: GainModel) -> None:
 
 
 def test_the_interval_holds_and_what_is_returned_is_seldom_worse(fitted: GainModel) -> None:
-    found = check(fitted, drawn(TRUTH, 120, seed=1))["8"]
+    found = check([fitted, fitted], drawn(TRUTH, 120, seed=1))["8"]
     assert (found["tasks"], found["draws"]) == (120, 360)
     assert 0.72 <= found["inside"] <= 0.88
     assert min(found["rank"]) > 0.5
     assert found["below"] <= 0.1 < found["below_unjudged"]
     assert found["returned"] > found["unjudged"]
-    boastful = check(replace(fitted, gain=fitted.gain + 2), drawn(TRUTH, 120, seed=1))["8"]
-    assert boastful["inside"] < 0.5
+    boastful = replace(fitted, gain=fitted.gain + 2)
+    assert check([boastful, boastful], drawn(TRUTH, 120, seed=1))["8"]["inside"] < 0.5
 
 
 def test_few_tasks_are_refused() -> None:

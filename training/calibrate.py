@@ -3,7 +3,8 @@
 For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2,
 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone and of the best of all, and what both
 really reach on the reported split, beside the base model. For trained tasks the same, with prototypes of names, as they are used. Then
-`cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on half of the sources, checks them on the other half, and on all.
+`cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and fits them
+on all.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
         tasks_folder: a task collection; tasks of regression, and of more than `MAX_LABELS` classes, are left out.
 
     Returns:
-        `model` (`GainModel.to_json`), and `check`: what came of fitting on half of the sources, on the other half.
+        `model` (`GainModel.to_json`), and `check`: what came of fitting on each half of the sources, on the other half.
 
     Raises:
         TaskDataError: there are too few tasks that the generator was not trained on.
@@ -145,8 +146,8 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
             found = {"settings": calibrator.settings, "rows": [row.to_json() for row in calibrator.measure(task)]}
             write_text(path, dump_json(found))
         rows += [GainRow.from_json(row) for row in found["rows"]]
-    fitted_on, others = ([row for row in rows if row.half == half] for half in (0, 1))
-    result = {"check": check(fit_gain_model(fitted_on), others), "model": fit_gain_model(rows).to_json()}
+    halves = [fit_gain_model([row for row in rows if row.half == half]) for half in (0, 1)]
+    result = {"check": check(halves, rows), "model": fit_gain_model(rows).to_json()}
     write_text(out / "gain_model.json", dump_json(result))
     return result
 
