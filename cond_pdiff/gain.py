@@ -92,21 +92,21 @@ class GainModel:
         take: the probability of being better from which an adapter is preferred to the base model.
     """
 
-    base_mean: float = 0.2579
-    base_labels: float = -0.1856
-    base_examples: float = 6.348
-    base_variance: float = 0.5197
-    base_noise: float = 0.2523
-    gain: float = -0.07313
-    gain_similarity: float = 0.3124
-    gain_examples: float = 20.52
-    gain_separation: float = 1.09
-    gain_own: float = 0.8251
-    gain_variance: float = 0.04543
-    gain_noise: float = 0.002965
-    known_gain: float = 0.7985
-    known_variance: float = 0.5944
-    take: float = 0.72
+    base_mean: float = 0.2558
+    base_labels: float = -0.1825
+    base_examples: float = 6.345
+    base_variance: float = 0.546
+    base_noise: float = 0.2443
+    gain: float = -0.07236
+    gain_similarity: float = 0.3094
+    gain_examples: float = 20.26
+    gain_separation: float = 1.086
+    gain_own: float = 0.8252
+    gain_variance: float = 0.04694
+    gain_noise: float = 0.002107
+    known_gain: float = 0.7975
+    known_variance: float = 0.615
+    take: float = 0.73
 
     def __post_init__(self) -> None:
         for entry in fields(self):
