@@ -99,7 +99,8 @@ def generate(arguments: argparse.Namespace) -> None:
     output = _run_generator(condition, generator, count, arguments.seed, _sampling(arguments))
     adapter = output.adapter
     if arguments.refine:
-        adapter = _refine(adapter, condition, arguments.refine)
+        # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
+        adapter = _refine(output.adapters[output.chosen], condition, arguments.refine)
     adapter.save(arguments.out, overwrite=arguments.force)
     print(output.report)
     if arguments.refine:
