@@ -85,7 +85,7 @@ def test_the_same_adapter_is_the_same_bytes_in_every_process(tmp_path: Path) -> 
         subprocess.Popen([sys.executable, "-c", SAVE_SCRIPT, str(tmp_path / seed)], env={**os.environ, "PYTHONHASHSEED": seed})
         for seed in ("1", "2")
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     first, second = tmp_path / "1", tmp_path / "2"
     for name in ADAPTER_FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name

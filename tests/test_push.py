@@ -75,7 +75,7 @@ def test_the_command_line_pushes_and_pulls_through_hf_endpoint(tiny_generator: P
         done = subprocess.run(
             [sys.executable, "-c", command, *map(str, arguments)],
             env={**environment, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", **changes},
-            capture_output=True, text=True, timeout=120, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert TOKEN not in done.stdout + done.stderr
         assert done.returncode == 0, done.stderr[-2000:]
