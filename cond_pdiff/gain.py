@@ -125,9 +125,9 @@ class GainModel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GainModel:
         """Read what `to_json` wrote; `CondPDiffError` for anything else."""
-        unknown = sorted(set(data) - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise CondPDiffError(f"gain model: unknown entry {unknown[0]!r}")
+        different = sorted(set(data) ^ {entry.name for entry in fields(cls)})
+        if different:
+            raise CondPDiffError(f"gain model: {'unknown' if different[0] in data else 'missing'} entry {different[0]!r}")
         return cls(**data)
 
     def predict(self, evidence: Evidence) -> GainEstimate:

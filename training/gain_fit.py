@@ -70,14 +70,16 @@ def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
     """The numbers under which the measured accuracies and gains are likeliest; each task counts as much as any other.
 
     What is measured on a few hundred rows differs from the truth by chance: Gaussian, with the variance that so many rows have. `take` is
-    the least probability with which at most `MOST_BELOW` of the unknown tasks end more than a point below the base model.
+    the least probability with which at most `MOST_BELOW` of the unknown tasks end more than a point below the base model, or 0.95.
 
     Raises:
         TaskDataError: there are fewer than `FEWEST_TASKS` unknown tasks.
     """
     unknown = {row.task for row in rows if not row.evidence.known}
     if len(unknown) < FEWEST_TASKS:
-        raise TaskDataError(f"{len(unknown)} tasks that the generator was not trained on are too few; measure at least {FEWEST_TASKS}")
+        raise TaskDataError(
+            f"{len(unknown)} tasks that the generator was not trained on are too few; measure at least {FEWEST_TASKS}, in each half of the sources"
+        )
     facts, columns = _evidence(rows), _columns(rows)
     start = GainModel().to_json()
     names = [name for name in start if name != "take" and (not name.startswith("known") or bool(facts["known"].any()))]
