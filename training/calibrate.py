@@ -1,8 +1,8 @@
 """`calibrate`: what to believe of a generator's adapters on tasks that it has not seen, measured and fitted. Run it again to go on.
 
 For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1,
-2, 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of all,
-and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
+2, 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of
+all, and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
 `cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and fits them
 on all.
 """

@@ -78,7 +78,8 @@ def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
     unknown = {row.task for row in rows if not row.evidence.known}
     if len(unknown) < FEWEST_TASKS:
         raise TaskDataError(
-            f"{len(unknown)} tasks that the generator was not trained on are too few; measure at least {FEWEST_TASKS}, in each half of the sources"
+            f"{len(unknown)} tasks that the generator was not trained on are too few; "
+            f"measure at least {FEWEST_TASKS}, in each half of the sources"
         )
     facts, columns = _evidence(rows), _columns(rows)
     start = GainModel().to_json()
