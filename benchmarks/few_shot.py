@@ -14,7 +14,7 @@ class, drawn from the training split: the same with the examples in the class pr
   timed in the same minute, quick: `refine` with two steps from one generated adapter;
 - generated: the best of eight candidates, chosen by the pipeline on the examples; one: a single candidate, which the examples may
   reject for the base model; raw: the same without asking them;
-- refined: `refine` from the generated adapter; cold: `refine` from an adapter of zeros.
+- refined: `refine` from the best of eight, also where the base model is preferred to it; cold: `refine` from an adapter of zeros.
 
 Below the means stands the generated adapter minus each column, with the standard error over the tasks.
 *share* is (column − base) / (trained − base) of the means: the base with the examples, the trained adapter with names only, as it was
@@ -109,7 +109,7 @@ class Bench:
         output = self.generate(prompt, CANDIDATES)
         add("generated", output.adapter, started, output.report.choice.score.with_examples)
         started = time.perf_counter()
-        add("refined", refine(self.classifier(task, output.adapter, prompt)), started - seconds["generated"])
+        add("refined", refine(self.classifier(task, output.adapters[output.chosen], prompt)), started - seconds["generated"])
         started = time.perf_counter()
         single = self.generate(prompt, 1)
         add("one", single.adapter, started, single.report.choice.score.with_examples)

@@ -110,7 +110,7 @@ def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         scheduler = _line(metadata["scheduler"]) + (f" ({settings})" if settings else "")
         yield "sampler", f"{scheduler}, {_line(steps)} steps, guidance {_line(guidance)}"
     if metadata.get("strength") == 0:
-        yield "strength", "0: the examples spoke for the base model"
+        yield "strength", "0, which is the base model: the examples do not show that the adapter is better"
     if isinstance(metadata.get("prototype_examples"), list):
         yield "class prototypes", f"of the label names and {len(metadata['prototype_examples'])} recorded examples"
     refined = metadata.get("refined")

@@ -96,6 +96,7 @@ class Choice:
         scores: of all adapters.
         base: the base model's; None for adapters that bring a head, without which there is nothing to compare.
         estimate: what that adapter gains over the base model with the same examples, on texts like them; None for adapters with heads.
+        calibrated: was the model behind it fitted to this generator, or is it the bundled text generator's?
     """
 
     index: int
@@ -104,6 +105,7 @@ class Choice:
     scores: tuple[ExampleScore, ...]
     base: ExampleScore | None
     estimate: GainEstimate | None
+    calibrated: bool = True
 
     @property
     def predicted_gain(self) -> float | None:
@@ -117,10 +119,12 @@ class Choice:
         """What to expect, in words; nothing for adapters that bring a head."""
         if self.estimate is None:
             return ""
+        of_another = "" if self.calibrated else " (by another generator's numbers: `cond-pdiff calibrate` measures this one's)"
         if self.strength:
-            return f"{self.estimate} expected over the base model with these examples" + (": unsure" if self.estimate.unsure else "")
+            unsure = ": unsure" if self.estimate.unsure else ""
+            return f"{self.estimate} expected over the base model with these examples{unsure}{of_another}"
         why = "unsure, so the adapter is" if self.estimate.unsure else "the adapter is"
-        return f"{why} the base model: a generated one would gain {self.estimate}; fine-tune, or give more examples"
+        return f"{why} the base model: a generated one would gain {self.estimate}; fine-tune, or give more examples{of_another}"
 
 
 def choose(
@@ -141,21 +145,21 @@ def choose(
         adapters: for its base model.
         similarity: of the request to the nearest trained task.
         known: is it a trained task, asked for in about its own words and with its labels?
-        model: of gains; default: the one of the bundled text generator.
+        model: of gains, fitted to the generator; default: the one of the bundled text generator, and the choice says so.
 
     Raises:
         ConditionError: there are no examples.
     """
-    model = model or GainModel()
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
     base = ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
     scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), not known) for adapter in adapters)
     index, evidence = weigh(base, scores, count, len(classifier.labels), similarity, known)
-    estimate = model.predict(evidence)
-    strength = float(estimate.probability >= model.take)
-    return Choice(index, strength, scores[index] if strength else base, scores, base, estimate)
+    own = model or GainModel()
+    estimate = own.predict(evidence)
+    strength = float(estimate.probability >= own.take)
+    return Choice(index, strength, scores[index] if strength else base, scores, base, estimate, model is not None)
 
 
 def weigh(

@@ -92,21 +92,21 @@ class GainModel:
         take: the probability of being better from which an adapter is preferred to the base model.
     """
 
-    base_mean: float = 0.31
-    base_labels: float = -0.52
-    base_examples: float = 5.6
-    base_variance: float = 0.3
-    base_noise: float = 0.25
-    gain: float = -0.15
-    gain_similarity: float = 0.5
-    gain_examples: float = 20.0
-    gain_separation: float = 1.0
-    gain_own: float = 0.8
-    gain_variance: float = 0.05
-    gain_noise: float = 0.005
-    known_gain: float = 1.0
-    known_variance: float = 0.3
-    take: float = 0.6
+    base_mean: float = 0.2558
+    base_labels: float = -0.1825
+    base_examples: float = 6.345
+    base_variance: float = 0.546
+    base_noise: float = 0.2443
+    gain: float = -0.07236
+    gain_similarity: float = 0.3094
+    gain_examples: float = 20.26
+    gain_separation: float = 1.086
+    gain_own: float = 0.8252
+    gain_variance: float = 0.04694
+    gain_noise: float = 0.002107
+    known_gain: float = 0.7975
+    known_variance: float = 0.615
+    take: float = 0.73
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -125,9 +125,9 @@ class GainModel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> GainModel:
         """Read what `to_json` wrote; `CondPDiffError` for anything else."""
-        unknown = sorted(set(data) - {entry.name for entry in fields(cls)})
-        if unknown:
-            raise CondPDiffError(f"gain model: unknown entry {unknown[0]!r}")
+        different = sorted(set(data) ^ {entry.name for entry in fields(cls)})
+        if different:
+            raise CondPDiffError(f"gain model: {'unknown' if different[0] in data else 'missing'} entry {different[0]!r}")
         return cls(**data)
 
     def predict(self, evidence: Evidence) -> GainEstimate:

@@ -52,9 +52,12 @@ class GenerationReport:
         ]
         if self.choice:
             choice = self.choice
-            beside = f" (base model {choice.base.accuracy:.0%})" if choice.base else ""
-            place = f"{choice.index + 1} of {len(choice.scores)}"
-            lines.append(f"chosen     {place}, accuracy {choice.score.accuracy:.0%} on the given examples{beside}")
+            place, own = f"{choice.index + 1} of {len(choice.scores)}", choice.scores[choice.index].accuracy
+            if choice.strength:
+                beside = f" (base model {choice.base.accuracy:.0%})" if choice.base else ""
+                lines.append(f"chosen     {place}, accuracy {own:.0%} on the given examples{beside}")
+            else:
+                lines.append(f"chosen     the base model, accuracy {choice.score.accuracy:.0%} on the given examples ({place}: {own:.0%})")
             lines += [f"gain       {choice.gain}"] if choice.gain else []
         read = self.condition
         if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):

@@ -188,3 +188,18 @@ def test_a_frozen_backbone_gets_no_gradients(sentence_backbone: SentenceBackbone
     assert not sentence_backbone.model.training
     assert not any(parameter.requires_grad for parameter in sentence_backbone.model.parameters())
     assert not sentence_backbone.forward(["good"], 8).requires_grad
+
+
+def test_texts_are_read_at_the_recorded_length(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, tmp_path: Path) -> None:
+    """They were read at 48 tokens for choosing and at 128 in use: another classifier than the one that was chosen."""
+    short = replace(tiny_adapter, metadata={**tiny_adapter.metadata, "max_length": 4})
+    loaded = PrototypeClassifier.load(short.save(tmp_path / "adapter"))
+    assert loaded.max_length == loaded.with_adapter(None).max_length == 4
+    assert PrototypeClassifier(sentence_backbone, LABELS, short).max_length == 4
+    assert PrototypeClassifier(sentence_backbone, LABELS, short, max_length=9).max_length == 9
+    cut = loaded.logits(["the good bad bad bad bad", "the good"])
+    torch.testing.assert_close(cut[0], cut[1])  # [CLS] the good [SEP]
+    for wrong in (0, "48", True):
+        broken = replace(tiny_adapter, metadata={**tiny_adapter.metadata, "max_length": wrong})
+        with pytest.raises(AdapterError, match="records a max_length of"):
+            PrototypeClassifier(sentence_backbone, LABELS, broken)

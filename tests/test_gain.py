@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PROMPT
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import CondPDiffError, TaskDataError
@@ -65,13 +66,14 @@ def test_a_known_task_gains_what_trained_tasks_gain() -> None:
         ({"gain": float("nan")}, "gain must be a finite number"),
         ({"gain_noise": -1.0}, "gain_noise must not be negative"),
         ({"take": 1.0}, "take must be a probability"),
+        ({"take": None}, "missing entry 'take'"),
         ({"gain_of": 1.0}, "unknown entry 'gain_of'"),
         ({"gain": "0"}, "gain must be a finite number"),
     ],
 )
 def test_a_model_that_makes_no_sense_is_refused(entries: dict[str, Any], message: str) -> None:
     with pytest.raises(CondPDiffError, match=message):
-        GainModel.from_json(entries)
+        GainModel.from_json({name: value for name, value in {**MODEL.to_json(), **entries}.items() if value is not None})
 
 
 # --- fitting -------------------------------------------------------------------------------------------------------------------
@@ -110,14 +112,14 @@ def test_fitting_finds_what_the_rows_were_drawn_from(fitted: GainModel) -> None:
 
 
 def test_the_interval_holds_and_what_is_returned_is_seldom_worse(fitted: GainModel) -> None:
-    found = check(fitted, drawn(TRUTH, 120, seed=1))["8"]
+    found = check([fitted, fitted], drawn(TRUTH, 120, seed=1))["8"]
     assert (found["tasks"], found["draws"]) == (120, 360)
     assert 0.72 <= found["inside"] <= 0.88
     assert min(found["rank"]) > 0.5
     assert found["below"] <= 0.1 < found["below_unjudged"]
     assert found["returned"] > found["unjudged"]
-    boastful = check(replace(fitted, gain=fitted.gain + 2), drawn(TRUTH, 120, seed=1))["8"]
-    assert boastful["inside"] < 0.5
+    boastful = replace(fitted, gain=fitted.gain + 2)
+    assert check([boastful, boastful], drawn(TRUTH, 120, seed=1))["8"]["inside"] < 0.5
 
 
 def test_few_tasks_are_refused() -> None:
@@ -153,21 +155,30 @@ def test_one_command_measures_fits_and_goes_on(
     assert [(row["shots"], row["candidates"]) for row in measured] == [(1, 1), (2, 1), (4, 1), (8, 1), (8, 8)]
     assert measured[0]["source"] == "owner/film"
     assert measured[0]["evidence"]["examples"] == 2
+    assert "another generator's numbers" not in CondPDiffPipeline.from_pretrained(own)(PROMPT).report.choice.gain
+    assert "another generator's numbers" in CondPDiffPipeline.from_pretrained(tiny_generator)(PROMPT).report.choice.gain
     trained = json.loads((tmp_path / "out" / "tasks" / "moods.json").read_text())["rows"]
     assert trained[0]["evidence"]["similarity"] > measured[0]["evidence"]["similarity"]
     assert not (tmp_path / "out" / "tasks" / "scores.json").exists()
     pipe = CondPDiffPipeline.from_pretrained(own)
     assert pipe.condition_index.gain_model == GainModel.from_json(result["model"])
-    assert CondPDiffPipeline.from_pretrained(tiny_generator).condition_index.gain_model == GainModel()
+    assert CondPDiffPipeline.from_pretrained(tiny_generator).condition_index.gain_model is None
     monkeypatch.setattr("cond_pdiff.training.calibrate.Calibrator.measure", lambda *_: pytest.fail("measured again"))
     config = parse(CalibrateConfig, {"draws": 1, "rows": 12}, "calibrate")
-    with pytest.raises(pytest.fail.Exception, match="measured again"):  # the generator is another one now: its index has the numbers
-        calibrate(own, many_tasks, tmp_path / "out", config)
+    assert calibrate(own, many_tasks, tmp_path / "out", config) == result
+    meta = many_tasks / "about-film" / "meta.json"
+    before = meta.read_text()
+    meta.write_text(before.replace("Is it about a film?", "Does it mention a film?"))
+    try:
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            calibrate(own, many_tasks, tmp_path / "out", config)
+    finally:
+        meta.write_text(before)
 
 
 def test_only_a_folder_can_be_written_to() -> None:
     with pytest.raises(TaskDataError, match="not the folder of a generator"):
-        write_gain_model("cond-pdiff/minilm-text-tasks", {})
+        write_gain_model("cond-pdiff/minilm-text-tasks", MODEL.to_json())
 
 
 def test_what_is_measured_is_what_the_pipeline_says(tiny_generator: Path, many_tasks: Path, tmp_path: Path) -> None:
@@ -179,4 +190,4 @@ def test_what_is_measured_is_what_the_pipeline_says(tiny_generator: Path, many_t
     best = calibrator.measure(task)[-1]
     seeds = [torch.Generator().manual_seed(seed) for seed in range(8)]
     choice = calibrator.pipe(task.prompt("shots/0", 16), num_adapters=8, generator=seeds).report.choice
-    assert calibrator.pipe.condition_index.gain_model.predict(best.evidence) == choice.estimate
+    assert GainModel().predict(best.evidence) == choice.estimate

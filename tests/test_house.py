@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
 RANKS = {
     "errors": 0, "locks": 0, "model_cards": 0,
-    "adapter_card": 1, "atomic": 1, "component": 1, "hub": 1, "layout": 1, "lora": 1, "low_rank": 1,
+    "adapter_card": 1, "atomic": 1, "component": 1, "gain": 1, "hub": 1, "layout": 1, "lora": 1, "low_rank": 1,
     "adapter": 2, "conditioning": 2, "normalization": 2,
     "models": 3,
     "classifier": 4, "generator_info": 4, "text_to_image": 4,

@@ -20,6 +20,7 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, Task
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.errors import HubError
 from cond_pdiff.few_shot import choose
+from cond_pdiff.gain import GainModel
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -212,3 +213,13 @@ def test_fresh_processes_write_the_same_bytes(tiny_generator: Path, tmp_path: Pa
         assert {path.name for path in files} == {"README.md", "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"}
         found.add(hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest())
     assert len(found) == 1
+
+
+def test_the_report_says_where_the_base_model_is_preferred(pipe: CondPDiffPipeline) -> None:
+    pipe.condition_index.gain_model = GainModel(take=0.999)
+    output = pipe(PROMPT, num_adapters=2, generator=seeds(0, 1))
+    assert output.report.choice.strength == 0
+    lines = str(output.report).splitlines()
+    assert any(line.startswith("chosen     the base model, accuracy ") for line in lines)
+    assert any("the adapter is the base model: a generated one would gain" in line for line in lines)
+    assert all(not tensor.any() for key, tensor in output.adapter.tensors.items() if ".lora_B." in key)

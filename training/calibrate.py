@@ -1,14 +1,16 @@
 """`calibrate`: what to believe of a generator's adapters on tasks that it has not seen, measured and fitted. Run it again to go on.
 
-For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2,
-4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone and of the best of all, and what both
-really reach on the reported split, beside the base model. For trained tasks the same, with prototypes of names, as they are used. Then
-`cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on half of the sources, checks them on the other half, and on all.
+For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1,
+2, 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of
+all, and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
+`cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and fits them
+on all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -33,7 +35,7 @@ from cond_pdiff.training.config import STRICT, Count
 from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.gain_fit import GainRow, check, fit_gain_model
 from cond_pdiff.training.precision import mixed_precision
-from cond_pdiff.training.tasks import CLASSIFICATION_TYPES, Task, read_meta
+from cond_pdiff.training.tasks import Task, load_tasks
 
 SHOTS = (1, 2, 4, 8)
 """Examples a class, to which the prompt's are cut when they are asked."""
@@ -62,7 +64,7 @@ class Calibrator:
         self.config, self.pipe = config, CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
         self.base, self.length = self.pipe.base_model(), self.pipe.template.config.max_length
-        self.settings = {**asdict(config), "generator": weights_sha256(self.pipe)}
+        self.settings = {**asdict(config), "shots": list(SHOTS), "generator": weights_sha256(self.pipe)}
 
     def measure(self, task: Task) -> list[GainRow]:
         """Rows of every draw and number of examples."""
@@ -131,34 +133,37 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
         tasks_folder: a task collection; tasks of regression, and of more than `MAX_LABELS` classes, are left out.
 
     Returns:
-        `model` (`GainModel.to_json`), and `check`: what came of fitting on half of the sources, on the other half.
+        `model` (`GainModel.to_json`), and `check`: what came of fitting on each half of the sources, on the other half.
 
     Raises:
         TaskDataError: there are too few tasks that the generator was not trained on.
     """
     calibrator, out = Calibrator(generator, config), Path(out)
+    trained = set(calibrator.pipe.condition_index.names)
     rows: list[GainRow] = []
-    for task in tqdm(_tasks(Path(tasks_folder)), desc="calibrate", unit="task"):
+    for task in tqdm([task for task in load_tasks(tasks_folder) if len(task.labels) <= MAX_LABELS], desc="calibrate", unit="task"):
         path = out / "tasks" / f"{task.name}.json"
+        settings = {**calibrator.settings, "task": _task_sha256(task)}
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if found is None or found["settings"] != calibrator.settings:
-            found = {"settings": calibrator.settings, "rows": [row.to_json() for row in calibrator.measure(task)]}
+        if found is None or found["settings"] != settings:
+            found = {"settings": settings, "rows": [row.to_json() for row in calibrator.measure(task)]}
             write_text(path, dump_json(found))
-        rows += [GainRow.from_json(row) for row in found["rows"]]
-    fitted_on, others = ([row for row in rows if row.half == half] for half in (0, 1))
-    result = {"check": check(fit_gain_model(fitted_on), others), "model": fit_gain_model(rows).to_json()}
+        # A trained task in words that the generator does not know it by tells nothing of unseen ones, nor the other way round.
+        rows += [row for row in map(GainRow.from_json, found["rows"]) if row.evidence.known == (task.name in trained)]
+    halves = [fit_gain_model([row for row in rows if row.half == half]) for half in (0, 1)]
+    result = {"check": check(halves, rows), "model": fit_gain_model(rows).to_json()}
     write_text(out / "gain_model.json", dump_json(result))
     return result
 
 
-def _tasks(folder: Path) -> list[Task]:
-    folders = sorted(path.parent for path in folder.glob("*/meta.json"))
-    classified = [path for path in folders if read_meta(path).get("task_type", CLASSIFICATION_TYPES[0]) in CLASSIFICATION_TYPES]
-    return [task for task in map(Task.load, classified) if len(task.labels) <= MAX_LABELS]
+def _task_sha256(task: Task) -> str:
+    """Of all that a task's prompts and reported rows are made of."""
+    rows = [task.rows(split) for split in ("train", task.report_split)]
+    return hashlib.sha256(json.dumps([task.description, task.labels, rows]).encode()).hexdigest()
 
 
-def write_gain_model(generator: str | Path, model: Mapping[str, float]) -> None:
-    """Put fitted numbers into a local generator folder.
+def check_local(generator: str | Path) -> Path:
+    """The file of a local generator that `write_gain_model` writes.
 
     Raises:
         TaskDataError: it is no local folder.
@@ -166,5 +171,15 @@ def write_gain_model(generator: str | Path, model: Mapping[str, float]) -> None:
     path = Path(generator) / "condition_index" / "config.json"
     if not path.is_file():
         raise TaskDataError(f"{generator} is not the folder of a generator, so its numbers cannot be written; save it somewhere first")
+    return path
+
+
+def write_gain_model(generator: str | Path, model: Mapping[str, float]) -> None:
+    """Put fitted numbers into a local generator folder. For `verify`, adapters that it made before are then another generator's.
+
+    Raises:
+        TaskDataError: see `check_local`.
+    """
+    path = check_local(generator)
     config = json.loads(path.read_text(encoding="utf-8"))
     write_text(path, dump_json({**config, "gain_model": GainModel.from_json(model).to_json()}))

@@ -99,7 +99,8 @@ def generate(arguments: argparse.Namespace) -> None:
     output = _run_generator(condition, generator, count, arguments.seed, _sampling(arguments))
     adapter = output.adapter
     if arguments.refine:
-        adapter = _refine(adapter, condition, arguments.refine)
+        # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
+        adapter = _refine(output.adapters[output.chosen], condition, arguments.refine)
     adapter.save(arguments.out, overwrite=arguments.force)
     print(output.report)
     if arguments.refine:
@@ -345,10 +346,12 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Generator → what gains it predicts."""
     from diffusers.utils import logging as diffusers_logging
 
-    from cond_pdiff.training.calibrate import CalibrateConfig, calibrate, write_gain_model
+    from cond_pdiff.training.calibrate import CalibrateConfig, calibrate, check_local, write_gain_model
     from cond_pdiff.training.config import parse
 
     diffusers_logging.disable_progress_bar()
+    if arguments.write:
+        check_local(arguments.generator)
     settings = {name: getattr(arguments, name) for name in ("draws", "rows", "precision")}
     result = calibrate(arguments.generator, arguments.tasks, arguments.out, parse(CalibrateConfig, settings, "calibrate"))
     print((arguments.out / "gain_model.json").read_text(encoding="utf-8"))

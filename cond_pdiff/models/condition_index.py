@@ -35,7 +35,7 @@ class ConditionIndex(ExactComponent):
         num_parts: unit vectors that an embedding consists of, side by side.
         last_is_evidence: the last part can only add to a similarity. Two short examples look like no task's rows; they are
             no reason to doubt what description and label names say.
-        gain_model: `GainModel.to_json()`, fitted to the generator by `cond-pdiff calibrate`; None: the bundled text generator's.
+        gain_model: `GainModel.to_json()`, fitted to the generator by `cond-pdiff calibrate`; None: it was not fitted.
         preview_sizes: bytes of the small WebP picture that stands for each task, in the order of the embeddings; none: there are none.
     """
 
@@ -57,7 +57,7 @@ class ConditionIndex(ExactComponent):
         gain_model: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        self.gain_model = GainModel.from_json(gain_model or {})
+        self.gain_model = None if gain_model is None else GainModel.from_json(gain_model)
         self.register_to_config(names=list(names or tasks))
         self.register_buffer("embeddings", torch.zeros(len(tasks), condition_dim))
         self.register_buffer("threshold", torch.zeros(1))

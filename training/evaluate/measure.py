@@ -217,10 +217,10 @@ def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, 
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:
-    """Of all weights and settings of a generator."""
+    """Of all weights and settings of a generator that decide what it makes; what it predicts of it (`gain_model`) does not."""
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
-        settings = {key: value for key, value in module.config.items() if not key.startswith("_")}
+        settings = {key: value for key, value in module.config.items() if not key.startswith("_") and key != "gain_model"}
         digest.update(f"{name} {json.dumps(settings, sort_keys=True, default=str)}".encode())
         if isinstance(module, torch.nn.Module):
             for key, value in sorted(module.state_dict().items()):
