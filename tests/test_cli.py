@@ -52,8 +52,9 @@ def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path
     base = ["generate", DESCRIPTION, *examples, "--generator", tiny_generator, "--num-adapters", 3]
     plain, refined = (run(*base, "--out", tmp_path / name, *more) for name, more in (("plain", []), ("refined", ["--refine", 4])))
     assert (plain.status, refined.status, refined.err) == (0, 0, [])
+    (chosen,) = (line.split()[1] for line in plain.out if line.startswith("chosen"))
     assert [line for line in refined.out if line not in plain.out] == [
-        "refined    4 steps on 4 examples",
+        f"refined    4 steps on 4 examples, from candidate {chosen} of 3",
         f"adapter    {tmp_path / 'refined'}",
     ]
     start, end = LoraAdapter.load(tmp_path / "plain"), LoraAdapter.load(tmp_path / "refined")

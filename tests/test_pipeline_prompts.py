@@ -181,7 +181,7 @@ def test_the_adapter_remembers_how_it_was_made(pipe: CondPDiffPipeline, tiny_bac
         "num_inference_steps": 4,
         "guidance_scale": 1.5,
         "scheduler": "DPMSolverMultistepScheduler",
-        "scheduler_config": {"prediction_type": "v_prediction"},
+        "scheduler_config": {"prediction_type": "v_prediction", "use_exponential_sigmas": True},
         "machine": {"device": "cpu", "threads": 1, "cpu_capability": torch.backends.cpu.get_cpu_capability()},
         "dtype": "float32",
         "candidate": 1,

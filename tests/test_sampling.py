@@ -24,10 +24,11 @@ SPREAD, COUNT = 0.8, 4000
 
 
 class Gaussian(nn.Module):
-    """The best possible prediction of the noise for latents from N(condition, SPREAD²), of variance-preserving inputs."""
+    """The best possible prediction of the noise for latents from N(condition, spread²), of variance-preserving inputs."""
 
-    def __init__(self, guided_length: int | None = None) -> None:
+    def __init__(self, guided_length: int | None = None, spread: float = SPREAD) -> None:
         super().__init__()
+        self.spread = spread
         self.config = SimpleNamespace(guided_length=guided_length)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, condition: torch.Tensor) -> Any:
@@ -36,15 +37,15 @@ class Gaussian(nn.Module):
         below = alphas[level.floor().long()]
         alpha = torch.lerp(below, alphas[level.ceil().long()], level - level.floor())
         error = sample - alpha.sqrt() * condition[:, None]
-        return SimpleNamespace(sample=((1 - alpha).sqrt() * error / (alpha * SPREAD**2 + 1 - alpha)).to(sample.dtype))
+        return SimpleNamespace(sample=((1 - alpha).sqrt() * error / (alpha * self.spread**2 + 1 - alpha)).to(sample.dtype))
 
 
-def sample(scheduler: str, steps: int = DEFAULT_STEPS, mean: float = 1.0, **options: Any) -> torch.Tensor:
+def sample(scheduler: str, steps: int = DEFAULT_STEPS, spread: float = SPREAD, **settings: Any) -> torch.Tensor:
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(COUNT, 1, 2, generator=rng, dtype=torch.float64)
-    condition = torch.full((COUNT, 2), mean, dtype=torch.float64)
-    solver = getattr(schedulers, scheduler).from_config(TRAINED.config)
-    return denoise(Gaussian(), solver, noise, condition, steps, generator=rng, **options)
+    condition = torch.ones(COUNT, 2, dtype=torch.float64)
+    solver = getattr(schedulers, scheduler).from_config(TRAINED.config, **settings)
+    return denoise(Gaussian(spread=spread), solver, noise, condition, steps, generator=rng)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,13 @@ def test_the_default_number_of_steps_keeps_the_spread() -> None:
     many = sample("DPMSolverMultistepScheduler", 200).std()
     assert 0.97 < sample("DPMSolverMultistepScheduler").std() / many < 1.03
     assert sample("DPMSolverMultistepScheduler", 10).std() / many < 0.97
+
+
+def test_exponential_noise_levels_keep_a_narrow_spread(pipe: CondPDiffPipeline) -> None:
+    narrow = {"scheduler": "DPMSolverMultistepScheduler", "spread": 0.1}
+    assert pipe.scheduler.config.use_exponential_sigmas
+    assert 0.97 < sample(**narrow, use_exponential_sigmas=True).std() / 0.1 < 1.15
+    assert sample(**narrow).std() / 0.1 < 0.8
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler"])

@@ -119,7 +119,7 @@ def test_as_many_threads_as_then_are_used(pipe: CondPDiffPipeline, tiny_generato
 @pytest.mark.parametrize(
     ("scheduler", "options", "told"),
     [
-        (DPMSolverMultistepScheduler, {"solver_order": 1, "use_karras_sigmas": True}, "solver_order 1, not the default"),
+        (DPMSolverMultistepScheduler, {"solver_order": 1, "timestep_spacing": "trailing"}, "solver_order 1, not the default"),
         (DDIMScheduler, {"timestep_spacing": "trailing"}, "class DDIMScheduler, not DPMSolverMultistepScheduler"),
         (EulerAncestralDiscreteScheduler, {}, "class EulerAncestralDiscreteScheduler"),
     ],

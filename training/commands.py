@@ -104,7 +104,7 @@ def generate(arguments: argparse.Namespace) -> None:
     adapter.save(arguments.out, overwrite=arguments.force)
     print(output.report)
     if arguments.refine:
-        print(f"refined    {arguments.refine} steps on {len(arguments.example)} examples")
+        print(f"refined    {arguments.refine} steps on {len(arguments.example)} examples, from candidate {output.chosen + 1} of {count}")
     print(f"adapter    {arguments.out}")
 
 
