@@ -10,9 +10,9 @@ import torch
 
 DEFAULT_STEPS = 20
 """Adapters of one task then vary as much as after 200 steps (`benchmarks/spread.py`): on the four narrowest tasks of the bundled text
-generator 0.98 as much; with exponential noise levels, which new generators have, a few hundredths more, and with those of the bundled styles,
-which vary by 0.03 only, 1.2 as much. After ten equal steps, the last of which begins at a noise of 0.34, it was 0.7 on those tasks, and 3 on
-the styles."""
+generator 0.98 as much; with exponential noise levels, which new generators have, a few hundredths more, and with those of the bundled
+styles, which vary by 0.03 only, 1.2 as much. After ten equal steps, the last of which begins at a noise of 0.34, it was 0.7 on those tasks,
+and 3 on the styles."""
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, bool]]
 
