@@ -40,13 +40,18 @@ def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.
     Returns:
         shape `(num_examples, num_labels)`.
     """
-    of_class = nn.functional.one_hot(targets, len(names))
-    fold = (of_class.cumsum(0) * of_class).sum(1) - 1  # how many examples of its class stand before each
+    fold = place_in_class(targets, len(names))
     folds = int(fold.max()) + 1 if len(fold) else 0
     place, shape = fold * len(names) + targets, (folds, len(names))
     sums = _summed(examples, targets, len(names)) - _summed(examples, place, folds * len(names)).unflatten(0, shape)
-    counts = of_class.sum(0) - place.bincount(minlength=folds * len(names)).unflatten(0, shape)
+    counts = targets.bincount(minlength=len(names)) - place.bincount(minlength=folds * len(names)).unflatten(0, shape)
     return LOGIT_SCALE * torch.einsum("ed,eld->el", examples, _prototypes(names, sums, counts)[fold])
+
+
+def place_in_class(targets: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """How many examples of its class stand before each, shape of `targets`."""
+    of_class = nn.functional.one_hot(targets, num_labels)
+    return (of_class.cumsum(0) * of_class).sum(1) - 1
 
 
 def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -180,17 +185,16 @@ class PrototypeClassifier:
         """
         if isinstance(texts, str):
             raise ConditionError(f"give a list of texts, got the single string {texts!r:.80}")
-        names, examples, asked = self.embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
+        names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
         return prototype_logits(names, examples, self.targets.to(names.device), asked)
 
     @torch.no_grad()
     def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of the label names and of the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
-        names, examples, _ = self.embed([])
+        names, examples, _ = self._embed([])
         return names, examples
 
-    @torch.no_grad()
-    def embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
+    def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
         """Unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""
         parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], texts)
         with self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext():

@@ -8,7 +8,7 @@ Tasks that a generator has not seen say what β and δ are before an example is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -130,10 +130,13 @@ class GainModel:
             raise CondPDiffError(f"gain model: {'unknown' if different[0] in data else 'missing'} entry {different[0]!r}")
         return cls(**data)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The numbers as `moments` takes them."""
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.to_json().items()}
+
     def predict(self, evidence: Evidence) -> GainEstimate:
         """The gain of an adapter over the base model with the same examples."""
-        facts = {entry.name: torch.tensor([float(getattr(evidence, entry.name))], dtype=torch.float64) for entry in fields(evidence)}
-        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in self.to_json().items()}
+        facts, numbers = stacked([evidence]), self.tensors()
         _, _, gain, deviation = moments(numbers, facts)
         accuracies, gains = distribution(numbers, facts)
         ordered = gains.flatten().sort().values
@@ -141,16 +144,22 @@ class GainModel:
         probability = torch.special.ndtr(gain / deviation.clamp(min=1e-9))
         _, _, _, before = moments(numbers, {**facts, "examples": torch.zeros(1, dtype=torch.float64)})
         share = (deviation / before.clamp(min=1e-9)).square()
-        numbers_out = (float(gains.mean()), low, high, float(probability), float(share), float(accuracies.mean()))
-        return GainEstimate(*(round(number, 4) for number in numbers_out))
+        found = (float(gains.mean()), low, high, float(probability), float(share), float(accuracies.mean()))
+        return GainEstimate(*(round(number, 4) for number in found))
+
+
+def stacked(requests: Sequence[Evidence]) -> dict[str, torch.Tensor]:
+    """The entries of several requests as `moments` takes them, each of shape `(requests,)`."""
+    names = [entry.name for entry in fields(Evidence)]
+    return {name: torch.tensor([float(getattr(request, name)) for request in requests], dtype=torch.float64) for name in names}
 
 
 def moments(model: Mapping[str, torch.Tensor], evidence: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Mean and standard deviation of β, and of δ; see `GainModel`.
 
     Args:
-        model: its numbers.
-        evidence: the entries of `Evidence`, each of shape `(requests,)`.
+        model: its numbers (`GainModel.tensors`).
+        evidence: the entries of `Evidence` (`stacked`), each of shape `(requests,)`.
 
     Returns:
         four tensors of shape `(requests,)`.

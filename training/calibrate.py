@@ -20,12 +20,11 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
 from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.classifier import prototype_logits
+from cond_pdiff.classifier import place_in_class, prototype_logits
 from cond_pdiff.conditioning import Text, label_text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.few_shot import ExampleScore, weigh
@@ -83,8 +82,7 @@ class Calibrator:
         own = [*map(label_text, task.labels), *(text for text, _ in prompt.examples)]
         embedded = [self._embed(adapter, own).split([len(task.labels), len(prompt.examples)]) for adapter in (None, *adapters)]
         targets = torch.tensor([prompt.labels.index(label) for _, label in prompt.examples])
-        of_class = nn.functional.one_hot(targets, len(task.labels))
-        place = (of_class.cumsum(0) * of_class).sum(1) - 1  # how many examples of its class stand before each
+        place = place_in_class(targets, len(task.labels))
         asked = {0: of_base}
 
         def correct(index: int, kept: torch.Tensor, with_examples: bool) -> torch.Tensor:

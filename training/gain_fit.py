@@ -6,13 +6,13 @@ import hashlib
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from cond_pdiff.errors import TaskDataError
-from cond_pdiff.gain import Evidence, GainModel, distribution
+from cond_pdiff.gain import Evidence, GainModel, distribution, stacked
 
 LOG_NUMBERS = ("base_examples", "base_variance", "base_noise", "gain_examples", "gain_variance", "gain_noise", "known_variance")
 """Numbers of a `GainModel` that must not be negative: their logarithms are fitted."""
@@ -81,14 +81,14 @@ def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
             f"{len(unknown)} tasks that the generator was not trained on are too few; "
             f"measure at least {FEWEST_TASKS}, in each half of the sources"
         )
-    facts, columns = _evidence(rows), _columns(rows)
+    facts, columns = stacked([row.evidence for row in rows]), _columns(rows)
     start = GainModel().to_json()
     names = [name for name in start if name != "take" and (not name.startswith("known") or bool(facts["known"].any()))]
     scale = torch.tensor([max(start[name], 1e-4) for name in names], dtype=torch.float64).log()
     logged = torch.tensor([name in LOG_NUMBERS for name in names])
     first = torch.where(logged, scale, torch.tensor([start[name] for name in names], dtype=torch.float64))
     values = first.clone().requires_grad_()
-    fixed = _numbers(GainModel())
+    fixed = GainModel().tensors()
 
     def numbers() -> dict[str, torch.Tensor]:
         return fixed | dict(zip(names, torch.where(logged, values.exp(), values), strict=True))
@@ -144,9 +144,8 @@ def _check_one(models: Sequence[GainModel], rows: Sequence[GainRow]) -> dict[str
     estimates = [model.predict(row.evidence) for model, row in zip(own, rows, strict=True)]
     inside = statistics.fmean(estimate.low <= row.gain <= estimate.high for estimate, row in zip(estimates, rows, strict=True))
     columns = _columns(rows)
-    gains = torch.cat([
-        distribution(_numbers(models[1 - half]), _evidence([row for row in rows if row.half == half]))[1].flatten(1) for half in (0, 1)
-    ])  # fmt: skip
+    halves = [stacked([row.evidence for row in rows if row.half == half]) for half in (0, 1)]
+    gains = torch.cat([distribution(models[1 - half].tensors(), halves[half])[1].flatten(1) for half in (0, 1)])
     chance = ((columns["changed"] + 1 / columns["rows"]) / columns["rows"]).sqrt()
     noisy = gains + chance[:, None] * torch.randn(gains.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     low, high = (noisy.quantile(share, 1) for share in (0.1, 0.9))
@@ -192,15 +191,6 @@ def _least_take(model: GainModel, rows: Sequence[GainRow]) -> float:
         if worst <= MOST_BELOW:
             break
     return percent / 100
-
-
-def _evidence(rows: Sequence[GainRow]) -> dict[str, torch.Tensor]:
-    names = [entry.name for entry in fields(Evidence)]
-    return {name: torch.tensor([float(getattr(row.evidence, name)) for row in rows], dtype=torch.float64) for name in names}
-
-
-def _numbers(model: GainModel) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in model.to_json().items()}
 
 
 def _columns(rows: Sequence[GainRow]) -> dict[str, torch.Tensor]:
