@@ -39,10 +39,10 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, Task
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.conditioning import Text
 from cond_pdiff.few_shot import refine
-from cond_pdiff.training.baselines import ZooBaselines, logistic_regression
+from cond_pdiff.training.evaluate.baselines import ZooBaselines, logistic_regression
 from cond_pdiff.training.evaluate.measure import difference, mean
-from cond_pdiff.training.tasks import Row, Task
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.tasks.tasks import Row, Task
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 CANDIDATES = 8
 ROWS = 200

@@ -23,13 +23,13 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.hub import MINILM
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
-from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
-from cond_pdiff.training.loop import fit
-from cond_pdiff.training.tasks import write_task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import ConditionBank
+from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.loop import fit
+from cond_pdiff.training.tasks.tasks import write_task
+from cond_pdiff.training.zoo.params import ZooParams
 
 TASKS = 5
 WIDTH = 768  # BERT-base's, in twelve layers

@@ -28,7 +28,7 @@ from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import read_recipe
 from cond_pdiff.training.evaluate.measure import mean, mean_interval
 from cond_pdiff.training.evaluate.styles import METRICS, OTHER_NOISE, PictureSet, draw_pictures, shown_picture
-from cond_pdiff.training.styles import Style, load_styles
+from cond_pdiff.training.tasks.styles import Style, load_styles
 
 COLUMNS = ("base", "generated", "base_floor")
 

@@ -29,7 +29,7 @@ from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean, mean_interval
 from cond_pdiff.training.evaluate.styles import METRICS, PictureSet, draw_pictures
-from cond_pdiff.training.make_styles import draw_scenes, recoloured_form, stylise
+from cond_pdiff.training.tasks.make_styles import draw_scenes, recoloured_form, stylise
 
 GENERATOR = "cond-pdiff/pixart-mini-styles"
 FORM = 6  # the first that the generator was not trained on

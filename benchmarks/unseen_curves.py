@@ -31,9 +31,9 @@ from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.few_shot import refine
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import read_recipe
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.zoo import Zoo
 
 GENERATOR = RECIPE = "minilm-text-tasks"
 SHOTS = (1, 2, 4, 8, 16)

@@ -2,7 +2,7 @@
 
 The base model's accuracy on texts of a task is sigmoid(β), the adapter's sigmoid(β + δ): both lie between 0 and 1 whatever is expected.
 Tasks that a generator has not seen say what β and δ are before an example is looked at; the examples move them. Fitted by
-`cond_pdiff.training.calibrate`.
+`cond_pdiff.training.evaluate.calibrate`.
 """
 
 from __future__ import annotations

@@ -30,15 +30,15 @@ from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linea
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.cli import main
-from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
-from cond_pdiff.training.styles import write_style
-from cond_pdiff.training.tasks import Row, write_task
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.styles import write_style
+from cond_pdiff.training.tasks.tasks import Row, write_task
 from cond_pdiff.training.text_to_image.drawing import render
 from cond_pdiff.training.text_to_image.scenes import Scene
 from cond_pdiff.training.text_to_image.train import train_base
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.collect import collect
+from cond_pdiff.training.zoo.zoo import Zoo
 
 RANK = 2
 TARGETS = ("query", "key", "value", "attention.output.dense")

@@ -22,7 +22,7 @@ from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.training.zoo import soup
+from cond_pdiff.training.zoo.zoo import soup
 
 TEXTS = ["the kitten purr", "good film", "the room was bad, the meal even worse, and the song awful"]
 QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"

@@ -24,7 +24,7 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, base_fingerprint, head_linears, target_linears, update_shape
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.zoo import soup
+from cond_pdiff.training.zoo.zoo import soup
 
 WEIGHT, BIAS = f"{KEY_PREFIX}classifier.weight", f"{KEY_PREFIX}classifier.bias"
 TEXTS = ["the kitten purr", "good film", "the room was bad, the meal even worse, and the song awful"]

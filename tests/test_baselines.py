@@ -20,13 +20,13 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, Task
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.training.baselines import RIDGES, KernelRegression, ZooBaselines, logistic_regression, multitask_adapter
-from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.evaluate.baselines import RIDGES, KernelRegression, ZooBaselines, logistic_regression, multitask_adapter
 from cond_pdiff.training.evaluate.measure import difference
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import RUN_FILE, Zoo
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.collect import collect
+from cond_pdiff.training.zoo.params import ZooParams
+from cond_pdiff.training.zoo.zoo import RUN_FILE, Zoo
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 

@@ -18,7 +18,7 @@ from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.cli import main
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 DESCRIPTION = "Is the remark kind?"
 EXAMPLES = ["--example", "the good film=positive", "--example", "the awful meal=negative"]

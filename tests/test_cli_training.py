@@ -8,7 +8,7 @@ import pytest
 from conftest import refused, tiny_recipe
 
 from cond_pdiff.hub import Backbone
-from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.tasks.tasks import Task
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, Tr
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.pipelines.provenance import machine_facts
-from cond_pdiff.training.collect import _clip_gradients, collect
 from cond_pdiff.training.config import CollectConfig, parse
-from cond_pdiff.training.metrics import measure
-from cond_pdiff.training.tasks import Row, Task, write_task
-from cond_pdiff.training.text_tuning import TextTuning
-from cond_pdiff.training.zoo import Zoo, ZooRun, soup
+from cond_pdiff.training.tasks.metrics import measure
+from cond_pdiff.training.tasks.tasks import Row, Task, write_task
+from cond_pdiff.training.tuning.text_tuning import TextTuning
+from cond_pdiff.training.zoo.collect import _clip_gradients, collect
+from cond_pdiff.training.zoo.zoo import Zoo, ZooRun, soup
 
 JOBS = [("moods", 0), ("animals", 0), ("likeness", 0), ("moods", 1), ("animals", 1)]
 
@@ -228,7 +228,7 @@ def test_a_lost_run_comes_back_bit_for_bit(copied: Zoo, config: CollectConfig, t
 
 @pytest.mark.parametrize(
     ("where", "calls"),
-    [("torch.optim.AdamW.step", 30), ("cond_pdiff.adapter.LoraAdapter.save", 2), ("cond_pdiff.training.zoo.dump_json", 2)],
+    [("torch.optim.AdamW.step", 30), ("cond_pdiff.adapter.LoraAdapter.save", 2), ("cond_pdiff.training.zoo.zoo.dump_json", 2)],
     ids=["in the second training", "before the second save", "between adapter and run.json"],
 )
 def test_an_interrupted_job_leaves_nothing_and_is_done_again(

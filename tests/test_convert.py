@@ -17,7 +17,7 @@ from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, OutputExis
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 TEXTS = ["the good film", "the awful meal and the kitten"]
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training import disk_array
-from cond_pdiff.training.disk_array import DiskArray
+from cond_pdiff.training.zoo import disk_array
+from cond_pdiff.training.zoo.disk_array import DiskArray
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (5,)), (torch.uint8, (3, 2, 2))])

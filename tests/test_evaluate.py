@@ -16,16 +16,16 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.errors import HubError, TaskDataError, TrainingError
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.training.baselines import ZooBaselines
 from cond_pdiff.training.config import parse
+from cond_pdiff.training.evaluate.baselines import ZooBaselines
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, mean_interval
 from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 TABLE = TextTable()
 CONFIG = EvaluateConfig(samples=3, max_rows=12, num_inference_steps=4)

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.text_to_image import make_pictures
-from cond_pdiff.training.continuum import evaluate_continuum, make_continuum
 from cond_pdiff.training.evaluate.card import write_generator_card
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance, kernel_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.evaluate.styles import shown_picture
-from cond_pdiff.training.styles import Style
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.reproduce.continuum import evaluate_continuum, make_continuum
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.styles import Style
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 
@@ -152,7 +152,7 @@ def test_a_continuum_is_made_learnt_and_recovered(
     with pytest.raises(TaskDataError, match="at least 20 mixtures"):
         make_continuum(style_zoo, "embers", "lagoon", folder, count=3)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, "cond_pdiff.training.continuum.make_pictures", 3)
+        interrupt_at(patch, "cond_pdiff.training.reproduce.continuum.make_pictures", 3)
         with pytest.raises(KeyboardInterrupt):
             make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
     make_continuum(style_zoo, "embers", "lagoon", folder, count=20)
@@ -173,7 +173,7 @@ def test_a_continuum_is_made_learnt_and_recovered(
         assert picture.size[0] > 800
     # A generator that returned what it was asked for would be right.
     test = load_file(folder / "test.safetensors")
-    monkeypatch.setattr("cond_pdiff.training.continuum._params", lambda pipe, pixels, index: test["params"][index : index + 1])
+    monkeypatch.setattr("cond_pdiff.training.reproduce.continuum._params", lambda pipe, pixels, index: test["params"][index : index + 1])
     perfect = evaluate_continuum(generator, folder, tmp_path / "result")
     assert (perfect["mean_error"], perfect["mean_off_line"]) == (0, 0)
     with pytest.raises(TaskDataError, match="has no test half"):

@@ -16,10 +16,10 @@ from conftest import PROMPT
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.gain import Evidence, GainModel
-from cond_pdiff.training.calibrate import CalibrateConfig, calibrate, write_gain_model
 from cond_pdiff.training.config import parse
-from cond_pdiff.training.gain_fit import GainRow, check, fit_gain_model
-from cond_pdiff.training.tasks import write_task
+from cond_pdiff.training.evaluate.calibrate import CalibrateConfig, calibrate, write_gain_model
+from cond_pdiff.training.evaluate.gain_fit import GainRow, check, fit_gain_model
+from cond_pdiff.training.tasks.tasks import write_task
 
 MODEL = GainModel()
 
@@ -163,7 +163,7 @@ def test_one_command_measures_fits_and_goes_on(
     pipe = CondPDiffPipeline.from_pretrained(own)
     assert pipe.condition_index.gain_model == GainModel.from_json(result["model"])
     assert CondPDiffPipeline.from_pretrained(tiny_generator).condition_index.gain_model is None
-    monkeypatch.setattr("cond_pdiff.training.calibrate.Calibrator.measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("cond_pdiff.training.evaluate.calibrate.Calibrator.measure", lambda *_: pytest.fail("measured again"))
     config = parse(CalibrateConfig, {"draws": 1, "rows": 12}, "calibrate")
     assert calibrate(own, many_tasks, tmp_path / "out", config) == result
     meta = many_tasks / "about-film" / "meta.json"
@@ -182,8 +182,8 @@ def test_only_a_folder_can_be_written_to() -> None:
 
 
 def test_what_is_measured_is_what_the_pipeline_says(tiny_generator: Path, many_tasks: Path, tmp_path: Path) -> None:
-    from cond_pdiff.training.calibrate import Calibrator
-    from cond_pdiff.training.tasks import Task
+    from cond_pdiff.training.evaluate.calibrate import Calibrator
+    from cond_pdiff.training.tasks.tasks import Task
 
     calibrator = Calibrator(tiny_generator, parse(CalibrateConfig, {"draws": 1, "rows": 10}, "calibrate"))
     task = Task.load(many_tasks / "about-song")

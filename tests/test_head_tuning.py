@@ -30,13 +30,13 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, LoraSpec, head_linears, target_linears, update_shape
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.collect import collect
+from cond_pdiff.training.zoo.zoo import Zoo
 from cond_pdiff.verify import verify
 
 SPECIAL = ("[PAD]", "[UNK]", "[END]")

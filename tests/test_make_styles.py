@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from cond_pdiff.errors import TaskDataError
-from cond_pdiff.training.collect import collect
 from cond_pdiff.training.config import CollectConfig, parse
-from cond_pdiff.training.make_styles import draw_scenes, make_styles
+from cond_pdiff.training.tasks.make_styles import draw_scenes, make_styles
+from cond_pdiff.training.zoo.collect import collect
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_made_styles_are_kept_and_other_settings_refused(paintings: Path, tmp_pa
     out = tmp_path / "styles"
     first = make_styles(paintings, out, train=2, test=1)
     with monkeypatch.context() as patch:
-        patch.setattr("cond_pdiff.training.make_styles.stylise", lambda *_: pytest.fail("made again"))
+        patch.setattr("cond_pdiff.training.tasks.make_styles.stylise", lambda *_: pytest.fail("made again"))
         assert make_styles(paintings, out, train=2, test=1) == first
     with pytest.raises(TaskDataError, match=r"was made with the settings .* choose another folder"):
         make_styles(paintings, out, train=3, test=1)

@@ -30,9 +30,9 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.training.config import AutoencoderConfig, FitConfig
-from cond_pdiff.training.loop import fit
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.loop import fit
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.zoo.params import ZooParams
 
 rank, width, count = 32, 1024, 300
 rng = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ seen = []
 sys.addaudithook(lambda event, arguments: seen.append(str(arguments)) if event == "pickle.find_class" else None)
 import torch
 from cond_pdiff import CondPDiffPipeline, LoraAdapter
-from cond_pdiff.training.train import train
+from cond_pdiff.training.stages.train import train
 
 recipe, zoo, tasks, run, adapter = json.loads(sys.argv[1])
 seen.clear()  # what importing packages does is theirs

@@ -16,12 +16,12 @@ from conftest import bits, tiny_recipe
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.training.train import train
+from cond_pdiff.training.stages.train import train
 
 WORKER = """
 import hashlib, json, os, sys
 from pathlib import Path
-import cond_pdiff.training.train as training
+import cond_pdiff.training.stages.train as training
 from cond_pdiff.training.processes import processes
 
 arguments, out = json.loads(sys.argv[1])

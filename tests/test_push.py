@@ -26,8 +26,8 @@ from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
 from cond_pdiff.hub import fetch, push_folder
 from cond_pdiff.publish import push_generator
-from cond_pdiff.training.push_zoo import push_zoo
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.push import push_zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 TOKEN = "hf_plantedPLANTEDplantedPLANTED0123"
 PROMPT = "Is the film good?"

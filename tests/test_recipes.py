@@ -20,7 +20,6 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import (
     RECIPES_FOLDER,
     AutoencoderConfig,
@@ -32,16 +31,17 @@ from cond_pdiff.training.config import (
     read_recipe,
 )
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
-from cond_pdiff.training.loop import _Run
 from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
 from cond_pdiff.training.reproduce.variants import Variant
-from cond_pdiff.training.styles import load_styles
-from cond_pdiff.training.tasks import load_tasks
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import ConditionBank
+from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.loop import _Run
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.styles import load_styles
+from cond_pdiff.training.tasks.tasks import load_tasks
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
-from cond_pdiff.training.train import train
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.zoo.params import ZooParams
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
 TINY_AE = TINY_RECIPE["autoencoder"]["model"]

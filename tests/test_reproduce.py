@@ -21,13 +21,13 @@ from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.pipelines.pipeline_cond_pdiff import STYLE_VIEWS
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
-from cond_pdiff.training.metrics import measure
 from cond_pdiff.training.reproduce import table2
 from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
 from cond_pdiff.training.reproduce.lab import Lab
 from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, STYLES, reproduce
 from cond_pdiff.training.reproduce.variants import PrincipalCode, Variant, Workshop
-from cond_pdiff.training.tasks import write_task
+from cond_pdiff.training.tasks.metrics import measure
+from cond_pdiff.training.tasks.tasks import write_task
 
 ROWS = 12
 ROOT = Path(__file__).resolve().parents[1]

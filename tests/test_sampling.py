@@ -17,7 +17,7 @@ from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.sampling import DEFAULT_STEPS, denoise, guided_prediction
 from cond_pdiff.training.config import UNetConfig, parse
-from cond_pdiff.training.train import train
+from cond_pdiff.training.stages.train import train
 
 TRAINED = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, clip_sample=False)
 SPREAD, COUNT = 0.8, 4000

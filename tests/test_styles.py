@@ -21,14 +21,14 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, StyleImage
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
-from cond_pdiff.training.collect import collect
-from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
-from cond_pdiff.training.style_tuning import StyleTuning
-from cond_pdiff.training.styles import Style, load_styles
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.condition_bank import style_variants
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.styles import Style, load_styles
+from cond_pdiff.training.tuning.style_tuning import StyleTuning
+from cond_pdiff.training.zoo.collect import collect
+from cond_pdiff.training.zoo.params import ZooParams
+from cond_pdiff.training.zoo.zoo import Zoo
 
 B_KEY = "base_model.model.transformer_blocks.0.attn1.to_q.lora_B.weight"
 PROMPTS = ["a red house beside a tree", "a blue boat on the sea at night"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cond_pdiff.errors import OutputExistsError, TaskDataError
-from cond_pdiff.training.tasks import Row, Task, import_dataset, load_tasks, sample_rows, spread_over_labels, write_task
+from cond_pdiff.training.tasks.tasks import Row, Task, import_dataset, load_tasks, sample_rows, spread_over_labels, write_task
 
 LABELS = ("kind", "unkind", "neither")
 ROWS: list[Row] = [("good film", 0), ("bad film", 1), ('a "film"\nin two lines \\ \u2028', 2), ("хороший фильм 🎬", 0)]

@@ -24,7 +24,7 @@ from cond_pdiff.locks import _locks, lock_of
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures, unknown_words
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 THREADS = 8
 TEXTS = ["the good film", "a bad meal in the room", ("the kitten", "the puppy"), "the song " * 40, "lovely"]

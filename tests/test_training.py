@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import TaskDataError, TrainingError
-from cond_pdiff.training.conditions import ConditionBank, prompt_variant
 from cond_pdiff.training.config import AutoencoderConfig, FitConfig, UNetConfig, parse
-from cond_pdiff.training.loop import _Run, fit, learning_rate, step_generator
-from cond_pdiff.training.tasks import Task, load_tasks
-from cond_pdiff.training.train import train
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo import Zoo, write_run
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import ConditionBank, prompt_variant
+from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.loop import _Run, fit, learning_rate, step_generator
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.tasks import Task, load_tasks
+from cond_pdiff.training.zoo.params import ZooParams
+from cond_pdiff.training.zoo.zoo import Zoo, write_run
 
 AE_STEPS, UNET_STEPS = (TINY_RECIPE[stage]["fit"]["steps"] for stage in ("autoencoder", "unet"))
 TINY_AE = TINY_RECIPE["autoencoder"]["model"]
@@ -132,10 +132,10 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 ) -> None:
     places = {
         "step": "torch.optim.AdamW.step",
-        "log": "cond_pdiff.training.loop._Run.log",
-        "save_checkpoint": "cond_pdiff.training.loop.save_checkpoint",
-        "rmtree": "cond_pdiff.training.checkpoint.shutil.rmtree",
-        "save_generator": "cond_pdiff.training.train.save_generator",
+        "log": "cond_pdiff.training.stages.loop._Run.log",
+        "save_checkpoint": "cond_pdiff.training.stages.loop.save_checkpoint",
+        "rmtree": "cond_pdiff.training.stages.checkpoint.shutil.rmtree",
+        "save_generator": "cond_pdiff.training.stages.train.save_generator",
     }
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, places[name], calls)
@@ -151,7 +151,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from cond_pdiff.training.train import train
+from cond_pdiff.training.stages.train import train
 
 recipe, zoo, tasks, run = json.loads(sys.argv[1])
 killed, rng = 0, random.Random(0)

@@ -12,9 +12,9 @@ from conftest import TINY_FIT, interrupt_at, refused
 from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import TuneConfig, parse
-from cond_pdiff.training.loop import step_generator
-from cond_pdiff.training.tasks import Task, load_tasks, write_task
-from cond_pdiff.training.tune import TuneStage, tune
+from cond_pdiff.training.stages.loop import step_generator
+from cond_pdiff.training.stages.tune import TuneStage, tune
+from cond_pdiff.training.tasks.tasks import Task, load_tasks, write_task
 
 SECTION: dict[str, Any] = {"fit": {**TINY_FIT, "steps": 30, "batch_size": 2, "learning_rate": 1e-2}, "examples": 12}
 

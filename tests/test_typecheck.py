@@ -24,7 +24,7 @@ def test_a_probe_that_was_not_reported_is_a_problem() -> None:
 
 
 def test_a_type_error_is_reported_with_the_path_in_the_repository() -> None:
-    assert typecheck.judge([*PROBES, "cond_pdiff/training/zoo.py:1: error: no"], 1, MAPPED) == ["training/zoo.py:1: error: no"]
+    assert typecheck.judge([*PROBES, "cond_pdiff/training/zoo/zoo.py:1: error: no"], 1, MAPPED) == ["training/zoo/zoo.py:1: error: no"]
 
 
 def test_a_crash_of_mypy_is_a_problem() -> None:

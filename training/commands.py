@@ -260,8 +260,8 @@ def push(arguments: argparse.Namespace) -> None:
 
 def push_zoo(arguments: argparse.Namespace) -> None:
     """A zoo → data set on the Hub."""
-    from cond_pdiff.training.push_zoo import push_zoo
-    from cond_pdiff.training.zoo import Zoo
+    from cond_pdiff.training.zoo.push import push_zoo
+    from cond_pdiff.training.zoo.zoo import Zoo
 
     print(push_zoo(Zoo(arguments.zoo), arguments.repo, **_push_options(arguments)))
 
@@ -307,8 +307,8 @@ def collect(arguments: argparse.Namespace) -> None:
     """Tasks → zoo."""
     import warnings
 
-    from cond_pdiff.training.collect import collect
     from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+    from cond_pdiff.training.zoo.collect import collect
 
     # peft reads every attribute of a transformers model while looking for modules, this deprecated one included.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -322,7 +322,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Zoo → generator."""
     from cond_pdiff.training.config import read_recipe
     from cond_pdiff.training.processes import processes
-    from cond_pdiff.training.train import train
+    from cond_pdiff.training.stages.train import train
 
     generator = train(read_recipe(arguments.recipe), arguments.zoo, arguments.tasks, arguments.out, arguments.tensorboard)
     processes().print(f"generator  {generator}")
@@ -334,7 +334,7 @@ def tune(arguments: argparse.Namespace) -> None:
 
     from cond_pdiff.training.config import read_recipe
     from cond_pdiff.training.processes import processes
-    from cond_pdiff.training.tune import tune
+    from cond_pdiff.training.stages.tune import tune
 
     diffusers_logging.disable_progress_bar()
     recipe = read_recipe(arguments.recipe)
@@ -346,8 +346,8 @@ def calibrate(arguments: argparse.Namespace) -> None:
     """Generator → what gains it predicts."""
     from diffusers.utils import logging as diffusers_logging
 
-    from cond_pdiff.training.calibrate import CalibrateConfig, calibrate, check_local, write_gain_model
     from cond_pdiff.training.config import parse
+    from cond_pdiff.training.evaluate.calibrate import CalibrateConfig, calibrate, check_local, write_gain_model
 
     diffusers_logging.disable_progress_bar()
     if arguments.write:
@@ -361,7 +361,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 def make_styles(arguments: argparse.Namespace) -> None:
     """Style pictures → style folders."""
-    from cond_pdiff.training.make_styles import make_styles
+    from cond_pdiff.training.tasks.make_styles import make_styles
 
     styles = make_styles(arguments.images, arguments.out, arguments.train, arguments.test, arguments.seed, arguments.recoloured)
     print(f"{len(styles)} styles in {arguments.out}")
@@ -402,8 +402,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def make_continuum(arguments: argparse.Namespace) -> None:
     """Two styles → mixtures."""
-    from cond_pdiff.training.continuum import make_continuum
-    from cond_pdiff.training.zoo import Zoo
+    from cond_pdiff.training.reproduce.continuum import make_continuum
+    from cond_pdiff.training.zoo.zoo import Zoo
 
     zoo, out = Zoo(arguments.zoo), arguments.out
     print(f"continuum  {make_continuum(zoo, arguments.first, arguments.second, out, arguments.count, arguments.seed)}")
@@ -411,7 +411,7 @@ def make_continuum(arguments: argparse.Namespace) -> None:
 
 def evaluate_continuum(arguments: argparse.Namespace) -> None:
     """How well ratios of mixtures are recovered."""
-    from cond_pdiff.training.continuum import evaluate_continuum
+    from cond_pdiff.training.reproduce.continuum import evaluate_continuum
 
     result = evaluate_continuum(arguments.generator, arguments.continuum, arguments.out)
     print(f"mean error of the ratio {result['mean_error']}, worst {result['worst_error']}, of {result['tests']} unseen mixtures")
@@ -434,7 +434,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
 def import_task(arguments: argparse.Namespace) -> None:
     """A data set → task folder."""
-    from cond_pdiff.training.tasks import import_dataset
+    from cond_pdiff.training.tasks.tasks import import_dataset
 
     task = import_dataset(arguments.dataset, arguments.out, arguments.description, arguments.text_column, arguments.label_column)
     print(f"task       {task.folder} with the labels {', '.join(task.labels)}")

@@ -13,7 +13,7 @@ from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import KINDS
 from cond_pdiff.training.evaluate.table import EvaluationTable, part
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 TUNED = {
     "both": "both `lora_A` and `lora_B`",

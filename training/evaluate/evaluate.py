@@ -14,7 +14,7 @@ from cond_pdiff.training.evaluate.styles import StyleEvaluator
 from cond_pdiff.training.evaluate.table import EvaluationTable
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 KINDS: dict[str, tuple[type[ZooEvaluator], EvaluationTable]] = {
     "text": (TextEvaluator, TextTable()),

@@ -24,10 +24,10 @@ from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.sampling import DEFAULT_STEPS
-from cond_pdiff.training.baselines import multitask_adapter
 from cond_pdiff.training.config import STRICT, Count, GuidanceScale, InferenceSteps, Seed
+from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 RESAMPLED = 10_000
 """Sets of tasks that an interval of a mean is of."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.training.zoo import file_sha256
+from cond_pdiff.training.zoo.zoo import file_sha256
 
 EXTRACTOR = "EfficientNet-Lite0, ImageNet, stage of 112 channels, mean over places"
 EXTRACTOR_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

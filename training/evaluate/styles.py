@@ -21,12 +21,12 @@ from cond_pdiff.atomic import write_bytes
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, stack_pictures
-from cond_pdiff.training.conditions import style_variants
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance, kernel_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.styles import Style, load_styles
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.stages.condition_bank import style_variants
+from cond_pdiff.training.tasks.styles import Style, load_styles
+from cond_pdiff.training.zoo.zoo import Zoo
 
 ROUTING_PICTURES = 5
 PICTURE_BATCH = 32

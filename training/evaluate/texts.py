@@ -20,11 +20,11 @@ from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.few_shot import ExampleScore
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
-from cond_pdiff.training.baselines import ZooBaselines
+from cond_pdiff.training.evaluate.baselines import ZooBaselines
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.similarity import common_errors
-from cond_pdiff.training.tasks import Task, load_tasks
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.tasks.tasks import Task, load_tasks
+from cond_pdiff.training.zoo.zoo import Zoo
 
 SELECTION_ROWS = 32
 ROUTING_PROMPTS = 5

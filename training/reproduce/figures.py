@@ -14,10 +14,10 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors, delta_gram
-from cond_pdiff.training.metrics import metric_names
 from cond_pdiff.training.reproduce.cells import Plan
 from cond_pdiff.training.reproduce.lab import Lab, rounded, spread
 from cond_pdiff.training.reproduce.table1 import noise_controls, percent
+from cond_pdiff.training.tasks.metrics import metric_names
 
 POINTS = 10
 """Generated adapters that are measured for figure 3(f)."""

@@ -13,15 +13,15 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.baselines import multitask_adapter
-from cond_pdiff.training.collect import collected, one_of, optimise
+from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.metrics import measure, metric_names, predictions
 from cond_pdiff.training.reproduce.config import Settings
-from cond_pdiff.training.tasks import Row, Task, load_tasks, sample_rows
-from cond_pdiff.training.text_tuning import TextTuning, task_loss
-from cond_pdiff.training.train import train
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
+from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks, sample_rows
+from cond_pdiff.training.tuning.text_tuning import TextTuning, task_loss
+from cond_pdiff.training.zoo.collect import collected, one_of, optimise
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 ROUTING_PROMPTS = 5
 ROUTING_EXAMPLES = 4

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.training.metrics import NAMES
+from cond_pdiff.training.tasks.metrics import NAMES
 
 LOOKS = {
     "original": ("#0072B2", "o"),

@@ -16,9 +16,9 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors
-from cond_pdiff.training.metrics import NAMES, metric_names
 from cond_pdiff.training.reproduce.cells import Plan
 from cond_pdiff.training.reproduce.lab import Bench, Lab, spread
+from cond_pdiff.training.tasks.metrics import NAMES, metric_names
 
 COLUMNS = {
     "base": "base",

@@ -7,13 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.training.collect import collected
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce.config import ReproduceConfig
-from cond_pdiff.training.train import train
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.zoo.collect import collected
 
 KEPT = ("style", "seen", "frechet", "kid", "look", "routed", "retrieved", "novelty")
 """Of each style's result."""

@@ -14,10 +14,10 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import parse
-from cond_pdiff.training.metrics import metric_names
 from cond_pdiff.training.reproduce.cells import Plan
 from cond_pdiff.training.reproduce.lab import Lab
 from cond_pdiff.training.reproduce.variants import Variant, Workshop
+from cond_pdiff.training.tasks.metrics import metric_names
 
 BLOCK = re.compile(r"\.(\d+)\.")
 """The number of a transformer block in the name of a tensor."""

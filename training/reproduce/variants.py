@@ -20,15 +20,15 @@ from cond_pdiff.conditioning import TaskPrompt
 from cond_pdiff.models.condition_encoders import ConditionReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import DEFAULT_STEPS
-from cond_pdiff.training.baselines import KernelRegression
-from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
-from cond_pdiff.training.loop import fit
+from cond_pdiff.training.evaluate.baselines import KernelRegression
 from cond_pdiff.training.reproduce.lab import Lab, spread
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import ConditionBank
+from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.loop import fit
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.params import ZooParams
 
 PARTS: tuple[Literal["description", "labels", "examples"], ...] = ("description", "labels", "examples")
 """Of a condition embedding, in the order of `SentenceConditionEncoder`."""

@@ -10,8 +10,8 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import parse
-from cond_pdiff.training.loop import fit
 from cond_pdiff.training.processes import processes
+from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.text_to_image.card import write_base_card
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.text_to_image.evaluate import evaluate_base

@@ -53,7 +53,7 @@ def _bias(convolution: nn.Conv2d | None) -> torch.Tensor:
 
 
 class ImageAutoencoderStage:
-    """See `cond_pdiff.training.loop.Stage`."""
+    """See `cond_pdiff.training.stages.loop.Stage`."""
 
     name = "image_autoencoder"
     at_once = None

@@ -68,7 +68,7 @@ class SceneClassifier(nn.Module):
 
 
 class SceneClassifierStage:
-    """See `cond_pdiff.training.loop.Stage`."""
+    """See `cond_pdiff.training.stages.loop.Stage`."""
 
     name = "scene_classifier"
     at_once = None

@@ -71,7 +71,7 @@ def _look_around(text_encoder: T5EncoderModel) -> None:
 
 
 class TransformerStage:
-    """See `cond_pdiff.training.loop.Stage`."""
+    """See `cond_pdiff.training.stages.loop.Stage`."""
 
     name = "transformer"
     at_once = None

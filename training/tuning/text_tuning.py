@@ -19,13 +19,13 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
-from cond_pdiff.training.metrics import measure, metric_names, predictions
 from cond_pdiff.training.precision import mixed_precision, training_device
-from cond_pdiff.training.tasks import Row, Task, load_tasks
+from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
+from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks
 
 
 class TaskTuning(ABC):
-    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.collect.Tuning`."""
+    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.zoo.collect.Tuning`."""
 
     model: nn.Module
     task_type: str | None

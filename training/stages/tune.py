@@ -24,13 +24,13 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import attached_to_groups
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import denoise
-from cond_pdiff.training.conditions import WORD_DROPOUT
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256
-from cond_pdiff.training.loop import fit
 from cond_pdiff.training.processes import processes
-from cond_pdiff.training.tasks import Task, load_tasks
-from cond_pdiff.training.train import save_generator
+from cond_pdiff.training.stages.condition_bank import WORD_DROPOUT
+from cond_pdiff.training.stages.loop import fit
+from cond_pdiff.training.stages.train import save_generator
+from cond_pdiff.training.tasks.tasks import Task, load_tasks
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Writer(nn.Module):
 
 
 class TuneStage:
-    """See `cond_pdiff.training.loop.Stage`.
+    """See `cond_pdiff.training.stages.loop.Stage`.
 
     Args:
         pipe: a text generator, which is trained in place.

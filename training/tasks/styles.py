@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.errors import TaskDataError
-from cond_pdiff.training.tasks import read_meta
+from cond_pdiff.training.tasks.tasks import read_meta
 
 STYLE_TYPE = "style"
 PICTURE_SPLITS = ("train", "test")

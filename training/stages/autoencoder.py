@@ -15,11 +15,11 @@ from cond_pdiff.training.config import AutoencoderConfig, build
 from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
 from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.processes import from_main
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.zoo.params import ZooParams
 
 
 class AutoencoderStage:
-    """See `cond_pdiff.training.loop.Stage`."""
+    """See `cond_pdiff.training.stages.loop.Stage`."""
 
     name = "autoencoder"
 

@@ -20,10 +20,10 @@ from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceC
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
 from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
 from cond_pdiff.training.config import UNetConfig, build
-from cond_pdiff.training.disk_array import DiskArray
 from cond_pdiff.training.processes import from_main, processes, take_from_main
-from cond_pdiff.training.styles import Style
-from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.tasks.styles import Style
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.zoo.disk_array import DiskArray
 
 CONDITION_ENCODERS = {
     encoder.__name__: encoder
@@ -31,8 +31,6 @@ CONDITION_ENCODERS = {
 }
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 WORD_DROPOUT = 0.15
-BANK_FILE = "conditions.safetensors"
-
 BANK_FILE = "conditions.safetensors"
 PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
 """Of the small WebP picture of each style that goes with a generator: about 700 bytes."""

@@ -13,8 +13,8 @@ import torch
 
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.models.adapter_template import AdapterTemplate
-from cond_pdiff.training.disk_array import DiskArray
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.disk_array import DiskArray
+from cond_pdiff.training.zoo.zoo import Zoo
 
 FACTS_FILE, MATRIX_FILE, TEMPLATE_FOLDER = "zoo.json", "params.safetensors", "template"
 

@@ -29,9 +29,9 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures, stack_pictures
-from cond_pdiff.training.styles import write_style
+from cond_pdiff.training.tasks.styles import write_style
 from cond_pdiff.training.text_to_image.scenes import scene_stream
-from cond_pdiff.training.zoo import Zoo, soup, write_run
+from cond_pdiff.training.zoo.zoo import Zoo, soup, write_run
 
 BANDS = 10
 """Of equal width over the ratios from 0 to 1; every second one is for test."""

@@ -17,7 +17,7 @@ from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target, draw_noise_levels, flow_pair
 from cond_pdiff.training.precision import training_device
-from cond_pdiff.training.styles import Style, load_styles
+from cond_pdiff.training.tasks.styles import Style, load_styles
 from cond_pdiff.training.text_to_image.pictures import to_input
 
 ENCODE_BATCH = 32
@@ -40,7 +40,7 @@ class StyleBatch(NamedTuple):
 
 
 class StyleTuning:
-    """See `cond_pdiff.training.collect.Tuning`."""
+    """See `cond_pdiff.training.zoo.collect.Tuning`."""
 
     task_type = None
 

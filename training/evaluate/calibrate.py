@@ -1,10 +1,10 @@
 """`calibrate`: what to believe of a generator's adapters on tasks that it has not seen, measured and fitted. Run it again to go on.
 
-For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1,
-2, 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of
-all, and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
-`cond_pdiff.training.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and fits them
-on all.
+For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2,
+4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of all,
+and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
+`cond_pdiff.training.evaluate.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and
+fits them on all.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from cond_pdiff.few_shot import ExampleScore, weigh
 from cond_pdiff.gain import GainModel
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.training.config import STRICT, Count
+from cond_pdiff.training.evaluate.gain_fit import GainRow, check, fit_gain_model
 from cond_pdiff.training.evaluate.measure import weights_sha256
-from cond_pdiff.training.gain_fit import GainRow, check, fit_gain_model
 from cond_pdiff.training.precision import mixed_precision
-from cond_pdiff.training.tasks import Task, load_tasks
+from cond_pdiff.training.tasks.tasks import Task, load_tasks
 
 SHOTS = (1, 2, 4, 8)
 """Examples a class, to which the prompt's are cut when they are asked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cond_pdiff.training.tasks import Task
+from cond_pdiff.training.tasks.tasks import Task
 
 METRICS = {"mrpc": ("accuracy", "f1"), "cola": ("matthews",), "stsb": ("spearman",)}
 """GLUE tasks that are measured by something else than accuracy alone. The first metric is the one that means are taken of."""

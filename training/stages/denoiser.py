@@ -14,10 +14,10 @@ from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
 from cond_pdiff.models.style_encoders import StyleCnnConditionEncoder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.conditions import ConditionBank
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import ConditionBank
 
 GUIDANCE_SCALE = 1.5
 """With which a generator samples that was trained without a condition too."""
@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
 
 
 class UNetStage:
-    """See `cond_pdiff.training.loop.Stage`. Needs a trained autoencoder stage, and the conditions of the same tasks."""
+    """See `cond_pdiff.training.stages.loop.Stage`. Needs a trained autoencoder stage, and the conditions of the same tasks."""
 
     name = "unet"
 

@@ -15,8 +15,8 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.training.precision import training_device
-from cond_pdiff.training.tasks import Task
-from cond_pdiff.training.text_tuning import TaskTuning
+from cond_pdiff.training.tasks.tasks import Task
+from cond_pdiff.training.tuning.text_tuning import TaskTuning
 
 
 class HeadTuning(TaskTuning):

@@ -8,7 +8,7 @@ from typing import Any
 
 from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
-from cond_pdiff.training.zoo import Zoo
+from cond_pdiff.training.zoo.zoo import Zoo
 
 RECIPES = {"text": "minilm-text-tasks", "head": "paper-language-half", "style": "pixart-mini-styles"}
 """Kind of a zoo → the recipe that its card names."""

@@ -1,6 +1,6 @@
 """`make-styles`: style groups by a traditional style-transfer network, as the paper made nine of its sixteen (appendix B.1).
 
-Each picture of a folder becomes a style folder (see `cond_pdiff.training.styles`): the same rendered scenes with the same
+Each picture of a folder becomes a style folder (see `cond_pdiff.training.tasks.styles`): the same rendered scenes with the same
 captions in every style, so that styles differ in nothing else. Run the same command again to go on where it stopped.
 """
 
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from cond_pdiff.conditioning import StyleImage
 from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.text_to_image import stack_pictures
-from cond_pdiff.training.styles import Style, write_style
+from cond_pdiff.training.tasks.styles import Style, write_style
 from cond_pdiff.training.text_to_image.drawing import SIZE, render
 from cond_pdiff.training.text_to_image.pictures import recolour
 from cond_pdiff.training.text_to_image.scenes import scene_stream

@@ -8,16 +8,16 @@ from typing import Any
 from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.publish import CARD_FILES, add_card
-from cond_pdiff.training.conditions import BANK_FILE, ConditionBank
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
-from cond_pdiff.training.loop import fit
 from cond_pdiff.training.processes import processes
-from cond_pdiff.training.styles import load_styles
-from cond_pdiff.training.tasks import load_tasks
-from cond_pdiff.training.train_autoencoder import AutoencoderStage
-from cond_pdiff.training.train_unet import UNetStage
-from cond_pdiff.training.zoo import Zoo
-from cond_pdiff.training.zoo_params import ZooParams
+from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.condition_bank import BANK_FILE, ConditionBank
+from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.loop import fit
+from cond_pdiff.training.tasks.styles import load_styles
+from cond_pdiff.training.tasks.tasks import load_tasks
+from cond_pdiff.training.zoo.params import ZooParams
+from cond_pdiff.training.zoo.zoo import Zoo
 
 
 def train(

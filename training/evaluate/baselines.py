@@ -14,7 +14,7 @@ from cond_pdiff.conditioning import Text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.zoo import Zoo, soup
+from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 INVERSE_STRENGTH = 3.0
 """C of `logistic_regression`: chosen on training rows of every second task of the bundled generator's zoo."""

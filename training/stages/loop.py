@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from cond_pdiff.training.config import FitConfig
 from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.processes import average_norms, processes, take_from_main
+from cond_pdiff.training.stages.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 
 METRICS_FILE = "metrics.jsonl"
 

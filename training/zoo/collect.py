@@ -25,12 +25,12 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
-from cond_pdiff.training.head_tuning import HeadTuning
-from cond_pdiff.training.loop import rate_factor
 from cond_pdiff.training.precision import mixed_precision
-from cond_pdiff.training.style_tuning import StyleTuning
-from cond_pdiff.training.text_tuning import TextTuning
-from cond_pdiff.training.zoo import MULTITASK, Job, Zoo, write_run
+from cond_pdiff.training.stages.loop import rate_factor
+from cond_pdiff.training.tuning.head_tuning import HeadTuning
+from cond_pdiff.training.tuning.style_tuning import StyleTuning
+from cond_pdiff.training.tuning.text_tuning import TextTuning
+from cond_pdiff.training.zoo.zoo import MULTITASK, Job, Zoo, write_run
 
 TUNINGS: dict[str, type] = {"text": TextTuning, "head": HeadTuning, "style": StyleTuning}
 
@@ -76,7 +76,7 @@ def collect(
 
     Args:
         config: see `CollectConfig`.
-        tasks_folder: a task collection (see `cond_pdiff.training.tasks`).
+        tasks_folder: a task collection (see `cond_pdiff.training.tasks.tasks`).
         zoo_folder: created, or continued if it was collected with the same settings.
         shard: (i, n) does every n-th job beginning with i, so n processes can share the work.
         together: adapters that are trained side by side, each on its own rows of one batch. They come out the same but for rounding,

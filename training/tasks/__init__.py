@@ -1,0 +1,1 @@
+"""Collections of tasks: labelled texts and styles on disk."""

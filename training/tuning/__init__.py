@@ -1,0 +1,1 @@
+"""What fine-tuning an adapter means for each family of base models."""
