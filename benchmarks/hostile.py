@@ -28,10 +28,11 @@ import torch
 from diffusers.utils.logging import disable_progress_bar
 
 from cond_pdiff import CondPDiffPipeline
-from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.hub import fetch
 from cond_pdiff.lora import LoraSpec
+from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))

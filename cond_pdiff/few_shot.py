@@ -13,7 +13,7 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
-from cond_pdiff.conditioning import Text, label_text
+from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.head_backbone import HeadBackbone

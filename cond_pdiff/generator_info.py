@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import LoraSpec
-from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
+from cond_pdiff.models.condition_encoder import condition_encoders
 
-STYLE_ENCODERS = tuple(encoder.__name__ for encoder in (StyleCnnConditionEncoder, BackboneStyleConditionEncoder))
 MEASURED = "## What was measured"
 RECOLOURED = re.compile(r"_recoloured_\d+$")
 """How `make-styles` names the further forms of a style."""
@@ -31,7 +31,7 @@ class GeneratorInfo:
         name: what it was asked for by.
         folder: where it is.
         revision: commit on the Hub, None for bundled ones and local folders.
-        makes: "text" or "style" adapters.
+        condition: the kind of condition that it reads.
         base: the frozen base model.
         spec: rank, alpha and target modules of its adapters.
         layout: their tensors.
@@ -43,7 +43,7 @@ class GeneratorInfo:
     name: str
     folder: Path
     revision: str | None
-    makes: str
+    condition: type[Condition]
     base: Backbone
     spec: LoraSpec
     layout: ParamLayout
@@ -72,7 +72,7 @@ class GeneratorInfo:
                 name,
                 folder,
                 revision,
-                "style" if index["condition_encoder"][1] in STYLE_ENCODERS else "text",
+                condition_encoders()[index["condition_encoder"][1]].condition_kind,
                 Backbone.from_json(template["base"]),
                 LoraSpec.from_json(template["lora"]),
                 ParamLayout.from_json(template["layout"]),
@@ -89,13 +89,13 @@ class GeneratorInfo:
         modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
         heads = [f"head {name}" for name in spec.modules_to_save]
         named = [name for name in self.tasks if not RECOLOURED.search(name)]
-        title = f"{'styles' if self.makes == 'style' else 'tasks':<10} {len(named)}: "
+        title = f"{self.condition.noun + 's':<10} {len(named)}: "
         if len(named) < len(self.tasks):
             title = title.replace(":", f", and {len(self.tasks) - len(named)} recoloured forms of them:")
         lines = [
             f"generator  {self.name}" + (f" at {self.revision}" if self.revision else ""),
             f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
-            f"makes      {self.makes} adapters for {self.base.repo_id}"
+            f"makes      {self.condition.adapters} adapters for {self.base.repo_id}"
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
             f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*spec.target_modules, *heads])}: "
             f"{layout.num_adapter_params:,} numbers in {len(layout.shapes)} tensors{modelled}",

@@ -1,4 +1,4 @@
-"""What the adapters of a zoo share besides shapes, and the modules of a base model that they act on.
+"""What an adapter is: its specification, and the modules of a base model that belong to it.
 
 Two kinds of modules: those that get an update ΔW (`target_modules`), and heads (`modules_to_save`), which the adapter brings
 whole, as peft does for a classification head that the base model does not have.
@@ -6,21 +6,17 @@ whole, as peft does for a classification head that the base model does not have.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import sys
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.errors import AdapterError
-from cond_pdiff.locks import lock_of
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -44,6 +40,7 @@ class LoraSpec:
         base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it).
         modules_to_save: full names of the modules that the adapter brings whole: its heads.
         fan_in_fan_out: the adapted modules keep their weights as (in, out), as GPT-2's Conv1D does. ΔW is (out, in) all the same.
+        family: of the base model, by name (see `cond_pdiff.families`); None where the rest of the specification tells it.
     """
 
     base_model: str | None
@@ -54,6 +51,7 @@ class LoraSpec:
     base_fingerprint: str | None = None
     modules_to_save: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    family: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or not 1 <= self.rank <= MAX_RANK:
@@ -86,9 +84,9 @@ class LoraSpec:
         return any(name == head or name.startswith(head + ".") for head in self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_json` reads it back. Without heads it is what it was before there were any."""
+        """A JSON-ready description; `from_json` reads it back. What came later stands in it only where it says something."""
         facts = {**self.__dict__, "target_modules": list(self.target_modules), "modules_to_save": list(self.modules_to_save)}
-        return {name: value for name, value in facts.items() if value or name not in ("modules_to_save", "fan_in_fan_out")}
+        return {name: value for name, value in facts.items() if value or name not in ("modules_to_save", "fan_in_fan_out", "family")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LoraSpec:
@@ -165,89 +163,3 @@ def adapted_module(model: Any) -> nn.Module:
         if isinstance(candidate, nn.Module):
             return candidate
     raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")
-
-
-@contextlib.contextmanager
-def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Attach several adapters at once, each to its own group of the rows of every batch; gradients flow into their tensors.
-
-    The thread has the model to itself inside the block, as in `LoraAdapter.attached`.
-
-    Args:
-        model: the base model, which is not checked.
-        spec: of all adapters; without heads.
-        tensors: an adapter's keys → the tensors of all adapters, shape `(adapters, *shape)`. A batch has equally many neighbouring
-            rows for each adapter.
-    """
-    hooks = {}
-    for name, linear in target_linears(model, spec).items():
-        lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scale)
-    with lock_of(model):
-        attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()], lock_of(model))
-        try:
-            yield
-        finally:
-            attachment.detach()
-
-
-class Attachment:
-    """A live attachment; `detach` removes it. The base model's weights are never written to."""
-
-    def __init__(self, handles: list[RemovableHandle], lock: threading.RLock) -> None:
-        self._handles, self._lock = handles, lock
-
-    def detach(self) -> None:
-        """Remove the adapter from the model, once no other thread is using it; calling it again does nothing."""
-        with self._lock:
-            while self._handles:
-                self._handles.pop().remove()
-
-
-@dataclass(frozen=True, eq=False)
-class UpdateHook:
-    """Adds B · A · x to a linear layer's output."""
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
-        return output + nn.functional.linear(nn.functional.linear(args[0], self.lora_a), self.lora_b)
-
-
-@dataclass(frozen=True, eq=False)
-class GroupedUpdateHook:
-    """Adds to each group of a batch the update of its own adapter.
-
-    Args:
-        lora_a: of each group, shape `(groups, rank, in)`.
-        lora_b: of each group, shape `(groups, out, rank)`; an optimiser may change it while it is attached.
-        scale: alpha / rank.
-    """
-
-    lora_a: torch.Tensor
-    lora_b: torch.Tensor
-    scale: float
-
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
-        rows = args[0].reshape(len(self.lora_b), -1, args[0].shape[-1])
-        return output + (self.scale * (rows @ self.lora_a.mT) @ self.lora_b.mT).reshape(output.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class HeadHook:
-    """Puts another layer's output in the place of a linear layer's."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
-        return nn.functional.linear(args[0], self.weight, self.bias)
-
-    @staticmethod
-    def on(module: nn.Module) -> bool:
-        """Has the layer such a hook?"""
-        return any(isinstance(hook, HeadHook) for hook in module._forward_hooks.values())

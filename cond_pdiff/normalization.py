@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from diffusers.configuration_utils import register_to_config
 
-from cond_pdiff.component import ExactComponent
+from cond_pdiff.component import ExactComponent, register_component
 from cond_pdiff.errors import CondPDiffError
 
 Mode = Literal["none", "batch", "task", "tensor", "soup"]
@@ -16,6 +16,7 @@ EPSILON = 1e-8
 NUM_TASK_STATISTICS = 2
 
 
+@register_component
 class ParamNormalizer(ExactComponent):
     """Z-score normalisation of params (paper, section 3.2 and table 3a).
 
@@ -33,8 +34,6 @@ class ParamNormalizer(ExactComponent):
         mode: one of the above.
         tensor_sizes: number of values of each modelled tensor, in the layout's order.
     """
-
-    __module__ = "cond_pdiff"
 
     mean: torch.Tensor
     std: torch.Tensor

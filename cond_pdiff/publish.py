@@ -23,8 +23,8 @@ CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
 LOADS_GENERATOR = re.compile(r'CondPDiffPipeline\.from_pretrained\("[^"\n]*"\)')
 PICTURE = re.compile(r"!\[[^\]\n]*\]\((?!https?:)([^)\n]+)\)\n?")
 SPACE_FILES = (CARD_FILE, "app.py", "requirements.txt")
-VARIABLES = {"style": "COND_PDIFF_STYLE_GENERATOR", "text": "COND_PDIFF_TEXT_GENERATOR"}
-"""What a generator makes → the environment variable by which `app.py` is told its name."""
+VARIABLE = "COND_PDIFF_{}_GENERATOR"
+"""The environment variable by which `app.py` is told a generator's name; in it, the word for what the generator makes."""
 
 
 def add_card(generator: Path, source: Path | None = None, name: str | None = None) -> None:
@@ -44,7 +44,7 @@ def add_card(generator: Path, source: Path | None = None, name: str | None = Non
     info = GeneratorInfo.read(generator)
     fields = {
         "name": name or generator.absolute().name,
-        "makes": info.makes,
+        "makes": info.condition.adapters,
         "base_model": info.base.repo_id,
         "base_string": json.dumps(info.base.repo_id),
         "facts": "\n".join("    " + line for line in str(info).splitlines()[2:]),
@@ -101,7 +101,7 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
             raise HubError(
                 f"{name} is not a repository on the Hub, where a Space could find it; push it first (bundled ones are there anyway)"
             )
-        makes = GeneratorInfo.read(name).makes
+        makes = GeneratorInfo.read(name).condition.adapters
         if makes in shown:
             raise HubError(f"{shown[makes]} and {name} both make {makes} adapters; the demo shows one generator of a kind")
         shown[makes] = name
@@ -114,5 +114,5 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
         card = fill_card("space.md", {"gradio": gradio, "generators": generators_yaml})
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         settings = {"repo_type": "space", "space_sdk": "gradio", "commit_message": "Push the demo"}
-        variables = {VARIABLES[makes]: name for makes, name in shown.items()}
+        variables = {VARIABLE.format(makes.upper()): name for makes, name in shown.items()}
         return push_folder(folder, repo_id, patterns=SPACE_FILES, space_variables=variables, **{**settings, **options})

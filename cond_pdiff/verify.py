@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditioning import StyleImage, TaskPrompt
-from cond_pdiff.errors import AdapterError, ConditionError
+from cond_pdiff.conditions.condition import condition_kind
+from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import find_generator, generator_source
 from cond_pdiff.pipelines.pipeline_cond_pdiff import BROKEN_GENERATOR, MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.provenance import build_scheduler, machine_facts, package_versions, scheduler_settings
@@ -113,7 +113,7 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
     with _threads(recorded.get("threads")):
         now = {**package_versions(), **machine_facts(torch.device("cpu"))}
         params = pipe(
-            _condition(facts["condition"], image),
+            condition_kind(facts["condition"]).from_json(facts["condition"], image),
             num_adapters=facts["num_adapters"],  # as many as then: the sums of a larger batch may round in another way
             generator=seeds if facts["generators"] == "each" else seeds[0],
             num_inference_steps=facts["num_inference_steps"],
@@ -153,14 +153,3 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _different(then: Mapping[str, Any], now: Mapping[str, Any], missing: str) -> dict[str, tuple[str, str]]:
     pairs = {name: (str(then.get(name, missing)), str(now.get(name, missing))) for name in sorted({*then, *now})}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def _condition(recorded: Mapping[str, Any], image: str | Path | None) -> TaskPrompt | StyleImage:
-    if "image_sha256" not in recorded:
-        return TaskPrompt.from_json(recorded)
-    if image is None:
-        raise ConditionError("the adapter was made from a picture, of which it keeps the hash only; give the file (--image)")
-    shown = StyleImage.open(image)
-    if shown.sha256 != recorded["image_sha256"]:
-        raise ConditionError(f"{image} is not the picture that the adapter was made from (their pixels have other hashes)")
-    return shown

@@ -14,21 +14,20 @@ from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.attach import adapted_names
 from cond_pdiff.component import PathlessConfig
-from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
+from cond_pdiff.conditions.condition import Condition
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
-from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice, choose, choose_with_head
+from cond_pdiff.families.family import Family, family_of
+from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice
 from cond_pdiff.hub import check_generator, find_generator, generator_source
 from cond_pdiff.locks import LOADING, load_once, lock_of
 from cond_pdiff.models.adapter_template import AdapterTemplate
-from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder
+from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
 from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
-from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
-from cond_pdiff.models.sentence_backbone import SentenceBackbone
-from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, StyleReport
 from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
 from cond_pdiff.pipelines.provenance import machine_facts, package_versions, recorded_seeds, scheduler_settings
@@ -36,11 +35,6 @@ from cond_pdiff.publish import add_card, push_generator
 from cond_pdiff.sampling import DEFAULT_STEPS, denoise
 
 MAX_ADAPTERS = 1000
-STYLE_VIEWS = 16
-"""An unseen style picture and crops of it, so many in all; the adapter is their mean: on its own the U-Net jumps between trained styles.
-`benchmarks/style_views.py` chooses the number."""
-
-ConditionEncoder = SentenceConditionEncoder | ClipConditionEncoder | StyleCnnConditionEncoder | BackboneStyleConditionEncoder
 BROKEN_GENERATOR = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError),
     SafetensorError,
@@ -95,7 +89,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             template=template,
             condition_index=condition_index,
         )
-        self._base: list[SentenceBackbone | HeadBackbone] = []
+        self._base: list[Any] = []
         self._source: dict[str, str | None] | None = None
         self._card_folder: Path | None = None
         self._guidance_scale = 1.0
@@ -229,12 +223,12 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         """Set `pipe._interrupt = True` in a callback to stop denoising."""
         return self._interrupt
 
-    def encode_condition(self, condition: Any, num_adapters: int) -> tuple[torch.Tensor, ConditionReport | StyleReport]:
+    def encode_condition(self, condition: Condition, num_adapters: int) -> tuple[torch.Tensor, EncoderReport]:
         """Condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
         embeddings, reports = self.condition_encoder.encode([condition])
-        if isinstance(condition, StyleImage) and not self.nearest(embeddings[0])[1]:
-            crops: list[Any] = condition.crops(STYLE_VIEWS - 1)
-            embeddings = torch.cat([embeddings, self.condition_encoder.encode(crops)[0]])
+        views = () if self.nearest(embeddings[0])[1] else condition.views()
+        if views:
+            embeddings = torch.cat([embeddings, self.condition_encoder.encode(views)[0]])
         return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
 
     def prepare_latents(
@@ -292,7 +286,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return changed
                 tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings"; for an
-                out-of-distribution style picture, `STYLE_VIEWS` of each for every adapter.
+                out-of-distribution style picture, `cond_pdiff.conditions.style_image.STYLE_VIEWS` of each for every adapter.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -360,12 +354,12 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
     def _to_output(
         self,
-        condition: TaskPrompt | StyleImage,
+        condition: Condition,
         params: torch.Tensor,
         made: Sequence[dict[str, Any]],
         latents: torch.Tensor,
         embedding: torch.Tensor,
-        condition_report: ConditionReport | StyleReport,
+        condition_report: EncoderReport,
     ) -> CondPDiffPipelineOutput:
         nearest, inside = self.nearest(embedding)
         metadata = {
@@ -373,53 +367,45 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             "nearest": [[neighbour.task, neighbour.similarity] for neighbour in nearest],
             "in_distribution": inside,
         }
-        labels: tuple[str, ...] = ()
-        labels_from = "nowhere"
-        if isinstance(condition, TaskPrompt):
-            labels, labels_from = tuple(condition.labels), "prompt"
-            if not labels:
-                labels = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
-                labels_from = "nearest trained task" if labels else "nowhere"
-            if inside and self.template.spec.modules_to_save:
-                known = tuple(self.condition_index.config.tasks[nearest[0].task]["labels"])
-                labels = known if sorted(known) == sorted(labels) else labels  # a head's outputs stand in its task's order
+        trained = tuple(self.condition_index.config.tasks[nearest[0].task].get("labels", ())) if inside else ()
+        classes = condition.classes(trained, bool(self.template.spec.modules_to_save))
+        labels, labels_from = classes or ((), "nowhere")
+        if classes is not None:
             metadata["labels"] = list(labels)
         adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
-        choice = None
-        if isinstance(condition, TaskPrompt) and condition.examples and (len(adapters) > 1 or not self.template.spec.modules_to_save):
-            choice = self._choose(adapters, labels, condition.examples, nearest)
+        choice = self._choose(adapters, labels, condition.examples, nearest)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
 
-    def base_model(self) -> SentenceBackbone:
-        """The frozen base model of a text generator; loaded on first use. Never attach to it for longer than a call.
+    @property
+    def family(self) -> Family:
+        """The family of base models that its adapters are for.
 
         Raises:
-            CondPDiffError: the generator's adapters bring a head, so they are for a model with one.
+            CondPDiffError: it is not known here.
         """
-        base = self._load_base()
-        if isinstance(base, HeadBackbone):
-            raise CondPDiffError("the adapters bring a trained head: load them with peft on an AutoModelForSequenceClassification")
-        return base
+        found = family_of(self.template.spec, adapted_names(self.template.layout.shapes))
+        if found is None:
+            raise CondPDiffError(f"adapters for {self.template.base.repo_id!r} are of no family of base models that is known here")
+        return found
 
-    def _load_base(self) -> SentenceBackbone | HeadBackbone:
-        reference, heads = self.template.base, self.template.spec.modules_to_save
-        base = load_once(
-            self._base, lambda: HeadBackbone.load(reference, self._num_labels, heads) if heads else SentenceBackbone.load(reference)
-        )
+    def base_model(self) -> Any:
+        """The frozen base model, as its family loads it; on first use. Never attach to it for longer than a call."""
+        family, spec = self.family, self.template.spec
+        labels = next(iter(self.condition_index.config.tasks.values())).get("labels", ())
+        base = load_once(self._base, lambda: family.load(self.template.base, spec, len(labels)))
         base.to(self._execution_device)
         return base
 
     def _choose(
         self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
-    ) -> Choice:
-        base, length = self._load_base(), self.template.config.max_length
-        if isinstance(base, HeadBackbone):
-            return choose_with_head(base, labels, examples, adapters, length)
-        classifier = PrototypeClassifier(base, labels, adapters[0], length, examples)
-        similarity = nearest[0].similarity if nearest else 0.0
-        return choose(classifier, adapters, similarity, self.knows(nearest, labels), self.condition_index.gain_model)
+    ) -> Choice | None:
+        if not examples or len(adapters) < self.family.fewest_judged:
+            return None
+        length, similarity = self.template.config.max_length, nearest[0].similarity if nearest else 0.0
+        known, model = self.knows(nearest, labels), self.condition_index.gain_model
+        return self.family.choose(self.base_model(), adapters, labels, examples, length, similarity, known, model)
 
     def knows(self, nearest: Sequence[Neighbour], labels: Sequence[str]) -> bool:
         """Is a request with these neighbours and label names one of the trained tasks, in about its own words?"""
@@ -435,11 +421,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                 "nothing to guide away from; leave it out, or say 1"
             )
 
-    @property
-    def _num_labels(self) -> int:
-        """Of every trained task, where adapters bring a head."""
-        return len(next(iter(self.condition_index.config.tasks.values()))["labels"])
-
     def _check_inputs(
         self,
         condition: Any,
@@ -449,7 +430,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         output_type: str,
         callback_tensors: Sequence[str],
-    ) -> TaskPrompt | StyleImage:
+    ) -> Condition:
         for name, value, most in (("num_adapters", num_adapters, MAX_ADAPTERS), ("num_inference_steps", num_inference_steps, 1000)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
@@ -467,8 +448,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
-        checked = self.condition_encoder.condition_type.of(condition)
-        named = len(checked.labels) if isinstance(checked, TaskPrompt) else 0
-        if self.template.spec.modules_to_save and named not in (0, self._num_labels):
-            raise ConditionError(f"the adapters' heads tell {self._num_labels} labels apart, the prompt names {named}")
+        checked = self.condition_encoder.condition_kind.of(condition)
+        told = len(next(iter(self.condition_index.config.tasks.values())).get("labels", ()))
+        if self.template.spec.modules_to_save and len(checked.labels) not in (0, told):
+            raise ConditionError(f"the adapters' heads tell {told} labels apart, the prompt names {len(checked.labels)}")
         return checked

@@ -11,9 +11,8 @@ from diffusers.utils import BaseOutput
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.few_shot import Choice
-from cond_pdiff.models.condition_encoders import ConditionReport
+from cond_pdiff.models.condition_encoder import EncoderReport
 from cond_pdiff.models.condition_index import Neighbour
-from cond_pdiff.models.style_encoders import StyleReport
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class GenerationReport:
     nearest: tuple[Neighbour, ...]
     in_distribution: bool
     threshold: float
-    condition: ConditionReport | StyleReport
+    condition: EncoderReport
     labels: tuple[str, ...]
     labels_from: str
     choice: Choice | None
@@ -43,8 +42,8 @@ class GenerationReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        kind = "task" if isinstance(self.condition, ConditionReport) else "style"
-        where = "in distribution" if self.in_distribution else f"OUT OF DISTRIBUTION, unlike every trained {kind}"
+        kind = self.condition.condition_kind
+        where = "in distribution" if self.in_distribution else f"OUT OF DISTRIBUTION, unlike every trained {kind.noun}"
         similarity = self.nearest[0].similarity if self.nearest else 0.0
         lines = [
             f"request    {where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",
@@ -59,10 +58,8 @@ class GenerationReport:
             else:
                 lines.append(f"chosen     the base model, accuracy {choice.score.accuracy:.0%} on the given examples ({place}: {own:.0%})")
             lines += [f"gain       {choice.gain}"] if choice.gain else []
-        read = self.condition
-        if isinstance(read, ConditionReport) and (read.examples_dropped or read.texts_cut):
-            lines.append(f"note       {read.examples_dropped} examples dropped, {read.texts_cut} texts cut at {read.token_limit} tokens")
-        if isinstance(read, ConditionReport):
+        lines += [f"note       {self.condition.cuts}"] if self.condition.cuts else []
+        if kind.names_classes:
             known = f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else "none known; name them when classifying"
             lines.append(f"labels     {known}")
         return "\n".join(lines)

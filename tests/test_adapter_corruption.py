@@ -11,11 +11,12 @@ import torch
 from conftest import TARGETS, fingerprint
 from safetensors.torch import load_file, save_file
 
-from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import MAX_RANK
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE
 
 QUERY_A = "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight"
 QUERY_B = QUERY_A.replace("lora_A", "lora_B")

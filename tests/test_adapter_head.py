@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
 
 from cond_pdiff import AdapterTemplate, LoraAdapter, LoraSpec, PrototypeClassifier
-from cond_pdiff.adapter import CONFIG_FILE, FACTORS, METADATA_FILE, WEIGHTS_FILE
+from cond_pdiff.adapter import FACTORS
 from cond_pdiff.convert import save_comfyui, save_merged
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, base_fingerprint, head_linears, target_linears, update_shape
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo.zoo import soup
 
@@ -98,7 +99,7 @@ def test_heads_have_names(adapter: LoraAdapter, heads: Any) -> None:
 
 def test_specifications_without_a_head_are_written_as_before(tiny_adapter: LoraAdapter) -> None:
     assert not {"modules_to_save", "fan_in_fan_out"} & set(tiny_adapter.spec.to_json())
-    config = tiny_adapter._peft_config()
+    config = peft_config(tiny_adapter.spec)
     assert (config["modules_to_save"], config["fan_in_fan_out"]) == (None, False)
 
 

@@ -23,7 +23,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter
-from cond_pdiff.adapter import WEIGHTS_FILE
+from cond_pdiff.peft_files import WEIGHTS_FILE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import app

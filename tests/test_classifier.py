@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
-from cond_pdiff.conditioning import Text, label_text
+from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import AdapterError, ConditionError, HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone

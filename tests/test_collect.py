@@ -14,11 +14,12 @@ import torch
 from conftest import NOUNS, interrupt_at, tiny_recipe
 from torch import nn
 
-from cond_pdiff.adapter import WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.errors import AdapterError, OutputExistsError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.peft_files import WEIGHTS_FILE
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.tasks.metrics import measure

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import HIDDEN
 
-from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.condition_encoders import SentenceConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
+from cond_pdiff.models.prompt_encoders import SentenceConditionEncoder
 
 NAMES = ("zebra", "apple", "mango", "lemon")  # not in the alphabet's order
 DIM = 8

@@ -14,7 +14,7 @@ from diffusers import PixArtAlphaPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.errors import CondPDiffError, TaskDataError
 from cond_pdiff.text_to_image import make_pictures
 from cond_pdiff.training.evaluate.card import write_generator_card

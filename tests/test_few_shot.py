@@ -11,7 +11,7 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
-from cond_pdiff.conditioning import label_text
+from cond_pdiff.conditions.texts import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
 from cond_pdiff.few_shot import ExampleScore, choose, refine, separation
 from cond_pdiff.gain import Evidence, GainModel

@@ -114,7 +114,7 @@ def config(bert_recipe: dict[str, Any]) -> CollectConfig:
 
 
 def test_a_zoo_of_heads(bert_zoo: Zoo, config: CollectConfig, tasks_folder: Path) -> None:
-    assert bert_zoo.kind == "head"
+    assert bert_zoo.family.name == "sequence-classifier"
     assert bert_zoo.facts["collect"]["lora_dropout"] == bert_zoo.facts["collect"]["weight_decay"] == 0.1
     weights = []
     for name in ("moods", "likeness"):
@@ -157,7 +157,7 @@ def test_dropout_and_weight_decay_are_heard(
 
 def test_settings_of_zoos_from_before_there_were_heads_read_the_same() -> None:
     assert set(CollectConfig().record()) == {
-        *("kind", "rank", "alpha", "target_modules", "train_lora_a", "runs", "steps", "batch_size", "max_length", "max_pictures"),
+        *("family", "rank", "alpha", "target_modules", "train_lora_a", "runs", "steps", "batch_size", "max_length", "max_pictures"),
         *("time_shift", "learning_rates", "precision", "warmup", "subset", "last_checkpoints", "checkpoint_every", "multitask_steps"),
         *("multitask_learning_rate", "from_multitask", "metric_rows", "seed"),
     }
@@ -178,9 +178,9 @@ def test_bases_with_other_missing_weights_are_refused(make_base: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modules_to_save": ()}, "modules_to_save names the heads of kind 'head'"),
-        ({"kind": "text"}, "modules_to_save names the heads of kind 'head'"),
-        ({"kind": "heads"}, "kind must be 'text', 'head' or 'style'"),
+        ({"modules_to_save": ()}, "modules_to_save names the heads of a family that has some, got .* for 'sequence-classifier'"),
+        ({"family": "sentence-encoder"}, "modules_to_save names the heads of a family that has some, got .* for 'sentence-encoder'"),
+        ({"family": "heads"}, "there is no family of base models 'heads'; known are sentence-encoder, sequence-classifier, text-to-image"),
         ({"lora_dropout": 1.0}, "lora_dropout must be less than 1, got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be greater than or equal to 0, got -0.1"),
     ],

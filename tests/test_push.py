@@ -22,9 +22,10 @@ import yaml
 from loopback_hub import LoopbackHub
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter
-from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE
+from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
 from cond_pdiff.hub import fetch, push_folder
+from cond_pdiff.peft_files import WEIGHTS_FILE
 from cond_pdiff.publish import push_generator
 from cond_pdiff.training.zoo.push import push_zoo
 from cond_pdiff.training.zoo.zoo import Zoo

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import ResNetConfig, ResNetModel
 
 from cond_pdiff import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.errors import ConditionError, HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.style_encoders import style_pixels

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cond_pdiff.conditioning import MAX_IMAGE_BYTES, STYLE_IMAGE_SIDE, StyleImage
+from cond_pdiff.conditions.images import MAX_IMAGE_BYTES, STYLE_IMAGE_SIDE
+from cond_pdiff.conditions.style_image import STYLE_VIEWS, StyleImage
 from cond_pdiff.errors import ConditionError
 
 RAMP = np.linspace(0, 255, 96 * 64).reshape(64, 96)
@@ -161,9 +162,9 @@ def test_text_chunks_cannot_fill_the_memory() -> None:
 def test_crops_are_square_and_the_same_every_time(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     image = StyleImage(Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), np.uint8)))
-    first, second = image.crops(5), image.crops(5)
+    first, second = image.views(), image.views()
     assert [view.sha256 for view in first] == [view.sha256 for view in second]
-    assert len({view.sha256 for view in first}) == 5
+    assert len({view.sha256 for view in first}) == STYLE_VIEWS - 1 == 15
     assert all(view.image.width == view.image.height >= 16 for view in first)
 
 

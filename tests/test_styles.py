@@ -22,7 +22,6 @@ from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubE
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
-from cond_pdiff.training.stages.condition_bank import style_variants
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import Style, load_styles
 from cond_pdiff.training.tuning.style_tuning import StyleTuning
@@ -77,9 +76,9 @@ def test_damaged_style_folders_are_named(styles_folder: Path, tmp_path: Path, da
 
 def test_style_variants_are_crops_of_the_picture_and_of_what_was_made_in_it(styles_folder: Path) -> None:
     style = Style.load(styles_folder / "embers")
-    variants = style_variants(style, 12)
-    assert [v.sha256 for v in variants[:6]] == [v.sha256 for v in style_variants(style, 6)]
-    assert variants[1].sha256 != style_variants(style, 2, "test")[1].sha256
+    variants = style.conditions(12)
+    assert [v.sha256 for v in variants[:6]] == [v.sha256 for v in style.conditions(6)]
+    assert variants[1].sha256 != style.conditions(2, "test")[1].sha256
     assert len({v.sha256 for v in variants}) == 12
     assert all(v.image.width == v.image.height for v in variants)
     assert variants[0].image.width == 90
@@ -174,14 +173,14 @@ def test_the_adapter_of_an_unseen_picture_is_the_mean_over_views(
 
     def latents(threshold: float, views: int) -> torch.Tensor:
         pipe.condition_index.threshold.fill_(threshold)
-        monkeypatch.setattr("cond_pdiff.pipelines.pipeline_cond_pdiff.STYLE_VIEWS", views)
+        monkeypatch.setattr("cond_pdiff.conditions.style_image.STYLE_VIEWS", views)
         rngs = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         return pipe(picture, num_adapters=2, generator=rngs, output_type="latent", num_inference_steps=3)
 
     known = latents(-1.0, 3)
     mean = latents(2.0, 3)
     assert not torch.allclose(mean, known, atol=1e-4)
-    embeddings = pipe.condition_encoder.encode([picture, *picture.crops(2)])[0]
+    embeddings = pipe.condition_encoder.encode([picture, *picture.views()[:2]])[0]
     alone = []
     for embedding in embeddings:
         monkeypatch.setattr(pipe, "encode_condition", lambda condition, count, one=embedding: (one.expand(count, -1), None))
@@ -208,9 +207,9 @@ def test_a_generator_refuses_the_other_kind_of_condition(style_generator: Path, 
 
 def test_an_encoder_of_the_other_kind_is_refused(style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path: Path) -> None:
     other = {**style_recipe, "unet": {**style_recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
-    with pytest.raises(TrainingError, match="cannot read the conditions of styles"):
+    with pytest.raises(TrainingError, match="a SentenceConditionEncoder reads a task-prompt, and the conditions of these tasks are a style-image each"):
         train(other, style_zoo.folder, styles_folder, tmp_path / "run")
-    with pytest.raises(TrainingError, match="kind must be 'text', 'head' or 'style'"):
+    with pytest.raises(TrainingError, match="unknown entry 'kind'"):
         parse(CollectConfig, {**style_recipe["collect"], "kind": "music"}, "collect")
     assert parse(UNetConfig, style_recipe["unet"], "unet").variants_per_task == 4
 

@@ -24,7 +24,7 @@ from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.training.config import AutoencoderConfig, FitConfig, UNetConfig, parse
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
-from cond_pdiff.training.stages.condition_bank import ConditionBank, prompt_variant
+from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.stages.denoiser import UNetStage
 from cond_pdiff.training.stages.loop import _Run, fit, learning_rate, step_generator
 from cond_pdiff.training.stages.train import train
@@ -520,8 +520,8 @@ def test_latents_have_unit_variance(unet_stage: UNetStage) -> None:
 
 def test_prompt_variants_differ_in_examples_parts_and_words(tasks_folder: Path) -> None:
     task = Task.load(tasks_folder / "animals")
-    variants = [prompt_variant(task, index) for index in range(40)]
-    assert variants == [prompt_variant(task, index) for index in range(40)]
+    variants = task.conditions(40)
+    assert variants == task.conditions(40)
     assert variants[0].description == task.description
     assert len(variants[0].examples) == 16
     assert len(set(variants)) > 30

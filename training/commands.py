@@ -11,7 +11,9 @@ from cond_pdiff.errors import ConditionError, CondPDiffError
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
-    from cond_pdiff.conditioning import StyleImage, TaskPrompt, Text
+    from cond_pdiff.conditions.style_image import StyleImage
+    from cond_pdiff.conditions.task_prompt import TaskPrompt
+    from cond_pdiff.conditions.texts import Text
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 
 DEFAULT_GENERATOR = "cond-pdiff/minilm-text-tasks"
@@ -122,7 +124,7 @@ def _refine(adapter: LoraAdapter, condition: TaskPrompt | StyleImage, steps: int
 def classify(arguments: argparse.Namespace) -> None:
     """Classify texts with an adapter."""
     from cond_pdiff import PrototypeClassifier
-    from cond_pdiff.conditioning import check_text
+    from cond_pdiff.conditions.texts import check_text
 
     texts = [check_text(_parse_text(text), f"text {index}") for index, text in enumerate(arguments.text, 1)]
     classifier = PrototypeClassifier.load(arguments.adapter, arguments.label or None, arguments.base)
@@ -161,7 +163,7 @@ def preview(arguments: argparse.Namespace) -> None:
         mixed.append((Path(arguments.mix[0]), _number(arguments.mix[1], "the strength of the second adapter")))
     adapters = [(LoraAdapter.load(folder), scale) for folder, scale in mixed]
     for (folder, _), (adapter, _) in zip(mixed, adapters, strict=True):
-        if not adapter.paints:
+        if not (adapter.family and adapter.family.paints):
             raise CondPDiffError(f"{folder} is not a style adapter (one for texts? `cond-pdiff classify` tries those)")
     reference = adapters[0][0].metadata.get("base") or {"repo_id": adapters[0][0].spec.base_model}
     pipe = load_text_to_image(Backbone(arguments.base) if arguments.base else Backbone.from_json(reference))
@@ -225,8 +227,8 @@ def list_known(arguments: argparse.Namespace) -> None:
     rows = [("generator", "makes", "of", "size", "base model")]
     for info in known_generators():
         name = info.name + (f" at {info.revision[:8]}" if info.revision else "")
-        kind = "styles" if info.makes == "style" else "tasks"
-        rows.append((name, f"{info.makes} adapters", f"{len(info.tasks)} {kind}", f"{info.megabytes:.1f} MB", info.base.repo_id))
+        kind = info.condition
+        rows.append((name, f"{kind.adapters} adapters", f"{len(info.tasks)} {kind.noun}s", f"{info.megabytes:.1f} MB", info.base.repo_id))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -241,9 +243,10 @@ def info(arguments: argparse.Namespace) -> None:
 
 def push(arguments: argparse.Namespace) -> None:
     """A generator or an adapter → Hub."""
-    from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
+    from cond_pdiff.adapter import PREVIEW_FILE, LoraAdapter
     from cond_pdiff.adapter_card import CARD_FILE
     from cond_pdiff.hub import push_folder
+    from cond_pdiff.peft_files import CONFIG_FILE
     from cond_pdiff.publish import push_generator
 
     options, folder = _push_options(arguments), Path(arguments.folder)

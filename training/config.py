@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from cond_pdiff.errors import HubError, TrainingError
+from cond_pdiff.errors import CondPDiffError, HubError, TrainingError
+from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import MINILM, Backbone
 from cond_pdiff.lora import MAX_RANK
 from cond_pdiff.normalization import Mode
@@ -53,6 +54,30 @@ def _reference(base: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
+def _known_family(name: str) -> str:
+    try:
+        family_named(name)
+    except CondPDiffError as error:
+        raise ValueError(str(error)) from error
+    return name
+
+
+PAIRS = {
+    "text": ("task-prompt", "sentence-encoder"),
+    "head": ("task-prompt", "sequence-classifier"),
+    "style": ("style-image", "text-to-image"),
+}
+"""The `kind` of recipes and zoos of 0.1.0 → kind of condition and family of base models."""
+
+
+def modern_collect(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `collect` of a recipe or a zoo, with a `family` in the place of the `kind` that those of 0.1.0 have, or leave out."""
+    kind = section.get("kind", "text")
+    if kind not in PAIRS or "family" in section:
+        return dict(section)
+    return {**{name: value for name, value in section.items() if name != "kind"}, "family": PAIRS[kind][1]}
+
+
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -75,8 +100,8 @@ class CollectConfig:
 
     tasks: Names = Field(default=(), description="tasks that the generator is trained on; none named: all but the unseen")
     unseen: Names = Field(default=(), description="tasks kept out; one run each, for comparison")
-    kind: Literal["text", "head", "style"] = Field(
-        default="text", description="of tuning: 'text' (class prototypes), 'head' (a classification head) or 'style'"
+    family: Annotated[str, AfterValidator(_known_family)] = Field(
+        default="sentence-encoder", description="of the base model: 'sentence-encoder', 'sequence-classifier', 'text-to-image', or another"
     )
     base: Annotated[dict[str, str | None], AfterValidator(_reference)] = Field(
         default_factory=MINILM.to_json, description="the base model: repo_id, revision, sha256"
@@ -118,8 +143,8 @@ class CollectConfig:
     seed: Seed = Field(default=0, description="of everything that is drawn")
 
     def __post_init__(self) -> None:
-        if (self.kind == "head") != bool(self.modules_to_save):
-            raise ValueError(f"modules_to_save names the heads of kind 'head', got {self.modules_to_save!r} for {self.kind!r}")
+        if family_named(self.family).brings_head != bool(self.modules_to_save):
+            raise ValueError(f"modules_to_save names the heads of a family that has some, got {self.modules_to_save!r} for {self.family!r}")
         if self.from_multitask and not self.multitask_steps:
             raise ValueError("from_multitask needs multitask_steps")
         if (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
@@ -285,6 +310,7 @@ def _check_sections(recipe: object, where: str) -> None:
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
     """A checked section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
+    section = modern_collect(section) if config_class is CollectConfig else section
     try:
         return TypeAdapter(config_class).validate_json(json.dumps(section))
     except ValidationError as error:

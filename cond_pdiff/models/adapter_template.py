@@ -9,13 +9,14 @@ import torch
 from diffusers.configuration_utils import register_to_config
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, register_component
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import LoraSpec
 
 
+@register_component
 class AdapterTemplate(Component):
     """The layout, the LoRA settings, the base model, and the tensors that are constant throughout a zoo.
 
@@ -25,8 +26,6 @@ class AdapterTemplate(Component):
         base: `Backbone.to_json()` of the base model.
         max_length: tokens of a text in training and evaluation.
     """
-
-    __module__ = "cond_pdiff"
 
     constant_bits: torch.Tensor
 

@@ -12,7 +12,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from PIL import Image
 
-from cond_pdiff.component import ExactComponent
+from cond_pdiff.component import ExactComponent, register_component
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.gain import GainModel
 
@@ -25,6 +25,7 @@ class Neighbour:
     similarity: float
 
 
+@register_component
 class ConditionIndex(ExactComponent):
     """Condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
 
@@ -38,8 +39,6 @@ class ConditionIndex(ExactComponent):
         gain_model: `GainModel.to_json()`, fitted to the generator by `cond-pdiff calibrate`; None: it was not fitted.
         preview_sizes: bytes of the small WebP picture that stands for each task, in the order of the embeddings; none: there are none.
     """
-
-    __module__ = "cond_pdiff"
 
     embeddings: torch.Tensor
     threshold: torch.Tensor

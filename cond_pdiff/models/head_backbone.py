@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from cond_pdiff.conditioning import Text
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.text_backbone import TextBackbone, load_text_model

@@ -12,7 +12,7 @@ from diffusers.models.activations import ACT2CLS, get_activation
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, register_component
 from cond_pdiff.errors import CondPDiffError
 
 Norm = Literal["batch", "instance", "none"]
@@ -30,6 +30,7 @@ def activation(name: str) -> nn.Module:
         raise CondPDiffError(f"no activation is called {name!r}; there are {[*ACTIVATIONS, *ACT2CLS]}") from error
 
 
+@register_component
 class ParamAutoencoder(Component):
     """Strided 1D convolutions down to a code, transposed convolutions back up.
 
@@ -56,8 +57,6 @@ class ParamAutoencoder(Component):
 
     In evaluation mode a large batch goes through the network in parts of `at_once` adapters, so that memory does not grow with it.
     """
-
-    __module__ = "cond_pdiff"
 
     @register_to_config
     def __init__(

@@ -12,13 +12,14 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_1d import UNet1DOutput
 from torch import nn
 
-from cond_pdiff.component import Component
+from cond_pdiff.component import Component, register_component
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.models.param_autoencoder import NUMBERS_AT_ONCE, activation
 
 ConditionMode = Literal["add", "concat"]
 
 
+@register_component
 class ParamUNet1D(Component):
     """Unstrided 1D convolutions with additive skips and a linear layer over the flattened bottom.
 
@@ -47,8 +48,6 @@ class ParamUNet1D(Component):
 
     In training, no more than `at_once` samples should go through the network together: memory grows with them.
     """
-
-    __module__ = "cond_pdiff"
 
     @register_to_config
     def __init__(

@@ -7,8 +7,8 @@ resizes of a picture give nearly the same embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModel
 
-from cond_pdiff.component import Component, ExactComponent
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.component import ExactComponent, register_component
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import load_once
+from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
 from cond_pdiff.models.frozen import load_frozen
 
 MAX_ASPECT = 3
@@ -29,7 +30,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class StyleReport:
+class StyleReport(EncoderReport):
     """What an encoder read of a style image.
 
     Args:
@@ -37,12 +38,10 @@ class StyleReport:
         height: the same.
     """
 
+    condition_kind: ClassVar[type[StyleImage]] = StyleImage
+
     width: int
     height: int
-
-    def to_json(self) -> dict[str, int]:
-        """A JSON-ready description."""
-        return asdict(self)
 
 
 def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
@@ -57,7 +56,8 @@ def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
-class StyleCnnConditionEncoder(Component):
+@register_component
+class StyleCnnConditionEncoder(ConditionEncoder):
     """The paper's style encoder: two strided convolutions, a mean over all places, a linear layer; trained with the U-Net.
 
     Args:
@@ -66,11 +66,8 @@ class StyleCnnConditionEncoder(Component):
         image_side: shorter side of the picture as it is read, in pixels.
     """
 
-    __module__ = "cond_pdiff"
-
-    condition_type = StyleImage
-    index_options: Mapping[str, Any] = {}
-    """How a `ConditionIndex` compares its embeddings."""
+    condition_kind = StyleImage
+    is_trained = True
 
     @register_to_config
     def __init__(self, channels: Sequence[int] = (64, 256), condition_dim: int = 256, image_side: int = 128) -> None:
@@ -83,18 +80,17 @@ class StyleCnnConditionEncoder(Component):
         )
         self.project = nn.Linear(channels[1], condition_dim)
 
-    @property
-    def condition_dim(self) -> int:
-        """The length of a condition embedding."""
-        return int(self.config.condition_dim)
-
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels from 0 to 1, shape `(batch, 3, height, width)` → unit-length embeddings, shape `(batch, condition_dim)`."""
         features = self.convolutions(2 * pixels - 1).mean((2, 3))
         return nn.functional.normalize(self.project(features), dim=1)
 
+    def read(self, condition: Any) -> torch.Tensor:
+        """The picture as it is read, uint8, shape `(3, height, width)`; square pictures have one shape."""
+        return (255 * style_pixels(StyleImage.of(condition), self.config.image_side)).round().to(torch.uint8)
+
     @torch.no_grad()
-    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
@@ -105,7 +101,8 @@ class StyleCnnConditionEncoder(Component):
         return torch.cat(rows), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
 
 
-class BackboneStyleConditionEncoder(ExactComponent):
+@register_component
+class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):
     """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
 
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
@@ -117,9 +114,7 @@ class BackboneStyleConditionEncoder(ExactComponent):
         image_side: shorter side of the picture as it is read, in pixels.
     """
 
-    __module__ = "cond_pdiff"
-
-    condition_type = StyleImage
+    condition_kind = StyleImage
     center: torch.Tensor
 
     @register_to_config
@@ -141,7 +136,7 @@ class BackboneStyleConditionEncoder(ExactComponent):
         return 2 * sum(self.config.channels)
 
     @property
-    def index_options(self) -> Mapping[str, Any]:
+    def index_options(self) -> Mapping[str, Any]:  # type: ignore[override]  # a constant of most encoders
         """How a `ConditionIndex` compares its embeddings."""
         return {"num_parts": len(self.config.stages)}
 
@@ -150,7 +145,7 @@ class BackboneStyleConditionEncoder(ExactComponent):
         """The frozen backbone, on this module's device; `HubError` if it cannot be loaded."""
         return load_once(self._loaded, lambda: load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0]).to(self.center.device)
 
-    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[StyleReport]]:
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:

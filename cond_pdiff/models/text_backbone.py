@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from cond_pdiff.conditioning import Text
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import lock_of

@@ -10,7 +10,7 @@ import torch
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import NAME_WEIGHT, PrototypeClassifier
-from cond_pdiff.conditioning import Text
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.classifier import place_in_class, prototype_logits
-from cond_pdiff.conditioning import Text, label_text
-from cond_pdiff.errors import TaskDataError
+from cond_pdiff.conditions.texts import Text, label_text
+from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.few_shot import ExampleScore, weigh
 from cond_pdiff.gain import GainModel
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
@@ -62,6 +62,11 @@ class Calibrator:
     def __init__(self, generator: str | Path, config: CalibrateConfig) -> None:
         self.config, self.pipe = config, CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
+        if not self.pipe.family.has_prototypes:
+            raise TrainingError(
+                "gains are predicted of adapters under which texts are classified by prototypes; this generator makes adapters for a "
+                f"{self.pipe.family.name}"
+            )
         self.base, self.length = self.pipe.base_model(), self.pipe.template.config.max_length
         self.settings = {**asdict(config), "shots": list(SHOTS), "generator": weights_sha256(self.pipe)}
 

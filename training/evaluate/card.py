@@ -11,7 +11,7 @@ from cond_pdiff.errors import HubError, TaskDataError
 from cond_pdiff.hub import EVAL_RESULTS, weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
-from cond_pdiff.training.evaluate.evaluate import KINDS
+from cond_pdiff.training.evaluate.evaluate import evaluation_of
 from cond_pdiff.training.evaluate.table import EvaluationTable, part
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -41,13 +41,13 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
             f"{zoo_folder} holds {settings['zoo_tasks']} of the {settings['generator_tasks']} tasks that the generator was trained on; "
             "a card tells of all of them: evaluate it beside its whole zoo"
         )
-    _, table = KINDS[zoo.kind]
+    _, table = evaluation_of(zoo)
     fields = {**_generator_fields(generator, zoo, evaluation), **table.card_fields(evaluation)}
     fields["model_index"] = json.dumps(table.model_index(evaluation, generator.name), ensure_ascii=False)
     fields["pictures"] = _show_pictures(generator, table, evaluation, pictures) if pictures and pictures.is_dir() else ""
     if entries := table.eval_results(evaluation):
         write_text(generator / EVAL_RESULTS / "evaluation.yaml", dump_json(entries))  # JSON is YAML
-    return write_card(generator, f"{zoo.kind}_generator.md", fields)
+    return write_card(generator, str(zoo.family.generator_card), fields)
 
 
 def _show_pictures(generator: Path, table: EvaluationTable, evaluation: dict[str, Any], pictures: Path) -> str:

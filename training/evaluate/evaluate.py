@@ -8,19 +8,19 @@ from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TaskDataError, TrainingError
+from cond_pdiff.families.family import families
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, measure_all
-from cond_pdiff.training.evaluate.style_table import StyleTable
-from cond_pdiff.training.evaluate.styles import StyleEvaluator
 from cond_pdiff.training.evaluate.table import EvaluationTable
-from cond_pdiff.training.evaluate.text_table import TextTable
-from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.zoo.zoo import Zoo
 
-KINDS: dict[str, tuple[type[ZooEvaluator], EvaluationTable]] = {
-    "text": (TextEvaluator, TextTable()),
-    "style": (StyleEvaluator, StyleTable()),
-}
-"""Kind of a zoo → how its generators are measured, and how that is told."""
+
+def evaluation_of(zoo: Zoo) -> tuple[type[ZooEvaluator], EvaluationTable]:
+    """How generators of a zoo are measured, and how that is told; `TrainingError` where its family has no evaluation yet."""
+    found = zoo.family.evaluation()
+    if found is None:
+        able = sorted(name for name, family in families().items() if family.evaluation())
+        raise TrainingError(f"{zoo.folder} holds adapters for a {zoo.family.name}; so far those for {', '.join(able)} can be evaluated")
+    return found
 
 
 def evaluate(
@@ -48,16 +48,14 @@ def evaluate(
         only: names of the tasks to be measured; none: all.
 
     Raises:
-        TrainingError: a zoo of a kind that cannot be evaluated.
+        TrainingError: a zoo of a family that cannot be evaluated yet.
         TaskDataError: the generator and the zoo do not fit each other, or the zoo lacks a task to be measured.
 
     Returns:
         The evaluation, or None while tasks of other shards are missing.
     """
     out, zoo = Path(out), Zoo(zoo_folder)
-    if zoo.kind not in KINDS:
-        raise TrainingError(f"{zoo_folder} is a zoo of kind {zoo.kind!r}; only those of {' and '.join(KINDS)} can be evaluated yet")
-    evaluator_class, table = KINDS[zoo.kind]
+    evaluator_class, table = evaluation_of(zoo)
     evaluator = evaluator_class(generator, zoo, config, out)
     tasks = evaluator.load_tasks(tasks_folder)
     if unknown := set(only) - {task.name for task in tasks}:

@@ -18,13 +18,12 @@ from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import write_bytes
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, stack_pictures
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance, kernel_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
-from cond_pdiff.training.stages.condition_bank import style_variants
 from cond_pdiff.training.tasks.styles import Style, load_styles
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -73,7 +72,7 @@ class StyleEvaluator(ZooEvaluator):
 
     def other_conditions(self, task: Style) -> list[StyleImage]:
         """Crops of five held-out pictures in the style."""
-        return style_variants(task, 2 * ROUTING_PICTURES, "test")[1::2]
+        return task.conditions(2 * ROUTING_PICTURES, "test")[1::2]
 
     def compare(self, task: Style, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
         """Distances by column, novelty, and how much samples and trained runs differ."""

@@ -16,7 +16,7 @@ import torch
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.few_shot import ExampleScore
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput

@@ -57,7 +57,7 @@ def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: in
     missing = [name for name in (first, second) if name not in zoo.task_names]
     if count < 2 * BANDS:
         raise TaskDataError(f"a continuum needs at least {2 * BANDS} mixtures, got {count}")
-    if missing or zoo.kind != "style" or first == second:
+    if missing or not zoo.family.paints or first == second:
         raise TaskDataError(f"name two trained styles of {zoo.folder}, got {first!r} and {second!r}; there are {zoo.task_names}")
     facts = {"first": first, "second": second, "count": count, "seed": seed}
     if (out / FACTS_FILE).exists() and json.loads((out / FACTS_FILE).read_text(encoding="utf-8")) != facts:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace

@@ -16,8 +16,8 @@ from diffusers import schedulers
 from pydantic import Field
 from torch import nn
 
-from cond_pdiff.conditioning import TaskPrompt
-from cond_pdiff.models.condition_encoders import ConditionReport
+from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.models.prompt_encoders import PromptReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
@@ -124,11 +124,11 @@ class GivenCondition:
     """In the place of a condition encoder: every prompt has this embedding, shape `(condition_dim,)`."""
 
     embedding: torch.Tensor
-    condition_type: ClassVar[type] = TaskPrompt
+    condition_kind: ClassVar[type] = TaskPrompt
 
-    def encode(self, conditions: list[Any]) -> tuple[torch.Tensor, list[ConditionReport]]:
+    def encode(self, conditions: list[Any]) -> tuple[torch.Tensor, list[PromptReport]]:
         """The embedding, once a condition."""
-        return self.embedding.expand(len(conditions), -1), [ConditionReport(0, 0)] * len(conditions)
+        return self.embedding.expand(len(conditions), -1), [PromptReport(0, 0)] * len(conditions)
 
 
 class Workshop:

@@ -10,9 +10,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import nn
 
+from cond_pdiff.models.condition_encoder import ConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
-from cond_pdiff.models.style_encoders import StyleCnnConditionEncoder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import UNetConfig, build
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
@@ -26,7 +26,7 @@ GUIDANCE_SCALE = 1.5
 class Denoiser(nn.Module):
     """The U-Net behind its condition encoder, where that one is trained with it."""
 
-    def __init__(self, unet: ParamUNet1D, encoder: StyleCnnConditionEncoder | None) -> None:
+    def __init__(self, unet: ParamUNet1D, encoder: ConditionEncoder | None) -> None:
         super().__init__()
         self.unet, self.encoder = unet, encoder
 

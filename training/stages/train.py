@@ -14,8 +14,6 @@ from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import BANK_FILE, ConditionBank
 from cond_pdiff.training.stages.denoiser import UNetStage
 from cond_pdiff.training.stages.loop import fit
-from cond_pdiff.training.tasks.styles import load_styles
-from cond_pdiff.training.tasks.tasks import load_tasks
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -44,8 +42,7 @@ def train(
     zoo = Zoo(zoo_folder)
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
-    load = load_styles if zoo.kind == "style" else load_tasks
-    tasks = load(tasks_folder, zoo.task_names)
+    tasks = zoo.family.load_tasks(tasks_folder, zoo.task_names)
 
     with processes().main_process_first():  # which writes the matrix that the others read
         data = ZooParams.load(zoo, run_folder / "params")

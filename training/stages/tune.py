@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
-from cond_pdiff.conditioning import TaskPrompt, Text, label_text
+from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.lora import attached_to_groups
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import denoise
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.processes import processes
-from cond_pdiff.training.stages.condition_bank import WORD_DROPOUT
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.stages.train import save_generator
-from cond_pdiff.training.tasks.tasks import Task, load_tasks
+from cond_pdiff.training.tasks.tasks import WORD_DROPOUT, Task, load_tasks
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ class TuneStage:
 
     def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
-        pipe.base_model()  # refuses adapters that bring a head, before anything is drawn
         self.rows = [_texts_by_class(task) for task in tasks]
         self.identity: dict[str, Any] = {
             "config": asdict(config),
@@ -184,8 +183,10 @@ def tune(
     run_folder = Path(run_folder)
     config = parse(TuneConfig, recipe.get("tune", {}), "tune")
     pipe = CondPDiffPipeline.from_pretrained(generator)
-    if pipe.condition_encoder.condition_type is not TaskPrompt:
-        raise TrainingError("tune needs a generator of text adapters; this one makes them from pictures")
+    if not pipe.family.has_prototypes:
+        raise TrainingError(
+            f"tune needs adapters under which texts are classified by prototypes; this generator makes adapters for a {pipe.family.name}"
+        )
     stage = TuneStage(pipe, load_tasks(tasks_folder, list(pipe.condition_index.config.tasks)), config)
     fit(stage, config.fit, run_folder / "tune", tensorboard)
     if processes().is_main_process:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.text_to_image import stack_pictures
 from cond_pdiff.training.tasks.styles import Style, write_style

@@ -7,11 +7,13 @@ person would show; `<name>/pictures.safetensors`: uint8 tensors `train` and `tes
 
 from __future__ import annotations
 
+import io
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -19,17 +21,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cond_pdiff.atomic import atomic_folder, dump_json
-from cond_pdiff.conditioning import StyleImage
+from cond_pdiff.conditions.images import SMALLEST_CROP, square_crop
+from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.errors import TaskDataError
+from cond_pdiff.training.tasks.task import ZooTask
 from cond_pdiff.training.tasks.tasks import read_meta
 
 STYLE_TYPE = "style"
 PICTURE_SPLITS = ("train", "test")
 STYLE_FILES = ("style.png", "style.jpg", "style.webp")
+PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
+"""Of the small picture of each style that goes with a generator: about 700 bytes."""
 
 
 @dataclass(frozen=True)
-class Style:
+class Style(ZooTask):
     """A style, as a task of a zoo.
 
     Args:
@@ -39,6 +45,8 @@ class Style:
         licence: of the style picture.
         source: of a recoloured style, the style that it comes from; else empty.
     """
+
+    condition_kind: ClassVar[type[StyleImage]] = StyleImage
 
     name: str
     folder: Path
@@ -74,6 +82,31 @@ class Style:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) != len(captions) or not captions:
             raise TaskDataError(f"{path}: expected uint8 (count, height, width, 3) with a caption each, got {tuple(pixels.shape)}")
         return pixels, [str(caption) for caption in captions]
+
+    def conditions(self, count: int, split: str = "train") -> list[StyleImage]:
+        """Square crops of the style picture, and every second time of a picture made in the style.
+
+        Args:
+            split: of the pictures made in the style.
+        """
+        shown = self.image.image
+        pixels, _ = self.pictures(split)
+        variants = []
+        for index in range(count):
+            rng = random.Random(f"{self.name}/variant/{split}/{index}")
+            image = shown if index % 2 == 0 else Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
+            variants.append(StyleImage(square_crop(image, 1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0), rng)))
+        return variants
+
+    def zoo_facts(self) -> dict[str, Any]:
+        """Of a recoloured style also where it comes from."""
+        return {**super().zoo_facts(), **({"source": self.source} if self.source else {})}
+
+    def preview(self) -> bytes:
+        """The first scene in the style, small."""
+        scene, file = Image.fromarray(self.pictures("train")[0][0].numpy()), io.BytesIO()
+        scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX).save(file, "WEBP", quality=PREVIEW_QUALITY)
+        return file.getvalue()
 
 
 def load_styles(folder: str | Path, names: Sequence[str] | None = None) -> list[Style]:

@@ -21,11 +21,13 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cond_pdiff.atomic import atomic_folder, dump_json
-from cond_pdiff.conditioning import TaskPrompt, Text
+from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import ConditionError, TaskDataError
+from cond_pdiff.training.tasks.task import ZooTask
 
 Row = tuple[Text, Any]
 """A text and its label: an index into the label names, or of a regression task a float."""
@@ -33,12 +35,16 @@ Row = tuple[Text, Any]
 SPLITS = ("train", "validation", "test")
 UNLABELLED = (None, -1)
 """How data sets mark rows without a label; such rows are left out of an import."""
+EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
+"""Of the prompts that a generator is trained on."""
+WORD_DROPOUT = 0.15
+"""Share of a description's words that such a prompt leaves out."""
 CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
 REGRESSION_TYPE = "pair-regression"
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ZooTask):
     """A classification task, or a regression task: how alike two texts are.
 
     Args:
@@ -52,6 +58,8 @@ class Task:
         label_range: (lowest, highest) score of a regression task, else None.
         source: where the rows come from; tasks of one source may share texts. (Of "owner/data : file" the part before the colon.)
     """
+
+    condition_kind: ClassVar[type[TaskPrompt]] = TaskPrompt
 
     name: str
     description: str
@@ -139,6 +147,22 @@ class Task:
             return TaskPrompt(self.description, spread_over_labels(nearest, num_examples, scores), scores)
         return TaskPrompt(self.description, spread_over_labels(rows, num_examples, self.labels), self.labels)
 
+    def conditions(self, count: int) -> list[TaskPrompt]:
+        """The full prompt, then with other examples, fewer parts, and words left out (see `prompt_variant`)."""
+        return [prompt_variant(self, index) for index in range(count)]
+
+    def zoo_facts(self) -> dict[str, Any]:
+        """Description and labels beside what every task has."""
+        return {**super().zoo_facts(), "description": self.description, "labels": list(self.labels)}
+
+    def adapter_facts(self) -> dict[str, Any]:
+        """The label names, in the order of a head's outputs."""
+        return {"labels": list(self.labels)}
+
+    def index_facts(self) -> dict[str, Any]:
+        """Description and labels beside what every task has."""
+        return {**super().index_facts(), "description": self.description, "labels": list(self.labels)}
+
     def _files(self, split: str) -> tuple[Path, Path]:
         return self.folder / f"{split}.jsonl.gz", self.folder / f"{split}.jsonl"
 
@@ -160,6 +184,24 @@ class Task:
         if not all(isinstance(part, str) and part.strip() for part in parts):
             raise ValueError("texts must be non-empty strings")
         return text
+
+
+def prompt_variant(task: Task, index: int) -> TaskPrompt:
+    """The index-th way to ask for a task: the full prompt, then with other examples, fewer parts, and words left out.
+
+    People word a task in their own way and give what they have; a generator that has only seen one wording takes everything
+    else for another task.
+    """
+    if index == 0:
+        return task.prompt("variant/0", EXAMPLE_COUNTS[-1])
+    rng = random.Random(f"{task.name}/variant/{index}")
+    prompt = task.prompt(f"variant/{index}", rng.choice(EXAMPLE_COUNTS))
+    words = prompt.description.split()
+    kept = [word for word in words if rng.random() >= WORD_DROPOUT] or words
+    description = " ".join(words if index % 3 == 0 else kept)
+    if not prompt.examples and rng.random() < 0.5:
+        return TaskPrompt(description)
+    return TaskPrompt(description, prompt.examples, prompt.labels)
 
 
 def _label_range(value: Any) -> tuple[float, float]:

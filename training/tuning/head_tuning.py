@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditioning import Text
+from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK
 from cond_pdiff.models.head_backbone import HeadBackbone
+from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.tuning.text_tuning import TaskTuning
 
 
 class HeadTuning(TaskTuning):
-    """A sequence classifier learns its tasks; all of them have as many labels, so that their heads have one shape."""
+    """A sequence classifier learns its tasks; all of them have as many labels, so that their heads have one shape.
+
+    Raises:
+        TaskDataError: tasks of different numbers of labels, or a regression task.
+    """
 
     task_type = HEAD_TASK
-    backbone: HeadBackbone
 
-    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
-        """The named tasks, or all, and the base model with a new head for them.
-
-        Raises:
-            TaskDataError: tasks of different numbers of labels, or a regression task.
-        """
-        tasks = super().load_tasks(folder, names)
+    def __init__(self, config: CollectConfig, tasks: Sequence[Task]) -> None:
+        super().__init__(config)
         if regression := [task.name for task in tasks if task.label_range is not None]:
             raise TaskDataError(f"{regression[0]} is a regression task; heads are trained for classification tasks only")
         first, count = tasks[0], len(tasks[0].labels)
@@ -41,10 +39,9 @@ class HeadTuning(TaskTuning):
                     f"{task.name} has {len(task.labels)} labels, but {first.name} has {count}; the heads of one zoo have one shape: "
                     "name tasks with as many labels each"
                 )
-        torch.manual_seed(self.config.seed)  # of the new head
-        self.backbone = HeadBackbone.load(Backbone.from_json(self.config.base), count, self.config.modules_to_save)
+        torch.manual_seed(config.seed)  # of the new head
+        self.backbone = HeadBackbone.load(Backbone.from_json(config.base), count, config.modules_to_save)
         self.model = self.backbone.model.to(training_device())
-        return tasks
 
     def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
         """The head's."""

@@ -17,7 +17,7 @@ from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target, draw_noise_levels, flow_pair
 from cond_pdiff.training.precision import training_device
-from cond_pdiff.training.tasks.styles import Style, load_styles
+from cond_pdiff.training.tasks.styles import Style
 from cond_pdiff.training.text_to_image.pictures import to_input
 
 ENCODE_BATCH = 32
@@ -40,7 +40,7 @@ class StyleBatch(NamedTuple):
 
 
 class StyleTuning:
-    """See `cond_pdiff.training.zoo.collect.Tuning`."""
+    """See `cond_pdiff.training.tuning.tuning.Tuning`."""
 
     task_type = None
 
@@ -51,18 +51,6 @@ class StyleTuning:
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)
         self._encoded: dict[tuple[Path, str], EncodedPictures] = {}
-
-    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
-        """The named styles, or all."""
-        return load_styles(folder, names)
-
-    def facts(self, task: Style) -> dict[str, Any]:
-        """What the zoo records of a style."""
-        return {"group": task.group, "licence": task.licence, **({"source": task.source} if task.source else {})}
-
-    def metadata(self, task: Style) -> dict[str, Any]:
-        """What an adapter records of its style, beside its name."""
-        return {}
 
     def batches(self, task: Style, rng: random.Random) -> Iterator[StyleBatch]:
         """Endless batches of a random subset of the training pictures, encoded once."""

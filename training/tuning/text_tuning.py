@@ -6,7 +6,6 @@ import contextlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,36 +13,24 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE
-from cond_pdiff.conditioning import Text, label_text
+from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.precision import mixed_precision, training_device
 from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
-from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks
+from cond_pdiff.training.tasks.tasks import Row, Task
 
 
 class TaskTuning(ABC):
-    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.zoo.collect.Tuning`."""
+    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.tuning.tuning.Tuning`."""
 
     model: nn.Module
     task_type: str | None
 
     def __init__(self, config: CollectConfig) -> None:
         self.config = config
-
-    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
-        """The named tasks, or all."""
-        return load_tasks(folder, names)
-
-    def facts(self, task: Task) -> dict[str, Any]:
-        """What the zoo records of a task."""
-        return {"description": task.description, "labels": list(task.labels), "group": task.group, "licence": task.licence}
-
-    def metadata(self, task: Task) -> dict[str, Any]:
-        """What an adapter records of its task."""
-        return {"labels": list(task.labels)}
 
     def batches(self, task: Task, rng: random.Random) -> Iterator[list[Row]]:
         """Endless batches of a random subset; texts of like length share a batch, which halves the padding."""

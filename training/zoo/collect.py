@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,45 +21,17 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, attached_to_groups, base_fingerprint, target_linears, update_shape
+from cond_pdiff.families.family import family_named
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, target_linears, update_shape
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.stages.loop import rate_factor
-from cond_pdiff.training.tuning.head_tuning import HeadTuning
-from cond_pdiff.training.tuning.style_tuning import StyleTuning
-from cond_pdiff.training.tuning.text_tuning import TextTuning
+from cond_pdiff.training.tasks.task import ZooTask
+from cond_pdiff.training.tuning.tuning import Tuning
 from cond_pdiff.training.zoo.zoo import MULTITASK, Job, Zoo, write_run
-
-TUNINGS: dict[str, type] = {"text": TextTuning, "head": HeadTuning, "style": StyleTuning}
-
-
-class Tuning(Protocol):
-    """A base model, and how an adapter for it learns a kind of task. Tasks have a `name`."""
-
-    model: nn.Module
-    """What adapters are attached to, on the device that trains; there once tasks are loaded."""
-    task_type: str | None
-    """peft's."""
-
-    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> Sequence[Any]:
-        """The named tasks of a collection, or all."""
-
-    def facts(self, task: Any) -> dict[str, Any]:
-        """What the zoo records of a task; `source` names the task that it was made from, if there is one."""
-
-    def metadata(self, task: Any) -> dict[str, Any]:
-        """What an adapter records of its task, beside its name."""
-
-    def batches(self, task: Any, rng: random.Random) -> Iterator[Any]:
-        """Endless training batches."""
-
-    def losses(self, batches: Sequence[Any], tasks: Sequence[Any]) -> torch.Tensor:
-        """The loss of each task's batch, shape `(len(tasks),)`. The base model reads equally many neighbouring rows for each."""
-
-    def metrics(self, adapter: LoraAdapter, task: Any) -> dict[str, Any]:
-        """Quality on rows that are not trained on, for the manifest."""
 
 
 def collect(
@@ -88,11 +60,13 @@ def collect(
     """
     if together < 1 or (together > 1 and (config.modules_to_save or config.lora_dropout)):
         raise TrainingError(f"together must be at least 1, and 1 with modules_to_save or lora_dropout, got {together}")
-    tuning: Tuning = TUNINGS[config.kind](config)
-    tasks = {task.name: task for task in tuning.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)}
+    family = family_named(config.family)
+    found: Sequence[ZooTask] = family.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)
+    tuning: Tuning = family.tuning(config, found)
+    tasks = {task.name: task for task in found}
     if not config.tasks:
         kept_out = set(config.unseen)  # and what was made from it
-        names = (name for name, task in tasks.items() if not kept_out & {name, tuning.facts(task).get("source")})
+        names = (name for name, task in tasks.items() if not kept_out & {name, task.zoo_facts().get("source")})
         config = dataclasses.replace(config, tasks=tuple(sorted(names)))
     if both := sorted(set(config.unseen) & set(config.tasks)):
         raise TrainingError(f"{both[0]!r} is named both as a task to train on and as unseen")
@@ -132,7 +106,7 @@ def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
             yield group[start : start + most]
 
 
-def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning: Tuning) -> tuple[Zoo, dict[str, torch.Tensor]]:
+def _open_zoo(config: CollectConfig, tasks: dict[str, ZooTask], folder: Path, tuning: Tuning) -> tuple[Zoo, dict[str, torch.Tensor]]:
     """Create the zoo's settings and its `lora_A`, or check that they are the ones asked for."""
     spec = LoraSpec(
         str(config.base["repo_id"]),
@@ -143,13 +117,17 @@ def _open_zoo(config: CollectConfig, tasks: dict[str, Any], folder: Path, tuning
         modules_to_save=config.modules_to_save,
         fan_in_fan_out=config.fan_in_fan_out,
     )
-    spec = dataclasses.replace(spec, base_fingerprint=base_fingerprint(tuning.model, spec))
+    family = family_named(config.family)
+    if not family.claims(spec, list(target_linears(tuning.model, spec))):
+        spec = dataclasses.replace(spec, family=family.name)
+    spec = dataclasses.replace(spec, base_fingerprint=family.fingerprint(tuning.model, spec))
     facts = {
         "base": config.base,
         "lora": spec.to_json(),
         "collect": config.record(),
-        "tasks": {name: tuning.facts(tasks[name]) for name in config.tasks},
-        "unseen": {name: tuning.facts(tasks[name]) for name in config.unseen},
+        "tasks": {name: tasks[name].zoo_facts() for name in config.tasks},
+        "unseen": {name: tasks[name].zoo_facts() for name in config.unseen},
+        "condition": next(iter(tasks.values())).condition_kind.name,
     }
     facts = json.loads(json.dumps(facts))
     if not (folder / "zoo.json").exists():
@@ -256,7 +234,7 @@ class _Tuner:
         facts |= {"loss": round(loss, 4), "train_lora_a": ".lora_A." in self._trained(name)}
         facts["machine"] = machine_facts(next(self.tuning.model.parameters()).device)
         if task is not None:
-            adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **self.tuning.metadata(task)})
+            adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **task.adapter_facts()})
             facts.update(self.tuning.metrics(adapter, task))
         facts["seconds"] = round(seconds + time.monotonic() - started, 1)
         write_run(self.zoo.job_folder(job), adapter, facts, kept)

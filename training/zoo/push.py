@@ -10,9 +10,6 @@ from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
 from cond_pdiff.training.zoo.zoo import Zoo
 
-RECIPES = {"text": "minilm-text-tasks", "head": "paper-language-half", "style": "pixart-mini-styles"}
-"""Kind of a zoo → the recipe that its card names."""
-
 
 def push_zoo(zoo: Zoo, repo_id: str, **options: Any) -> Push:
     """Write the zoo's manifest and card into its folder, and push it all; run it again to go on where it stopped.
@@ -46,8 +43,9 @@ def write_zoo_card(zoo: Zoo, repo_id: str) -> Path:
         "num_adapters": sum(map(len, runs.values())),
         "num_tasks": len(zoo.task_names),
         "num_unseen": len(zoo.unseen_names),
-        "kind": zoo.kind,
-        "recipe": RECIPES[zoo.kind],
+        "family": zoo.family.name,
+        "condition": zoo.facts["condition"],
+        "recipe": zoo.family.recipe or "your recipe",
         "base_model": zoo.base.repo_id,
         "base_revision": f" at revision `{zoo.base.revision}`" if zoo.base.revision else "",
         "settings": "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in sorted(settings.items())),

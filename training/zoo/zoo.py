@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 
-from cond_pdiff.adapter import ADAPTER_FILES, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter import ADAPTER_FILES, LoraAdapter
 from cond_pdiff.atomic import atomic_folder, dump_json, write_text
 from cond_pdiff.errors import TaskDataError
+from cond_pdiff.families.family import Family, family_named
 from cond_pdiff.hub import Backbone
+from cond_pdiff.peft_files import WEIGHTS_FILE
+from cond_pdiff.training.config import PAIRS, modern_collect
 
 RUN_FILE = "run.json"
 MULTITASK = "multitask"
@@ -111,11 +114,18 @@ class Zoo:
             raise TaskDataError(f"{self.folder / 'zoo.json'} is not valid JSON: {error}") from error
         if not isinstance(self.facts, dict) or not all(isinstance(self.facts.get(part), dict) for part in ZOO_PARTS):
             raise TaskDataError(f"{self.folder / 'zoo.json'} must hold a JSON object with {', '.join(ZOO_PARTS)}")
+        collect = self.facts["collect"]  # which in zoos of 0.1.0 has a `kind`, or does not name it
+        condition = PAIRS.get(collect.get("kind", "text"), ("", ""))[0]
+        self.facts = {"condition": condition, **self.facts, "collect": modern_collect(collect)}
 
     @property
-    def kind(self) -> str:
-        """Of its tuning: "text", "head" or "style". Zoos of text tasks that were collected before there were styles do not name it."""
-        return str(self.facts["collect"].get("kind", "text"))
+    def family(self) -> Family:
+        """Of its base model.
+
+        Raises:
+            CondPDiffError: it is not known here.
+        """
+        return family_named(self.facts["collect"]["family"])
 
     @property
     def task_names(self) -> list[str]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from cond_pdiff.conditioning import MAX_TEXT_CHARS, TaskPrompt, check_labels, check_text
+from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.conditions.texts import MAX_TEXT_CHARS, check_labels, check_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 
 TWO = [("fine film", "good"), ("dull film", "bad")]

@@ -7,25 +7,27 @@ is referenced (id, revision, sha256) and never saved with the encoder.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file
 from torch import nn
 
-from cond_pdiff.component import Component, ExactComponent
-from cond_pdiff.conditioning import TaskPrompt, Text, label_text
+from cond_pdiff.component import ExactComponent, register_component
+from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.hub import MINILM, Backbone, find_backbone
 from cond_pdiff.locks import load_once
+from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 
 @dataclass(frozen=True)
-class ConditionReport:
-    """What an encoder read of a condition.
+class PromptReport(EncoderReport):
+    """What an encoder read of a prompt.
 
     Args:
         tokens: of the longest text that was encoded, special tokens included.
@@ -34,17 +36,23 @@ class ConditionReport:
         texts_cut: example texts of which only the beginning was read.
     """
 
+    condition_kind: ClassVar[type[TaskPrompt]] = TaskPrompt
+
     tokens: int
     token_limit: int
     examples_dropped: int = 0
     texts_cut: int = 0
 
-    def to_json(self) -> dict[str, int]:
-        """A JSON-ready description."""
-        return asdict(self)
+    @property
+    def cuts(self) -> str:
+        """Examples and texts that did not fit."""
+        if not self.examples_dropped and not self.texts_cut:
+            return ""
+        return f"{self.examples_dropped} examples dropped, {self.texts_cut} texts cut at {self.token_limit} tokens"
 
 
-class SentenceConditionEncoder(ExactComponent):
+@register_component
+class SentenceConditionEncoder(ExactComponent, ConditionEncoder):
     """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
 
     The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label
@@ -57,11 +65,8 @@ class SentenceConditionEncoder(ExactComponent):
         max_tokens: of one text.
     """
 
-    __module__ = "cond_pdiff"
-
-    condition_type = TaskPrompt
+    condition_kind = TaskPrompt
     index_options: Mapping[str, Any] = {"num_parts": 3, "last_is_evidence": True}
-    """How a `ConditionIndex` compares its embeddings."""
     center: torch.Tensor
 
     @register_to_config
@@ -83,7 +88,7 @@ class SentenceConditionEncoder(ExactComponent):
         backbone.to(self.center.device)
         return backbone
 
-    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
@@ -113,16 +118,17 @@ class SentenceConditionEncoder(ExactComponent):
         means = [embeddings[[place[text] for text in group]].mean(0) if group else nothing for group in groups]
         return nn.functional.normalize(torch.stack(means), dim=1).unflatten(0, (len(prompts), 3))
 
-    def _report(self, prompt: TaskPrompt) -> ConditionReport:
+    def _report(self, prompt: TaskPrompt) -> PromptReport:
         limit = self.config.max_tokens
         tokens = self.backbone.count_tokens(prompt.description)
         if tokens > limit:
             raise ConditionError(f"the task description has {tokens} tokens; the condition encoder reads {limit}: shorten it")
         lengths = [self.backbone.count_tokens(text) for text, _ in prompt.examples]
-        return ConditionReport(max([tokens, *lengths]), limit, texts_cut=sum(length > limit for length in lengths))
+        return PromptReport(max([tokens, *lengths]), limit, texts_cut=sum(length > limit for length in lengths))
 
 
-class ClipConditionEncoder(Component):
+@register_component
+class ClipConditionEncoder(ConditionEncoder):
     """The text tower of an open_clip model over description and examples in one text, as in the paper.
 
     CLIP reads 77 tokens. Examples that do not fit are dropped, last first, and counted in the report.
@@ -133,11 +139,7 @@ class ClipConditionEncoder(Component):
         condition_dim: size of the model's text features.
     """
 
-    __module__ = "cond_pdiff"
-
-    condition_type = TaskPrompt
-    index_options: Mapping[str, Any] = {}
-    """How a `ConditionIndex` compares its embeddings."""
+    condition_kind = TaskPrompt
     anchor: torch.Tensor
 
     @register_to_config
@@ -151,11 +153,6 @@ class ClipConditionEncoder(Component):
         # All weights are the backbone's; this says where they belong, and gives the saved encoder a tensor.
         self.register_buffer("anchor", torch.zeros(1))
         self._loaded: list[tuple[nn.Module, Any]] = []
-
-    @property
-    def condition_dim(self) -> int:
-        """The length of a condition embedding."""
-        return int(self.config.condition_dim)
 
     @property
     def backbone(self) -> tuple[nn.Module, Any]:
@@ -177,7 +174,7 @@ class ClipConditionEncoder(Component):
         return model.requires_grad_(False).eval(), open_clip.get_tokenizer(self.config.model_name)
 
     @torch.no_grad()
-    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[ConditionReport]]:
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[EncoderReport]]:
         """Unit-length text features, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
@@ -189,14 +186,14 @@ class ClipConditionEncoder(Component):
         features = model.encode_text(tokens)  # type: ignore[operator]
         return nn.functional.normalize(features, dim=-1).to(self.anchor.dtype), [report for _, report in fitted]
 
-    def _fit(self, prompt: TaskPrompt) -> tuple[str, ConditionReport]:
+    def _fit(self, prompt: TaskPrompt) -> tuple[str, PromptReport]:
         _, tokenizer = self.backbone
         limit = tokenizer.context_length
         for kept in range(len(prompt.examples), -1, -1):
             text = prompt_text(prompt, kept)
             tokens = len(tokenizer.encode(text)) + 2
             if tokens <= limit:
-                return text, ConditionReport(tokens, limit, examples_dropped=len(prompt.examples) - kept)
+                return text, PromptReport(tokens, limit, examples_dropped=len(prompt.examples) - kept)
         raise ConditionError(f"the task description has {tokens} tokens; CLIP reads {limit}: shorten it")
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import HIDDEN
 
-from cond_pdiff.conditioning import TaskPrompt
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.errors import ConditionError, HubError
 from cond_pdiff.hub import MINILM, Backbone
-from cond_pdiff.models.condition_encoders import ClipConditionEncoder, ConditionReport, SentenceConditionEncoder, prompt_text
+from cond_pdiff.models.prompt_encoders import ClipConditionEncoder, PromptReport, SentenceConditionEncoder, prompt_text
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 KIND = [("the good film", "positive"), ("the bad meal", "negative")]
@@ -38,7 +38,7 @@ def test_shape_and_a_report_for_each(encoder: SentenceConditionEncoder) -> None:
     embeddings, reports = encoder.encode(PROMPTS)
     assert embeddings.shape == (len(PROMPTS), encoder.condition_dim) == (len(PROMPTS), 3 * HIDDEN)
     assert embeddings.dtype == torch.float32
-    assert reports[0] == ConditionReport(tokens=8, token_limit=32)
+    assert reports[0] == PromptReport(tokens=8, token_limit=32)
     assert reports[0].to_json() == {"tokens": 8, "token_limit": 32, "examples_dropped": 0, "texts_cut": 0}
     assert torch.pdist(embeddings).min() > 1e-2
 
@@ -81,7 +81,7 @@ def test_a_plain_string_is_a_description(encoder: SentenceConditionEncoder) -> N
 
 def test_the_longest_description_fits_and_one_more_token_is_refused(encoder: SentenceConditionEncoder) -> None:
     (report,) = encoder.encode(["the " * 30])[1]
-    assert report == ConditionReport(32, 32)
+    assert report == PromptReport(32, 32)
     with pytest.raises(ConditionError, match="description has 33 tokens; the condition encoder reads 32: shorten it"):
         encoder.encode([PROMPTS[0], "the " * 31])
 
@@ -90,7 +90,7 @@ def test_long_examples_are_counted(encoder: SentenceConditionEncoder) -> None:
     texts = TaskPrompt("Is it?", [("the " * 30, "cat"), ("the " * 31, "cat"), ("the dog", "dog")])
     pairs = TaskPrompt("Is it?", [(("the " * 40, "the cat"), "cat"), (("the", "dog"), "dog")])
     reports = encoder.encode([texts, pairs])[1]
-    assert reports == [ConditionReport(33, 32, texts_cut=1), ConditionReport(45, 32, texts_cut=1)]
+    assert reports == [PromptReport(33, 32, texts_cut=1), PromptReport(45, 32, texts_cut=1)]
 
 
 def test_what_is_cut_is_the_end(encoder: SentenceConditionEncoder) -> None:
@@ -149,7 +149,7 @@ def test_clip_reads_description_then_examples(clip: ClipConditionEncoder) -> Non
 
 @pytest.mark.parametrize("words", [1, 40, 75])
 def test_clip_counts_every_token(clip: ClipConditionEncoder, words: int) -> None:
-    assert clip.encode(["cat " * words])[1] == [ConditionReport(words + 2, 77)]
+    assert clip.encode(["cat " * words])[1] == [PromptReport(words + 2, 77)]
 
 
 @pytest.mark.parametrize("words", [76, 5000])

@@ -1,0 +1,101 @@
+"""Condition: what every kind of condition can do, and the register of kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from cond_pdiff.conditions.texts import Text
+from cond_pdiff.errors import ConditionError
+
+Labels = tuple[tuple[str, ...], str]
+"""Label names, and where they are from."""
+
+
+class Condition(ABC):
+    """What a person gives for an adapter (the paper's "conditions", section 3.3), checked when it is made.
+
+    A kind of condition is a subclass that `register_condition` knows; condition encoders say which kind they read.
+    """
+
+    name: ClassVar[str]
+    """In recipes, zoos and records, such as "task-prompt"."""
+    noun: ClassVar[str]
+    """What one trained condition of the kind is called in reports, in the singular."""
+    adapters: ClassVar[str]
+    """The word in front of "adapters" for what is made from it, and in the name of the demo's variable (`publish.push_space`)."""
+    names_classes: ClassVar[bool] = False
+    """Can it name classes, and hold labelled examples of them?"""
+    own_key: ClassVar[str | None] = None
+    """Of the kinds that came first, whose records do not say their `type`: an entry of theirs that no other has."""
+    file_option: ClassVar[str] = ""
+    """What `cond-pdiff verify` has to be told beside the adapter, where the record does not hold the whole condition."""
+
+    examples: Sequence[tuple[Text, str]] = ()
+    labels: Sequence[str] = ()
+
+    @classmethod
+    @abstractmethod
+    def of(cls, given: Any) -> Condition:
+        """A condition from what people pass in its place, or from itself; `ConditionError` says what is read."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready facts, kept with the adapters that are made from it; `type` is the kind's name."""
+
+    @classmethod
+    @abstractmethod
+    def from_json(cls, data: Mapping[str, Any], file: str | Path | None = None) -> Condition:
+        """Read what `to_json` wrote.
+
+        Args:
+            file: of what the record does not hold, such as a picture.
+
+        Raises:
+            ConditionError: the record is malformed, or `file` is missing or another one.
+        """
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, record: Mapping[str, Any]) -> str:
+        """Where an adapter comes from, as its card tells it, in Markdown; a record that is malformed gives what it has."""
+
+    def views(self) -> Sequence[Condition]:
+        """Further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
+        return ()
+
+    def classes(self, trained: Sequence[str], in_trained_order: bool) -> Labels | None:
+        """The label names that go with an adapter, and where they are from; None for a kind that names no classes.
+
+        Args:
+            trained: those of the nearest trained task, if the request is in distribution.
+            in_trained_order: an adapter's head has its outputs in the order of its task's labels.
+        """
+        return None
+
+
+CONDITIONS: dict[str, type[Condition]] = {}
+"""Every kind by its name."""
+
+Kind = TypeVar("Kind", bound=type[Condition])
+
+
+def register_condition(kind: Kind) -> Kind:
+    """Make a kind of condition known by its name; a decorator."""
+    CONDITIONS[kind.name] = kind
+    return kind
+
+
+def condition_kind(record: Mapping[str, Any]) -> type[Condition]:
+    """The kind of a recorded condition.
+
+    Raises:
+        ConditionError: it is of no kind that is known here.
+    """
+    named = CONDITIONS.get(str(record.get("type")))
+    kind = named or next((kind for kind in CONDITIONS.values() if "type" not in record and kind.own_key in record), None)
+    if kind is None:
+        raise ConditionError(f"not a recorded condition of a kind that is known here ({', '.join(CONDITIONS)}): {dict(record)!r:.120}")
+    return kind

@@ -1,0 +1,168 @@
+"""Family: what a family of base models has to know, and the register of families."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import nn
+
+from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LoraSpec, adapted_module, base_fingerprint
+
+if TYPE_CHECKING:
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.conditions.texts import Text
+    from cond_pdiff.few_shot import Choice
+    from cond_pdiff.gain import GainModel
+
+
+class Family(ABC):
+    """Base models of one kind: how one is loaded, what is adapted in it, how adapters for it are trained, judged and used.
+
+    A family is a subclass of which `register_family` is given an instance; zoos name it, and adapters and generators say it in their
+    `LoraSpec.family`, unless `claims` knows them.
+    """
+
+    name: ClassVar[str]
+    """In recipes and zoos, such as "sentence-encoder"."""
+    brings_head: ClassVar[bool] = False
+    """Do adapters bring whole modules (`modules_to_save`) beside their updates?"""
+    has_prototypes: ClassVar[bool] = False
+    """Does a `PrototypeClassifier` work with it? Then gains can be predicted (`calibrate`) and generators tuned by task loss."""
+    paints: ClassVar[bool] = False
+    """Does it make pictures? Then previews show an adapter, and other tools read it as a file."""
+    weights_file: ClassVar[str] = "model.safetensors"
+    """Of the base model's folder: where the adapted weights are."""
+    adapter_card: ClassVar[str] = "adapter.md"
+    """Template of its adapters' cards."""
+    generator_card: ClassVar[str | None] = None
+    """Template of an evaluated generator's card, where there is an evaluation."""
+    merged_card: ClassVar[tuple[str, str]] = ("feature-extraction", "transformers")
+    """The Hub's pipeline tag and library of a base model with an adapter merged in."""
+    recipe: ClassVar[str] = ""
+    """A shipped recipe that collects adapters for it."""
+    fewest_judged: ClassVar[int] = 1
+    """Candidates from which on `choose` compares them."""
+
+    # --- the base model -----------------------------------------------------------------------------------------
+
+    def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
+        """Are adapters with this specification and these modules of this family, though they do not name it?"""
+        return False
+
+    @abstractmethod
+    def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
+        """A frozen base model as it is used, float32, on the CPU; it has `to(device)`.
+
+        Args:
+            num_labels: of the head that adapters bring.
+
+        Raises:
+            HubError: not to be had, or not such a model.
+        """
+
+    @abstractmethod
+    def load_adapted(self, base: Backbone) -> nn.Module:
+        """The module alone that adapters are attached to, in the precision of its files."""
+
+    def adapted_module(self, model: Any) -> nn.Module:
+        """What of a base model, as people pass it, adapters are attached to."""
+        return adapted_module(model)
+
+    def fingerprint(self, model: nn.Module, spec: LoraSpec) -> str:
+        """What tells a base model from others of its shape."""
+        return base_fingerprint(model, spec)
+
+    # --- using adapters -----------------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        base: Any,
+        adapters: Sequence[LoraAdapter],
+        labels: Sequence[str],
+        examples: Sequence[tuple[Text, str]],
+        max_length: int,
+        similarity: float = 0.0,
+        known: bool = False,
+        model: GainModel | None = None,
+    ) -> Choice | None:
+        """The best of at least `fewest_judged` candidates by labelled examples, or the base model; None: they tell nothing.
+
+        Args:
+            base: from `load`.
+            max_length: texts are cut at this many tokens.
+            similarity, known, model: see `cond_pdiff.few_shot.choose`.
+        """
+        return None
+
+    # --- training them ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> Sequence[Any]:
+        """The named tasks of a collection, or all: `cond_pdiff.training.tasks.task.ZooTask`."""
+
+    @abstractmethod
+    def tuning(self, config: Any, tasks: Sequence[Any]) -> Any:
+        """How adapters are fine-tuned on tasks: a `cond_pdiff.training.tuning.tuning.Tuning` for a `CollectConfig`."""
+
+    def evaluation(self) -> tuple[Any, Any] | None:
+        """How a generator is measured, and how that is told: a class of `ZooEvaluator` and an `EvaluationTable`; None: not yet."""
+        return None
+
+
+BUILT_IN = {
+    "sequence-classifier": "cond_pdiff.families.sequence_classifier",
+    "text-to-image": "cond_pdiff.families.text_to_image",
+    "sentence-encoder": "cond_pdiff.families.sentence_encoder",
+}
+"""Where they are; imported when families are asked for, in the order in which they claim adapters."""
+
+FAMILIES: dict[str, Family] = {}
+"""What `register_family` was given, by name."""
+
+Kind = TypeVar("Kind", bound=type[Family])
+
+
+def register_family(kind: Kind) -> Kind:
+    """Make a family known by its name; a class decorator."""
+    FAMILIES[kind.name] = kind()
+    return kind
+
+
+def families() -> dict[str, Family]:
+    """All families that are known, by name."""
+    for module in BUILT_IN.values():
+        importlib.import_module(module)
+    return FAMILIES
+
+
+def family_named(name: str) -> Family:
+    """A family by its name.
+
+    Raises:
+        CondPDiffError: there is none of that name.
+    """
+    known = families()
+    if name not in known:
+        raise CondPDiffError(f"there is no family of base models {name!r}; known are {', '.join(sorted(known))}")
+    return known[name]
+
+
+def family_of(spec: LoraSpec, modules: Iterable[str]) -> Family | None:
+    """The family that adapters are for, by what they record or by what they look like; None if that says nothing.
+
+    Args:
+        modules: names of the adapted modules.
+
+    Raises:
+        CondPDiffError: they name a family that is not known.
+    """
+    if spec.family is not None:
+        return family_named(spec.family)
+    known, names = families(), list(modules)
+    return next((known[name] for name in BUILT_IN if known[name].claims(spec, names)), None)

@@ -1,0 +1,81 @@
+"""Sentence encoders: adapters put texts near the names of their classes; no head is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.conditions.texts import Text
+from cond_pdiff.families.family import Family, register_family
+from cond_pdiff.few_shot import Choice, choose
+from cond_pdiff.gain import GainModel
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LoraSpec
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
+
+if TYPE_CHECKING:
+    from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.tasks.tasks import Task
+    from cond_pdiff.training.tuning.text_tuning import TextTuning
+
+
+@register_family
+class SentenceEncoder(Family):
+    """transformers encoders with mean pooling, as sentence-transformers uses them."""
+
+    name = "sentence-encoder"
+    has_prototypes = True
+    adapter_card = "text_adapter.md"
+    generator_card = "text_generator.md"
+    merged_card = ("sentence-similarity", "transformers")
+    recipe = "minilm-text-tasks"
+
+    def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
+        """By peft's task type, which not everybody sets."""
+        return spec.task_type in ("FEATURE_EXTRACTION", None)
+
+    def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> SentenceBackbone:
+        """See `SentenceBackbone.load`."""
+        return SentenceBackbone.load(base)
+
+    def load_adapted(self, base: Backbone) -> nn.Module:
+        """The transformers model."""
+        return SentenceBackbone.load(base).model
+
+    def choose(
+        self,
+        base: Any,
+        adapters: Sequence[LoraAdapter],
+        labels: Sequence[str],
+        examples: Sequence[tuple[Text, str]],
+        max_length: int,
+        similarity: float = 0.0,
+        known: bool = False,
+        model: GainModel | None = None,
+    ) -> Choice:
+        """See `cond_pdiff.few_shot.choose`."""
+        return choose(PrototypeClassifier(base, labels, adapters[0], max_length, examples), adapters, similarity, known, model)
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
+        """Text tasks."""
+        from cond_pdiff.training.tasks.tasks import load_tasks
+
+        return load_tasks(folder, names)
+
+    def tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> TextTuning:
+        """Class prototypes are the label names' embeddings."""
+        from cond_pdiff.training.tuning.text_tuning import TextTuning
+
+        return TextTuning(config)
+
+    def evaluation(self) -> tuple[Any, Any]:
+        """Accuracy, or a task's own metric."""
+        from cond_pdiff.training.evaluate.text_table import TextTable
+        from cond_pdiff.training.evaluate.texts import TextEvaluator
+
+        return TextEvaluator, TextTable()

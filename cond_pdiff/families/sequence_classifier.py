@@ -1,0 +1,75 @@
+"""Sequence classifiers: adapters bring a trained head, as those of the paper's language half do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.conditions.texts import Text
+from cond_pdiff.errors import AdapterError
+from cond_pdiff.families.family import Family, register_family
+from cond_pdiff.few_shot import Choice, choose_with_head
+from cond_pdiff.gain import GainModel
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import HEAD_TASK, LoraSpec
+from cond_pdiff.models.head_backbone import HeadBackbone
+
+if TYPE_CHECKING:
+    from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.tasks.tasks import Task
+    from cond_pdiff.training.tuning.head_tuning import HeadTuning
+
+
+@register_family
+class SequenceClassifier(Family):
+    """What transformers' `AutoModelForSequenceClassification` loads."""
+
+    name = "sequence-classifier"
+    brings_head = True
+    adapter_card = "head_adapter.md"
+    recipe = "paper-language-half"
+    fewest_judged = 2  # a new base has a random head: there is nothing to compare a single adapter with
+
+    def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
+        """By peft's task type."""
+        return spec.task_type == HEAD_TASK
+
+    def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> HeadBackbone:
+        """See `HeadBackbone.load`."""
+        if num_labels is None:
+            raise AdapterError("a sequence classifier is loaded for a number of labels; give num_labels")
+        return HeadBackbone.load(base, num_labels, spec.modules_to_save)
+
+    def load_adapted(self, base: Backbone) -> nn.Module:
+        """Refused: a head has its labels' number of outputs, which a reference does not tell."""
+        raise AdapterError("adapters with a head are attached to a base that was loaded for their number of labels")
+
+    def choose(
+        self,
+        base: Any,
+        adapters: Sequence[LoraAdapter],
+        labels: Sequence[str],
+        examples: Sequence[tuple[Text, str]],
+        max_length: int,
+        similarity: float = 0.0,
+        known: bool = False,
+        model: GainModel | None = None,
+    ) -> Choice:
+        """See `cond_pdiff.few_shot.choose_with_head`."""
+        return choose_with_head(base, labels, examples, adapters, max_length)
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
+        """Text tasks."""
+        from cond_pdiff.training.tasks.tasks import load_tasks
+
+        return load_tasks(folder, names)
+
+    def tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> HeadTuning:
+        """The head's cross-entropy; all tasks have as many labels."""
+        from cond_pdiff.training.tuning.head_tuning import HeadTuning
+
+        return HeadTuning(config, tasks)

@@ -1,0 +1,63 @@
+"""Text-to-image transformers (PixArt): adapters paint in a style."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cond_pdiff.families.family import Family, register_family
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LoraSpec
+from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_text_to_image, load_transformer
+
+if TYPE_CHECKING:
+    from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.tasks.styles import Style
+    from cond_pdiff.training.tuning.style_tuning import StyleTuning
+
+
+@register_family
+class TextToImage(Family):
+    """diffusers' PixArt pipelines, adapted in the attention layers of their transformer."""
+
+    name = "text-to-image"
+    paints = True
+    weights_file = TRANSFORMER_WEIGHTS
+    adapter_card = "style_adapter.md"
+    generator_card = "style_generator.md"
+    merged_card = ("text-to-image", "diffusers")
+    recipe = "pixart-mini-styles"
+
+    def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
+        """By the names of diffusers' attention layers."""
+        return all(".attn1." in module or ".attn2." in module for module in modules)
+
+    def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
+        """The pipeline; see `load_text_to_image`."""
+        return load_text_to_image(base)
+
+    def load_adapted(self, base: Backbone) -> nn.Module:
+        """The transformer."""
+        return load_transformer(base)
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
+        """Styles."""
+        from cond_pdiff.training.tasks.styles import load_styles
+
+        return load_styles(folder, names)
+
+    def tuning(self, config: CollectConfig, tasks: Sequence[Style]) -> StyleTuning:
+        """The base model's own objective, on pictures in a style."""
+        from cond_pdiff.training.tuning.style_tuning import StyleTuning
+
+        return StyleTuning(config)
+
+    def evaluation(self) -> tuple[Any, Any]:
+        """Distances of pictures to held-out ones in the style."""
+        from cond_pdiff.training.evaluate.style_table import StyleTable
+        from cond_pdiff.training.evaluate.styles import StyleEvaluator
+
+        return StyleEvaluator, StyleTable()

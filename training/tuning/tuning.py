@@ -1,0 +1,30 @@
+"""Tuning: how an adapter for a base model learns a task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+
+
+class Tuning(Protocol):
+    """A base model, and how an adapter for it learns a kind of task; what `Family.tuning` gives."""
+
+    model: nn.Module
+    """What adapters are attached to, on the device that trains."""
+    task_type: str | None
+    """peft's."""
+
+    def batches(self, task: Any, rng: random.Random) -> Iterator[Any]:
+        """Endless training batches."""
+
+    def losses(self, batches: Sequence[Any], tasks: Sequence[Any]) -> torch.Tensor:
+        """The loss of each task's batch, shape `(len(tasks),)`. The base model reads equally many neighbouring rows for each."""
+
+    def metrics(self, adapter: LoraAdapter, task: Any) -> dict[str, Any]:
+        """Quality on rows that are not trained on, for the manifest."""
