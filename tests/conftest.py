@@ -248,7 +248,8 @@ def style_recipe(tiny_base: Backbone) -> dict[str, Any]:
     encoder = {"type": "StyleCnnConditionEncoder", "channels": [4, 8], "condition_dim": 8, "image_side": 32}
     return {
         "collect": {
-            "tasks": ["embers", "lagoon"], "unseen": ["moss"], "family": "text-to-image", "base": tiny_base.to_json(), "rank": 2, "alpha": 4,
+            "tasks": ["embers", "lagoon"], "unseen": ["moss"], "family": "text-to-image", "base": tiny_base.to_json(),
+            "rank": 2, "alpha": 4,
             "target_modules": STYLE_TARGETS, "runs": 2, "steps": 4, "batch_size": 2, "max_length": 16, "learning_rates": [0.02],
             "multitask_steps": 2, "last_checkpoints": 2, "checkpoint_every": 1,
         },

@@ -24,8 +24,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from cond_pdiff import CondPDiffPipeline, LoraAdapter, ParamUNet1D, TaskPrompt
-from cond_pdiff.errors import ConditionError, CondPDiffError, HubError, TaskDataError, TrainingError
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, ParamUNet1D, PrototypeClassifier, TaskPrompt
+from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, LoraSpec, head_linears, target_linears, update_shape
 from cond_pdiff.models.head_backbone import HeadBackbone
@@ -34,6 +34,7 @@ from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.stages.tune import tune
 from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.zoo import Zoo
@@ -226,8 +227,10 @@ def test_bert_from_tasks_to_an_adapter(bert_zoo: Zoo, bert_generator: Path, tmp_
     assert f"{KEY_PREFIX}classifier.weight" in pipe.template.layout.modelled
     assert verify(LoraAdapter.load(tmp_path / "adapter"), bert_generator).same
     assert "head classifier" in (bert_generator / "README.md").read_text()
-    with pytest.raises(CondPDiffError, match="bring a trained head"):
-        pipe.base_model()
+    with pytest.raises(AdapterError, match="brings a trained head"):
+        PrototypeClassifier(pipe.base_model(), ["positive", "negative"], LoraAdapter.load(tmp_path / "adapter"))
+    with pytest.raises(TrainingError, match="this generator makes adapters for a sequence-classifier"):
+        tune({}, bert_generator, bert_zoo.folder, tmp_path / "tune")
 
 
 @pytest.mark.parametrize("name", ["roberta", "deberta", "gpt2"])
@@ -255,7 +258,7 @@ def test_a_heads_labels_stand_in_its_tasks_order(bert_generator: Path) -> None:
 
 
 def test_zoos_of_heads_cannot_be_evaluated_yet(bert_generator: Path, bert_zoo: Zoo, tasks_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="of kind 'head'; only those of text and style can be evaluated"):
+    with pytest.raises(TrainingError, match="for a sequence-classifier; so far those for sentence-encoder, text-to-image can be"):
         evaluate(bert_generator, bert_zoo.folder, tasks_folder, tmp_path, EvaluateConfig())
 
 

@@ -66,6 +66,18 @@ BANNED = (
 PICKLED_EXTRACTOR = ("cond_pdiff.training.evaluate.pictures", "torch.load")
 BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
 
+# Where a kind of condition, or a family of base models, may be asked for: where they are registered, and where `kind` of 0.1.0 is read.
+KINDS_HOME = ("cond_pdiff.conditions", "cond_pdiff.families", "cond_pdiff.training.config")
+KINDS = (
+    *("TaskPrompt", "StyleImage", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
+    *("SentenceBackbone", "HeadBackbone", "Task", "Style", "PromptReport", "StyleReport", "TextTuning", "HeadTuning", "StyleTuning"),
+    *("SentenceConditionEncoder", "ClipConditionEncoder", "StyleCnnConditionEncoder", "BackboneStyleConditionEncoder"),
+)
+KIND_NAMES = (
+    *("task-prompt", "style-image", "sentence-encoder", "sequence-classifier", "text-to-image"),
+    *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", *KINDS),
+)
+
 MAPPED_FOLDERS = ("pipelines", "training", "model_cards")
 BUNDLE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 MAX_BUNDLE_BYTES, MAX_BASE_BYTES = 12_000_000, 16_000_000  # of a generator, of a base model
@@ -160,6 +172,21 @@ def check_pickles(module: str, tree: ast.AST) -> Iterator[str]:
             yield f"{module}:{node.lineno} passes {node.arg}=False"
 
 
+def check_kinds(module: str, tree: ast.AST) -> Iterator[str]:
+    """Questions for a kind by class or by name, where the kind's own attributes and methods should answer."""
+    if under(module, KINDS_HOME):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass") and len(node.args) == 2:
+            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & set(KINDS)
+            yield from (f"{module}:{node.lineno} asks for a {name}" for name in sorted(asked))
+        elif isinstance(node, ast.Compare):
+            sides = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
+            named = {part.value for part in sides if isinstance(part, ast.Constant) and isinstance(part.value, str)} & set(KIND_NAMES)
+            named |= {part.id for part in (node.left, *node.comparators) if isinstance(part, ast.Name)} & set(KINDS)
+            yield from (f"{module}:{node.lineno} compares with {name}" for name in sorted(named))
+
+
 def check_bare_imports(where: str, tree: ast.AST) -> Iterator[str]:
     """Bare imports of a mapped folder: they make a second copy of every class, which breaks `isinstance`."""
     for name, line, _ in imported(tree, ""):
@@ -170,7 +197,7 @@ def check_bare_imports(where: str, tree: ast.AST) -> Iterator[str]:
 def check_module(module: str, source: str, is_package: bool = False) -> list[str]:
     """Everything that is wrong with one module of the package, or with `app`."""
     tree = ast.parse(source)
-    return [*check_edges(module, is_package, tree), *check_pickles(module, tree)]
+    return [*check_edges(module, is_package, tree), *check_pickles(module, tree), *check_kinds(module, tree)]
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -213,8 +240,13 @@ def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
         ("app", "from cond_pdiff.training.cli import main", "app may not depend on training"),
         ("cond_pdiff.stranger", "", "has no rank"),
         ("cond_pdiff.families.new", "import cond_pdiff.training", "families may not depend on training"),
-        ("cond_pdiff.families.family", "def f():\n    import cond_pdiff.families.text_to_image", "families.family may not depend on families"),
+        ("cond_pdiff.families.family", "import cond_pdiff.families.text_to_image", "families.family may not depend on families"),
         ("cond_pdiff.training.new", "from training.zoo import Zoo", "write cond_pdiff.training"),
+        ("cond_pdiff.pipelines.new", "if isinstance(x, (str, TaskPrompt)):\n    pass", "asks for a TaskPrompt"),
+        ("cond_pdiff.training.new", "found = zoo.family.name == 'text-to-image'", "compares with text-to-image"),
+        ("cond_pdiff.training.new", "found = type(x).__name__ == 'StyleCnnConditionEncoder'", "compares with StyleCnnConditionEncoder"),
+        ("cond_pdiff.verify", "found = 'image_sha256' in recorded", "compares with image_sha256"),
+        ("cond_pdiff.training.new", "found = encoder.condition_kind is StyleImage", "compares with StyleImage"),
         ("cond_pdiff.hub", "import gradio", "belongs in app only"),
         ("cond_pdiff.adapter", "from huggingface_hub import HfApi", "belongs in hub only"),
         ("cond_pdiff.models.new", "import open_clip", "outside a function"),
@@ -247,6 +279,7 @@ def test_checker_refuses(module: str, source: str, complaint: str) -> None:
         ("cond_pdiff.models.new", "from cond_pdiff.models.param_autoencoder import activation\nfrom cond_pdiff import hub, normalization"),
         ("cond_pdiff.models.new", "def f():\n    import open_clip"),
         ("cond_pdiff.families.new", "def f():\n    from cond_pdiff.training.evaluate.texts import TextEvaluator"),
+        ("cond_pdiff.conditions.new", "found = isinstance(x, TaskPrompt) or 'image_sha256' in x"),
         ("cond_pdiff.layout", "if TYPE_CHECKING:\n    from cond_pdiff.adapter import LoraAdapter"),
         ("cond_pdiff", "from cond_pdiff.pipelines import CondPDiffPipeline"),
         ("cond_pdiff.training.new", "import cond_pdiff\nfrom .zoo import Zoo\ndef f():\n    from datasets import load_dataset"),

@@ -15,10 +15,10 @@ from conftest import NOUNS, interrupt_at, refused, tiny_recipe
 from PIL import Image
 from transformers import MPNetConfig, MPNetModel
 
+from cond_pdiff.conditions.style_image import STYLE_VIEWS
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
-from cond_pdiff.conditions.style_image import STYLE_VIEWS
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce import table2

@@ -207,7 +207,7 @@ def test_a_generator_refuses_the_other_kind_of_condition(style_generator: Path, 
 
 def test_an_encoder_of_the_other_kind_is_refused(style_recipe: dict[str, Any], style_zoo: Zoo, styles_folder: Path, tmp_path: Path) -> None:
     other = {**style_recipe, "unet": {**style_recipe["unet"], "condition_encoder": {"type": "SentenceConditionEncoder"}}}
-    with pytest.raises(TrainingError, match="a SentenceConditionEncoder reads a task-prompt, and the conditions of these tasks are a style-image each"):
+    with pytest.raises(TrainingError, match=r"a SentenceConditionEncoder reads a task-prompt, .* are a style-image each"):
         train(other, style_zoo.folder, styles_folder, tmp_path / "run")
     with pytest.raises(TrainingError, match="unknown entry 'kind'"):
         parse(CollectConfig, {**style_recipe["collect"], "kind": "music"}, "collect")
@@ -276,7 +276,7 @@ def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
     pipe.save_pretrained(tmp_path / "xl")
     section = {**style_recipe["collect"], "base": Backbone(str(tmp_path / "xl")).to_json()}
     tuning = StyleTuning(parse(CollectConfig, section, "collect"))
-    (style,) = tuning.load_tasks(styles_folder, ["embers"])
+    style = Style.load(styles_folder / "embers")
     torch.manual_seed(0)
     loss = tuning.losses([next(tuning.batches(style, random.Random(0)))], [style])
     assert 0.3 < loss.item() < 3

@@ -116,7 +116,7 @@ def _refine(adapter: LoraAdapter, condition: TaskPrompt | StyleImage, steps: int
     from cond_pdiff.hub import Backbone
     from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
-    assert isinstance(condition, TaskPrompt)  # only prompts have examples
+    assert condition.examples
     backbone = SentenceBackbone.load(Backbone.from_json(adapter.metadata["base"]))
     return refine(PrototypeClassifier(backbone, condition.labels, adapter, examples=condition.examples), steps)
 

@@ -45,7 +45,7 @@ class ConditionEncoder(Component):
         """The length of a condition embedding."""
         return int(self.config.condition_dim)
 
-    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[EncoderReport]]:
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:

@@ -52,7 +52,7 @@ class PromptReport(EncoderReport):
 
 
 @register_component
-class SentenceConditionEncoder(ExactComponent, ConditionEncoder):
+class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignore[misc]  # as in `Component`
     """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
 
     The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label
@@ -88,7 +88,7 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):
         backbone.to(self.center.device)
         return backbone
 
-    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[EncoderReport]]:
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
@@ -174,7 +174,7 @@ class ClipConditionEncoder(ConditionEncoder):
         return model.requires_grad_(False).eval(), open_clip.get_tokenizer(self.config.model_name)
 
     @torch.no_grad()
-    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, list[EncoderReport]]:
+    def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Unit-length text features, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:

@@ -90,7 +90,7 @@ class StyleCnnConditionEncoder(ConditionEncoder):
         return (255 * style_pixels(StyleImage.of(condition), self.config.image_side)).round().to(torch.uint8)
 
     @torch.no_grad()
-    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[EncoderReport]]:
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
@@ -102,7 +102,7 @@ class StyleCnnConditionEncoder(ConditionEncoder):
 
 
 @register_component
-class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):
+class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignore[misc]  # as in `Component`
     """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
 
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
@@ -145,7 +145,7 @@ class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):
         """The frozen backbone, on this module's device; `HubError` if it cannot be loaded."""
         return load_once(self._loaded, lambda: load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0]).to(self.center.device)
 
-    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, list[EncoderReport]]:
+    def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
