@@ -25,7 +25,7 @@ from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, same_base
 from cond_pdiff.low_rank import weighted_product, weighted_sum
 from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config, read_json, read_tensors, spec_from_peft
 
@@ -199,11 +199,17 @@ class LoraAdapter:
         module = self._adapted_module(model)
         check_shapes(self.spec, self.tensors, module)
         fingerprint = self.family.fingerprint if self.family else base_fingerprint
-        if self.spec.base_fingerprint is not None and fingerprint(module, self.spec) != self.spec.base_fingerprint:
+        if self.spec.base_fingerprint is not None and not same_base(self.spec.base_fingerprint, fingerprint(module, self.spec)):
             raise AdapterError(
                 f"the model's weights are not those of {self.spec.base_model!r} that this adapter was made for "
-                "(fingerprints differ); load that base model unchanged, in float32 or float16"
+                "(fingerprints differ); load that base model unchanged, in float32 or in the precision of its files"
             )
+
+    def is_like(self, other: LoraAdapter) -> bool:
+        """Have both the same tensors by name and shape, the same specification, and the same base model, as far as they record it?"""
+        prints = (self.spec.base_fingerprint, other.spec.base_fingerprint)
+        one_base = None in prints or same_base(*map(str, prints))
+        return one_base and (self.layout, self.spec) == (other.layout, other.spec)
 
     def _adapted_module(self, model: Any) -> nn.Module:
         return self.family.adapted_module(model) if self.family else adapted_module(model)
@@ -271,7 +277,7 @@ class LoraAdapter:
         """
         first = adapters[0]
         dtypes = [{key: tensor.dtype for key, tensor in adapter.tensors.items()} for adapter in adapters]
-        if any((adapter.layout, adapter.spec) != (first.layout, first.spec) for adapter in adapters) or dtypes != dtypes[:1] * len(dtypes):
+        if not all(first.is_like(adapter) for adapter in adapters) or dtypes != dtypes[:1] * len(dtypes):
             raise AdapterError("only adapters of the same layout, rank, alpha and base model, in the same dtype, can be interpolated")
         if space not in ("factors", "delta"):
             raise AdapterError(f"space must be 'factors' or 'delta', got {space!r}")

@@ -10,8 +10,9 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ class LoraSpec:
         alpha: the scale's numerator.
         target_modules: suffixes of the adapted modules' names.
         task_type: peft's task type, or None.
-        base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it).
+        base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it). Specifications
+            that differ only in it are equal: see `same_base`.
         modules_to_save: full names of the modules that the adapter brings whole: its heads.
         fan_in_fan_out: the adapted modules keep their weights as (in, out), as GPT-2's Conv1D does. ΔW is (out, in) all the same.
         family: of the base model, by name (see `cond_pdiff.families`); None where the rest of the specification tells it.
@@ -48,7 +50,7 @@ class LoraSpec:
     alpha: float
     target_modules: tuple[str, ...]
     task_type: str | None = "FEATURE_EXTRACTION"
-    base_fingerprint: str | None = None
+    base_fingerprint: str | None = field(default=None, compare=False)
     modules_to_save: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
     family: str | None = None
@@ -99,17 +101,48 @@ class LoraSpec:
 
 
 def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
-    """sha256 over the shape-giving entries of `model.config` and the targeted weights; heads are the adapter's own.
+    """What tells a base model from others of its shape: a sha256 of its weights in float16 and one of them in bfloat16, joined by "+".
 
-    Weights are hashed after rounding to float16, so the same base has one fingerprint in float32 and in float16.
+    Each is over the shape-giving entries of `model.config` and the targeted weights, rounded; heads are the adapter's own. A base that
+    is loaded in half precision has one of the two of its float32 form, so `same_base` compares them one by one. Hashing takes a second
+    for a billion weights: a model is hashed once, until its weights change.
     """
+    linears = target_linears(model, spec)
+    weights = [module.weight for module in linears.values()]
+    state = [_shape_entries(model), *linears, *((weight.data_ptr(), weight._version, _sample(weight)) for weight in weights)]
+    known = _FINGERPRINTS.get(model)
+    if known is None or known[0] != state:
+        known = state, "+".join(_digest(model, linears, dtype) for dtype in (torch.float16, torch.bfloat16))
+        _FINGERPRINTS[model] = known
+    return known[1]
+
+
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
+
+
+def _sample(weight: torch.Tensor) -> float:
+    """The sum of some hundred weights: one that was changed behind autograd's back has another one."""
+    flat = weight.detach().reshape(-1)
+    return float(flat[:: max(1, len(flat) // 500)].float().sum())
+
+
+def _shape_entries(model: nn.Module) -> str:
     config = getattr(model, "config", {})
     named = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    digest = hashlib.sha256(json.dumps({name: getattr(config, name, None) for name in named}).encode())
-    for name, module in target_linears(model, spec).items():
+    return json.dumps({name: getattr(config, name, None) for name in named})
+
+
+def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | Conv1D], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(_shape_entries(model).encode())
+    for name, module in linears.items():
         digest.update(name.encode())
-        digest.update(module.weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+        digest.update(module.weight.detach().to("cpu", dtype).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def same_base(recorded: str, found: str) -> bool:
+    """Are these fingerprints of one base model, in whatever precision it was loaded? Those of 0.1.0 are of float16 only."""
+    return any(first == second for first, second in zip(recorded.split("+"), found.split("+"), strict=False))
 
 
 def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Conv1D]:

@@ -17,10 +17,11 @@ from conftest import TARGETS, fingerprint, make_adapter, make_bert
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel
 
+from cond_pdiff import lora
 from cond_pdiff.adapter import ADAPTER_FILES, LoraAdapter
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, same_base
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.zoo.zoo import soup
 
@@ -191,13 +192,52 @@ def test_gradients_pass_through_an_attached_adapter(sentence_backbone: SentenceB
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in tensors.values())
 
 
-def test_a_half_precision_base_has_the_same_fingerprint(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter) -> None:
-    half = copy.deepcopy(sentence_backbone.model).half()
-    assert base_fingerprint(half, tiny_adapter.spec) == base_fingerprint(sentence_backbone.model, tiny_adapter.spec)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_a_half_precision_base_is_the_same_base(
+    sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, dtype: torch.dtype, tolerance: float
+) -> None:
+    half = copy.deepcopy(sentence_backbone.model).to(dtype)
+    found, recorded = base_fingerprint(half, tiny_adapter.spec), str(tiny_adapter.spec.base_fingerprint)
+    assert found != recorded == base_fingerprint(sentence_backbone.model, tiny_adapter.spec)
+    assert same_base(recorded, found)
     with tiny_adapter.attached(half):
         embeddings = SentenceBackbone(half, sentence_backbone.tokenizer).embed(TEXTS)
     with tiny_adapter.attached(sentence_backbone.model):
-        torch.testing.assert_close(embeddings.float(), sentence_backbone.embed(TEXTS), atol=1e-2, rtol=0)
+        torch.testing.assert_close(embeddings.float(), sentence_backbone.embed(TEXTS), atol=tolerance, rtol=0)
+
+
+def test_fingerprints_of_the_first_release_are_read(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter) -> None:
+    first = str(tiny_adapter.spec.base_fingerprint).partition("+")[0]
+    old = replace(tiny_adapter, spec=replace(tiny_adapter.spec, base_fingerprint=first))
+    for dtype in (torch.float32, torch.float16):
+        old.check_base(copy.deepcopy(sentence_backbone.model).to(dtype))
+    assert old.is_like(tiny_adapter)
+    assert LoraAdapter.mean([old, tiny_adapter]).layout == old.layout
+    other = replace(tiny_adapter, spec=replace(tiny_adapter.spec, base_fingerprint="0" * 64))
+    with pytest.raises(AdapterError, match="same layout, rank, alpha and base model"):
+        old.interpolate(other, 0.5)
+
+
+def test_a_base_is_hashed_once_until_it_changes(
+    sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, hashed = copy.deepcopy(sentence_backbone.model), []
+    whole = lora._digest
+    monkeypatch.setattr(lora, "_digest", lambda *arguments: hashed.append(1) or whole(*arguments))
+    for _ in range(3):
+        tiny_adapter.attach(model).detach()
+    assert len(hashed) == 2  # in float16 and in bfloat16
+    weight = model.get_submodule(tiny_adapter.modules[0]).weight
+    with torch.no_grad():
+        weight[0, 0] += 0.01
+    with pytest.raises(AdapterError, match="fingerprints differ"):
+        tiny_adapter.attach(model)
+    with torch.no_grad():
+        weight.copy_(sentence_backbone.model.get_submodule(tiny_adapter.modules[0]).weight)
+    tiny_adapter.attach(model).detach()
+    weight.data.mul_(2)  # autograd does not notice
+    with pytest.raises(AdapterError, match="fingerprints differ"):
+        tiny_adapter.attach(model)
 
 
 def test_fingerprint_sees_every_targeted_weight_and_the_config(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter) -> None:

@@ -111,7 +111,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def _refine(adapter: LoraAdapter, condition: TaskPrompt | StyleImage, steps: int) -> LoraAdapter:
-    from cond_pdiff import PrototypeClassifier, TaskPrompt
+    from cond_pdiff import PrototypeClassifier
     from cond_pdiff.few_shot import refine
     from cond_pdiff.hub import Backbone
     from cond_pdiff.models.sentence_backbone import SentenceBackbone

@@ -57,7 +57,7 @@ class AdapterTemplate(Component):
                     f"the adapters of a zoo must have heads of one shape: {key!r} is {other[key]} in one and {shapes[key]} in another; "
                     "collect tasks with as many labels each"
                 )
-            if adapter.layout != first.layout or adapter.spec != first.spec:
+            if not first.is_like(adapter):
                 raise AdapterError("the adapters of a zoo must share layout, rank, alpha and base model")
             constants = [key for key in constants if torch.equal(adapter.tensors[key], first.tensors[key])]
         if len(constants) == len(first.tensors):

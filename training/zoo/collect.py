@@ -24,7 +24,7 @@ from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write
 from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.families.family import family_named
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, target_linears, update_shape
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, same_base, target_linears, update_shape
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.precision import mixed_precision
@@ -130,6 +130,10 @@ def _open_zoo(config: CollectConfig, tasks: dict[str, ZooTask], folder: Path, tu
         "condition": next(iter(tasks.values())).condition_kind.name,
     }
     facts = json.loads(json.dumps(facts))
+    if (folder / "zoo.json").exists():  # perhaps of 0.1.0, whose fingerprints were shorter
+        recorded = str(Zoo(folder).facts["lora"].get("base_fingerprint"))
+        if same_base(recorded, str(spec.base_fingerprint)):
+            facts["lora"]["base_fingerprint"] = recorded
     if not (folder / "zoo.json").exists():
         # Another shard may be writing the same files aside at this moment.
         temporary = [path.name for path in folder.glob(".*.json.*")] + [path.name for path in folder.glob(".*.safetensors.*")]
