@@ -15,6 +15,7 @@ from cond_pdiff.atomic import atomic_folder, write_bytes
 from cond_pdiff.errors import AdapterError, CondPDiffError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
 from cond_pdiff.lora import KEY_PREFIX
+from cond_pdiff.weights import weights_files
 
 COMFYUI_PREFIX = "transformer."
 """What ComfyUI expects in front of a PixArt module's name."""
@@ -110,18 +111,20 @@ def save_merged(
     weights = adapter.family.weights_file
     source, folder = find_backbone(reference, weights), Path(folder)
     adapter.check_base(adapter.family.load_adapted(reference))
-    tensors = load((source / weights).read_bytes())
+    shards = {path: load(path.read_bytes()) for path in weights_files(source, weights)}
     for module in adapter.modules:
         delta, key = scale * adapter.delta(module), f"{module}.weight"
-        if key not in tensors:
+        tensors = next((tensors for tensors in shards.values() if key in tensors), None)
+        if tensors is None:
             raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")
-        tensors[key] = (tensors[key].float() + delta.to(tensors[key].device)).to(tensors[key].dtype)
+        tensors[key] = (tensors[key].float() + delta).to(tensors[key].dtype)
     card = merged_card(adapter, scale)
     files = [path.relative_to(source) for pattern in ALLOWED_PATTERNS for path in source.rglob(pattern)]
     with atomic_folder(folder, {CARD_FILE, *(file.parts[0] for file in files)}, overwrite) as aside:
         for file in files:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             (aside / file).write_bytes((source / file).read_bytes())
-        (aside / weights).write_bytes(save(tensors, metadata={"format": "pt"}))
+        for path, tensors in shards.items():
+            (aside / path.relative_to(source)).write_bytes(save(tensors, metadata={"format": "pt"}))
         (aside / CARD_FILE).write_text(card, encoding="utf-8")
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -18,6 +17,7 @@ from huggingface_hub.errors import CacheNotFound, HFValidationError, LocalEntryN
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from cond_pdiff.errors import HubError
+from cond_pdiff.weights import weights_files, weights_sha256
 
 ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 """The only files ever requested from a repository: no code, no pickles."""
@@ -82,7 +82,9 @@ MINILM = Backbone(
 def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -> Path:
     """The folder with the backbone's files, its weights checked against `sha256`.
 
-    Looked for as a local folder, in this package, in another installed package that carries it, in the Hub cache, then on the Hub.
+    The weights are one file, shards with an index, or the only safetensors file (see `weights_files`). Of shards, `sha256` is over all
+    their bytes. Looked for as a local folder, in this package, in another installed package that carries it, in the Hub cache, then on
+    the Hub.
 
     Raises:
         HubError: not to be had, or the weights are not the expected ones.
@@ -93,12 +95,10 @@ def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -
             folder = bundled(backbone.repo_id)
         else:
             folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
-    weights = folder / weights_name
-    if not weights.is_file():
-        raise HubError(f"{folder} has no {weights_name}; expected the files of {backbone.repo_id}")
-    if backbone.sha256 is not None and (found := _sha256(weights, weights.stat().st_mtime_ns)) != backbone.sha256:
+    files = weights_files(folder, weights_name)
+    if backbone.sha256 is not None and (found := weights_sha256(files)) != backbone.sha256:
         raise HubError(
-            f"{weights} is not the {backbone.repo_id} that was asked for: sha256 {found[:12]}…, expected {backbone.sha256[:12]}…"
+            f"{files[0]} is not the {backbone.repo_id} that was asked for: sha256 {found[:12]}…, expected {backbone.sha256[:12]}…"
         )
     return folder
 
@@ -110,12 +110,6 @@ def _folder_in_package(repo_id: str) -> Path | None:
         return None
     folder = Path(spec.submodule_search_locations[0]) / subfolder
     return folder if folder.is_dir() else None
-
-
-@functools.lru_cache
-def _sha256(path: Path, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
@@ -323,7 +317,7 @@ def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {_sha256(path, path.stat().st_mtime_ns)} ".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {weights_sha256([path])} ".encode())
     revision = folder.name if folder.parent.name == "snapshots" else None
     return {"name": Path(name).name if Path(name).is_dir() else str(name), "revision": revision, "sha256": digest.hexdigest()}
 

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
 from cond_pdiff.locks import LOADING, lock_of
 from cond_pdiff.lora import adapted_module
+from cond_pdiff.weights import loadable
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="5f89b7aa30578d55254cdf1964705987df7043d27aafe1461a6a75db7aaf65cf")
@@ -33,10 +35,10 @@ def load_transformer(base: Backbone) -> PixArtTransformer2DModel:
     Raises:
         HubError: see `load_text_to_image`.
     """
-    folder = (find_backbone(base, TRANSFORMER_WEIGHTS) / TRANSFORMER_WEIGHTS).parent
+    folder, name = (find_backbone(base, TRANSFORMER_WEIGHTS) / TRANSFORMER_WEIGHTS).parent, Path(TRANSFORMER_WEIGHTS).name
     try:
-        with LOADING:
-            transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_pretrained(folder, use_safetensors=True)
+        with LOADING, loadable(folder, name) as named:
+            transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_pretrained(named, use_safetensors=True)
     except BROKEN_BASE as error:
         raise HubError(f"{folder} cannot be loaded as a PixArt transformer: {type(error).__name__}: {error}") from error
     return transformer
@@ -51,7 +53,7 @@ def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
     folder = find_backbone(base, TRANSFORMER_WEIGHTS)
     try:
         with LOADING:
-            pipe = PixArtAlphaPipeline.from_pretrained(folder, use_safetensors=True)
+            pipe = PixArtAlphaPipeline.from_pretrained(folder, transformer=load_transformer(base), use_safetensors=True)
     except BROKEN_BASE as error:
         raise HubError(f"{base.repo_id} cannot be loaded as a PixArt pipeline: {type(error).__name__}: {error}") from error
     for module in (pipe.text_encoder, pipe.transformer, pipe.vae):

@@ -65,6 +65,30 @@ def test_missing_weights_are_named(tiny_backbone: Backbone, tmp_path: Path, name
         find_backbone(Backbone(str(folder)), name)
 
 
+def test_shards_and_files_of_other_names_are_loaded_all_the_same(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    whole = SentenceBackbone.load(tiny_backbone).embed(["the good film"])
+    sharded = Path(shutil.copytree(tiny_backbone.repo_id, tmp_path / "sharded"))
+    (sharded / "model.safetensors").unlink()
+    AutoModel.from_pretrained(tiny_backbone.repo_id).save_pretrained(sharded, max_shard_size="20KB")
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert not (sharded / "model.safetensors").exists()
+    sha256 = hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
+    assert torch.equal(SentenceBackbone.load(Backbone(str(sharded), sha256=sha256)).embed(["the good film"]), whole)
+    with pytest.raises(HubError, match="is not the"):
+        find_backbone(Backbone(str(sharded), sha256="0" * 64))
+    shards[1].unlink()
+    with pytest.raises(HubError, match=rf"names shards that are not there: \['{shards[1].name}'\]"):
+        find_backbone(Backbone(str(sharded)))
+
+    named = Path(shutil.copytree(tiny_backbone.repo_id, tmp_path / "named"))
+    (named / "model.safetensors").rename(named / "model.fp16.safetensors")
+    assert torch.equal(SentenceBackbone.load(Backbone(str(named))).embed(["the good film"]), whole)
+    shutil.copy(named / "model.fp16.safetensors", named / "copy.safetensors")
+    with pytest.raises(HubError, match=r"several other files: copy\.safetensors, model\.fp16\.safetensors"):
+        find_backbone(Backbone(str(named)))
+
+
 def test_a_backbone_stored_in_half_precision_is_loaded_in_single(tiny_backbone: Backbone, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_backbone.repo_id, tmp_path / "base"))
     AutoModel.from_pretrained(folder).half().save_pretrained(folder)

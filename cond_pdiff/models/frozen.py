@@ -13,7 +13,9 @@ from transformers.utils import logging as transformers_logging
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone, find_backbone
 from cond_pdiff.locks import LOADING
+from cond_pdiff.weights import loadable
 
+WEIGHTS_NAME = "model.safetensors"
 BROKEN_MODEL = (OSError, ValueError, RuntimeError, SafetensorError)
 """What transformers and torch raise on files that make no sense."""
 
@@ -28,20 +30,21 @@ def load_frozen(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn
     Raises:
         HubError: not to be had, or not such a model.
     """
-    folder = find_backbone(backbone)
+    folder = find_backbone(backbone, WEIGHTS_NAME)
     with LOADING:
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            model, info = auto_model.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
+            with loadable(folder, WEIGHTS_NAME) as named:
+                model, info = auto_model.from_pretrained(
+                    named,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **options,
+                )
         except BROKEN_MODEL as error:
             raise HubError(f"{folder} cannot be loaded as {backbone.repo_id}: {error}") from error
         finally:
