@@ -25,7 +25,7 @@ from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, del
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.tasks.tasks import Task
-from cond_pdiff.training.zoo.zoo import Zoo, soup
+from cond_pdiff.training.zoo.zoo import Zoo, write_run, soup
 
 TABLE = TextTable()
 CONFIG = EvaluateConfig(samples=3, max_rows=12, num_inference_steps=4)
@@ -230,7 +230,9 @@ def test_another_multitask_adapter_is_measured(
     monkeypatch.setattr(TextEvaluator, "measure", lambda self, task: pytest.fail("measured"))
     shutil.copytree(out, tmp_path / "out")
     shutil.copytree(tiny_zoo, tmp_path / "zoo")
+    other, facts = Zoo(tiny_zoo).runs("moods")[0], Zoo(tiny_zoo).multitask().facts
     shutil.rmtree(tmp_path / "zoo" / "multitask")
+    write_run(tmp_path / "zoo" / "multitask", other.adapter(), facts)
     with pytest.raises(pytest.fail.Exception, match="measured"):
         evaluate(tiny_generator, tmp_path / "zoo", tasks_folder, tmp_path / "out", CONFIG)
 
@@ -295,7 +297,7 @@ def test_another_generator_or_setting_is_measured_afresh(
 def test_an_unfinished_zoo_is_refused(tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_zoo, tmp_path / "zoo")
     shutil.rmtree(tmp_path / "zoo" / "tasks" / "likeness")
-    with pytest.raises(TaskDataError, match="no directly trained adapter of likeness; run `cond-pdiff collect` to the end"):
+    with pytest.raises(TaskDataError, match=r"is not complete: 1 of \d+ runs are missing \(run 0 of 'likeness'\)"):
         evaluate(tiny_generator, tmp_path / "zoo", tasks_folder, tmp_path / "out", CONFIG, (2, 3))
 
 

@@ -49,7 +49,7 @@ def evaluate(
 
     Raises:
         TrainingError: a zoo of a family that cannot be evaluated yet.
-        TaskDataError: the generator and the zoo do not fit each other, or the zoo lacks a task to be measured.
+        TaskDataError: the zoo is not complete, does not fit the generator, or lacks a task to be measured.
 
     Returns:
         The evaluation, or None while tasks of other shards are missing.

@@ -51,15 +51,16 @@ class ZooEvaluator(ABC):
 
     Args:
         generator: bundled name, folder, or Hub repository.
-        zoo: finished. Retrieval, routing and novelty know its tasks only.
+        zoo: complete. Retrieval, routing and novelty know its tasks only.
         out: the evaluation's folder.
 
     Raises:
-        TaskDataError: the generator was not trained on the zoo's tasks, or was trained on those that the zoo calls unseen.
+        TaskDataError: the zoo is not complete; or the generator was not trained on its tasks, or was trained on those that the zoo calls unseen.
     """
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         self.zoo, self.config, self.out = zoo, config, out
+        zoo.check_complete()
         self.pipe = CondPDiffPipeline.from_pretrained(generator)
         self.pipe.set_progress_bar_config(disable=True)
         known = self.pipe.condition_index.names
@@ -100,13 +101,7 @@ class ZooEvaluator(ABC):
         """The generated adapters beside all baselines; `retrieved` is the trained task that is nearest to the condition."""
 
     def measure(self, task: Any) -> dict[str, Any]:
-        """All numbers of one task.
-
-        Raises:
-            TaskDataError: the zoo has no adapter of the task.
-        """
-        if not self.trained[task.name]:
-            raise TaskDataError(f"the zoo has no directly trained adapter of {task.name}; run `cond-pdiff collect` to the end")
+        """All numbers of one task."""
         condition = self.condition(task)
         output = self.generate(condition, self.config.samples, 0)
         nearest = self._retrieve(condition)
