@@ -25,7 +25,7 @@ from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, del
 from cond_pdiff.training.evaluate.text_table import TextTable
 from cond_pdiff.training.evaluate.texts import TextEvaluator
 from cond_pdiff.training.tasks.tasks import Task
-from cond_pdiff.training.zoo.zoo import Zoo, write_run, soup
+from cond_pdiff.training.zoo.zoo import Zoo, soup, write_run
 
 TABLE = TextTable()
 CONFIG = EvaluateConfig(samples=3, max_rows=12, num_inference_steps=4)
