@@ -79,6 +79,8 @@ KIND_NAMES = (
     *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", *KINDS),
 )
 
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
 MAPPED_FOLDERS = ("pipelines", "training", "model_cards")
 BUNDLE_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 MAX_BUNDLE_BYTES, MAX_BASE_BYTES = 12_000_000, 16_000_000  # of a generator, of a base model
@@ -338,6 +340,17 @@ def test_package_checkers_refuse(tmp_path: Path) -> None:
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
+def check_sizes(module: str, source: str) -> Iterator[str]:
+    """Files and functions that are asking to be two things."""
+    if (lines := len(source.splitlines())) > MAX_FILE_LINES:
+        yield f"{module} has {lines} lines, at most {MAX_FILE_LINES}"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            start = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.lineno
+            if (lines := (node.end_lineno or 0) - start + 1) > MAX_FUNCTION_LINES:
+                yield f"{module}: {node.name} has {lines} lines below its docstring, at most {MAX_FUNCTION_LINES}"
+
+
 def rag_bags(names: list[str]) -> list[str]:
     """Module paths whose name says nothing about what is inside."""
     return [name for name in names if {part.removesuffix(".py").strip("_") for part in Path(name).parts}
@@ -360,6 +373,21 @@ def check_bundle(folder: Path) -> list[str]:
         if len(name.parts) > 2:
             found.append(f"{folder.name}: {name} is too deep for the package data in pyproject.toml")
     return found
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=installed_name)
+def test_files_and_functions_are_small(path: Path) -> None:
+    assert list(check_sizes(installed_name(path), path.read_text(encoding="utf-8"))) == []
+
+
+def test_size_checker_refuses() -> None:
+    long = "def f():\n    \"\"\"Say.\n" + "\n" * 50 + "    \"\"\"\n" + "    x = 1\n" * 61 + "x = 1\n" * 300
+    assert list(check_sizes("m", long)) == ["m has 414 lines, at most 400", "m: f has 61 lines below its docstring, at most 60"]
+    assert list(check_sizes("m", long.replace("    x = 1\n", "", 30))) == []
+
+
+def test_few_modules_stand_directly_in_training() -> None:
+    assert len(list((ROOT / "training").glob("*.py"))) <= 8
 
 
 def test_no_rag_bag_modules() -> None:

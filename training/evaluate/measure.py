@@ -55,7 +55,7 @@ class ZooEvaluator(ABC):
         out: the evaluation's folder.
 
     Raises:
-        TaskDataError: the zoo is not complete; or the generator was not trained on its tasks, or was trained on those that the zoo calls unseen.
+        TaskDataError: the zoo is not complete; or the generator was not trained on its tasks, or was trained on its unseen ones.
     """
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
