@@ -25,11 +25,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.adapter import FACTORS, LoraAdapter
+from cond_pdiff.cli import main
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image
-from cond_pdiff.training.cli import main
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import write_style

@@ -17,21 +17,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
 RANKS = {
-    "errors": 0, "locks": 0, "model_cards": 0,
-    "adapter_card": 1, "atomic": 1, "component": 1, "gain": 1, "hub": 1, "layout": 1, "lora": 1, "low_rank": 1,
+    "defaults": 0, "errors": 0, "locks": 0, "model_cards": 0,
+    "adapter_card": 1, "atomic": 1, "component": 1, "gain": 1, "hub": 1, "layout": 1, "lora": 1, "low_rank": 1, "sampling": 1,
     "adapter": 2, "conditioning": 2, "normalization": 2,
-    "models": 3,
+    "models": 3, "notation": 3,
     "classifier": 4, "generator_info": 4, "text_to_image": 4,
-    "convert": 5, "publish": 5,
+    "convert": 5, "preview": 5, "publish": 5,
     "pipelines": 6,
-    "few_shot": 5, "sampling": 5, "verify": 7,
+    "few_shot": 5, "demo": 7, "verify": 7,
     "cond_pdiff": 7,
     "training": 8, "app": 8,
+    "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 
 # Optional or heavy imports → the one unit that may have them, and whether only inside a function.
 PLACES = {
     "gradio": ("app", False),
+    "typer": ("cli", False),
     "huggingface_hub": ("hub", False),
     "open_clip": ("models", True),
     **dict.fromkeys(
@@ -125,6 +128,10 @@ def check_edges(module: str, is_package: bool, tree: ast.AST) -> Iterator[str]:
             yield f"{module}:{line} imports {name}; write cond_pdiff.{name}"
         elif there in RANKS and there != here and RANKS[there] >= RANKS[here]:
             yield f"{module}:{line} imports {name}, but {here} may not depend on {there}"
+        elif there == "training" != here and here != "cli":
+            yield f"{module}:{line} imports {name}, but only cli may depend on training"
+        elif there == "training" != here and not lazy:
+            yield f"{module}:{line} imports {name} outside a function"
         for package, (home, only_lazy) in PLACES.items():
             if under(name, package) and here != home:
                 yield f"{module}:{line} imports {package}, which belongs in {home} only"
@@ -199,7 +206,12 @@ def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
         ("cond_pdiff.pipelines.new", "from cond_pdiff.training.ema import EMA", "pipelines may not depend on training"),
         ("cond_pdiff.classifier", "import importlib\nimportlib.import_module('cond_pdiff.training')", "may not depend on training"),
         ("cond_pdiff.training.new", "import app", "training may not depend on app"),
-        ("app", "from cond_pdiff.training.cli import main", "app may not depend on training"),
+        ("app", "from cond_pdiff.training.zoo.zoo import Zoo", "app may not depend on training"),
+        ("app", "from cond_pdiff.cli import main", "app may not depend on cli"),
+        ("cond_pdiff.cli.new", "from cond_pdiff.training.zoo.zoo import Zoo", "outside a function"),
+        ("cond_pdiff.training.new", "from cond_pdiff.cli import main", "training may not depend on cli"),
+        ("cond_pdiff.__main__", "def f():\n    import cond_pdiff.training", "only cli may depend on training"),
+        ("cond_pdiff.publish", "import typer", "belongs in cli only"),
         ("cond_pdiff.stranger", "", "has no rank"),
         ("cond_pdiff.training.new", "from training.zoo import Zoo", "write cond_pdiff.training"),
         ("cond_pdiff.hub", "import gradio", "belongs in app only"),
@@ -234,6 +246,8 @@ def test_checker_refuses(module: str, source: str, complaint: str) -> None:
         ("cond_pdiff.models.new", "from cond_pdiff.models.param_autoencoder import activation\nfrom cond_pdiff import hub, normalization"),
         ("cond_pdiff.models.new", "def f():\n    import open_clip"),
         ("cond_pdiff", "from cond_pdiff.pipelines import CondPDiffPipeline"),
+        ("cond_pdiff.cli.new", "import typer\ndef f():\n    from cond_pdiff.training.zoo.zoo import Zoo"),
+        ("cond_pdiff.__main__", "from cond_pdiff.cli import main"),
         ("cond_pdiff.training.new", "import cond_pdiff\nfrom .zoo import Zoo\ndef f():\n    from datasets import load_dataset"),
         ("app", "import gradio\nfrom cond_pdiff import CondPDiffPipeline"),
         ("cond_pdiff.classifier", "import torch\nmodel.eval()\nread('x', trust_remote_code=False, use_safetensors=True)"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cond_pdiff.cli import _parser, main
 from cond_pdiff.hub import BUNDLED_FOLDER, MINILM, bundled_generators, find_backbone
-from cond_pdiff.training.cli import _parser, main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
