@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import pkgutil
 import random
@@ -341,6 +342,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Any:
         return Done(status, out.splitlines(), err.splitlines())
 
     return run
+
+
+def told(done: Done) -> Any:
+    """What a command says with --json, which is all that stands on stdout."""
+    assert done.status == 0, done.err
+    return json.loads("\n".join(done.out))
 
 
 def refused(done: Done, message: str) -> None:

@@ -275,7 +275,8 @@ def test_preview_refuses_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.png"), message)
-    refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.jpg"), "ends in .png")
+    good = ["--prompt", "a house", "--out", tmp_path / "preview.jpg"]
+    refused(run("preview", style_zoo.runs("embers")[0].folder, *good), "ends in .png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -388,7 +389,6 @@ def test_info_tells_layout_tasks_and_numbers(run: Any, tiny_generator: Path, sav
         ["generate", "x"],
         ["generate", "x", "--out", "a", "--steps", "many"],
         ["preview", "a", "--prompt", "a house", "--mix", "other", "much"],
-        ["preview", "a", "--prompt", "a house", "--mix", "other"],
         ["convert", "a", "--out", "b", "--to", "gguf"],
         ["recipe"],
         *(["collect", "--tasks", "t", "--zoo", "z", "--shard", shard] for shard in ("2/2", "-1/2", "1", "1/2/3", "a/b", "0/0")),
@@ -429,7 +429,7 @@ def walk(group, path):
 paths = list(walk(command, []))
 assert all(main([*path, "--help"]) == 0 for path in paths)
 print(len(paths))
-print(*sorted({"torch", "diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "numpy", "huggingface_hub", "pydantic",
+print(*sorted({"torch", "diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "numpy", "huggingface_hub",
                "PIL", "rich", "cond_pdiff.training"} & set(sys.modules)))
 """
 

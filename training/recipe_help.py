@@ -179,9 +179,11 @@ def expected(schema: Mapping[str, Any]) -> str:
     """A JSON schema of one value in words."""
     if "anyOf" in schema:
         return " or ".join(expected(one) for one in schema["anyOf"])
+    if "const" in schema:
+        return _json(schema["const"])
     if "enum" in schema:
         *others, last = map(_json, schema["enum"])
-        return f"{', '.join(others)} or {last}" if others else last
+        return f"{', '.join(others)} or {last}"
     if schema["type"] == "array":
         least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
         return f"a list{least}, each {expected(schema['items'])}"
