@@ -299,6 +299,11 @@ def test_classify_gives_a_line_a_text(run: Any, adapter: Path) -> None:
         assert line.endswith(text[:100].rstrip() if len(text) < 100 else text[:100])
 
 
+def test_a_text_that_begins_with_a_dash_stands_behind_two(run: Any, adapter: Path) -> None:
+    done = run("classify", adapter, "--", "- the good film", "--label")
+    assert [line.split(maxsplit=2)[2] for line in done.out] == ["- the good film", "--label"]
+
+
 def test_classify_takes_other_labels_and_another_base_folder(
     run: Any, tiny_adapter: LoraAdapter, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:

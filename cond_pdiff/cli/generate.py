@@ -77,16 +77,15 @@ def generate(
 
 
 def _condition(description: str | None, image: Path | None, examples: list[str], labels: list[str]) -> TaskPrompt | StyleImage:
-    if image is None and description is None:
-        raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
-    if image is not None and (description is not None or examples or labels):
-        raise ConditionError("give a style image, or a description with examples and labels, not both")
-
     from cond_pdiff.conditioning import StyleImage, TaskPrompt
 
-    if description is None:
-        return StyleImage.open(image)
-    return TaskPrompt(description, [parse_example(example) for example in examples], labels)
+    if image is None:
+        if description is None:
+            raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
+        return TaskPrompt(description, [parse_example(example) for example in examples], labels)
+    if description is not None or examples or labels:
+        raise ConditionError("give a style image, or a description with examples and labels, not both")
+    return StyleImage.open(image)
 
 
 def _check_refinement(condition: Any, steps: int) -> None:

@@ -14,10 +14,10 @@ DEFAULT_RECIPE = "minilm-text-tasks"
 
 
 class Shard(NamedTuple):
-    """Every `count`-th job, beginning with number `index`."""
+    """Every `step`-th job, beginning with number `first`."""
 
-    index: int
-    count: int
+    first: int
+    step: int
 
 
 def parse_shard(text: str) -> Shard:
@@ -26,7 +26,7 @@ def parse_shard(text: str) -> Shard:
         shard = Shard(*(int(part) for part in text.split("/")))
     except (TypeError, ValueError):
         shard = Shard(-1, 0)
-    if not 0 <= shard.index < shard.count:
+    if not 0 <= shard.first < shard.step:
         raise typer.BadParameter(f"expected I/N with 0 ≤ I < N, got {text!r}")
     return shard
 

@@ -41,13 +41,9 @@ Captioned = tuple[list[Image.Image], list[str]]
 
 
 def make_styles(
-    images_folder: str | Path,
-    out: str | Path,
-    train: int = STYLE_TRAIN_PICTURES,
-    test: int = STYLE_TEST_PICTURES,
-    seed: int = 0,
-    recoloured: int = 0,
-) -> list[Style]:
+    images_folder: str | Path, out: str | Path, train: int = STYLE_TRAIN_PICTURES, test: int = STYLE_TEST_PICTURES,
+    seed: int = 0, recoloured: int = 0,
+) -> list[Style]:  # fmt: skip
     """Make a style folder below `out` for every picture in `images_folder`.
 
     Args:
