@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 
 from cond_pdiff import CondPDiffError, CondPDiffPipeline, LoraAdapter, PrototypeClassifier, StyleImage, TaskPrompt
+from cond_pdiff.defaults import STYLE_GENERATOR, TEXT_GENERATOR
+from cond_pdiff.notation import parse_example
+from cond_pdiff.sampling import seeded
 from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures
 
 CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"  # in the only folder that gradio serves from
-STYLES = os.environ.get("COND_PDIFF_STYLE_GENERATOR", "cond-pdiff/pixart-mini-styles")
-TASKS = os.environ.get("COND_PDIFF_TEXT_GENERATOR", "cond-pdiff/minilm-text-tasks")
+STYLES = os.environ.get("COND_PDIFF_STYLE_GENERATOR", STYLE_GENERATOR)
+TASKS = os.environ.get("COND_PDIFF_TEXT_GENERATOR", TEXT_GENERATOR)
 PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
 MAX_PROMPTS, MAX_WAITING, MAX_UPLOAD, KEEP_SECONDS = 4, 64, "10mb", 3600
 DESCRIPTION = "Decide whether a sentence from a review of an electronic product is negative or positive."
@@ -100,9 +102,8 @@ def _pack(adapter: LoraAdapter) -> str:
 
 
 def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -> Any:
-    seeds = [torch.Generator().manual_seed(int(seed) + index) for index in range(count)]
     pipe, tell = _generator(name), lambda pipe, index, *_: progress((index + 1, len(pipe.scheduler.timesteps)), "writing weights") or {}
-    return pipe(condition, num_adapters=count, generator=seeds, callback_on_step_end=tell)
+    return pipe(condition, num_adapters=count, generator=seeded(int(seed), count), callback_on_step_end=tell)
 
 
 @_friendly
@@ -132,7 +133,7 @@ def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: in
 @_friendly
 def make_task(description: str, examples: str, sentences: str, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
     """Description and examples → adapter, and what it says of the sentences beside what the base model says."""
-    pairs = [(text.strip(), label.strip()) for text, _, label in (line.rpartition("=") for line in _lines(examples))]
+    pairs = [parse_example(line) for line in _lines(examples)]
     out = _generate(TASKS, TaskPrompt(description, pairs), 8 if pairs else 1, seed, progress)
     rows: list[Any] = []
     texts = _lines(sentences)

@@ -22,7 +22,7 @@ from style_part import GENERATOR, RECIPE, choose_trained
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.sampling import DEFAULT_STEPS
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import read_recipe

@@ -22,7 +22,7 @@ from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
-from cond_pdiff.hub import Push, push_folder
+from cond_pdiff.hub import Backbone, Push, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, same_base
@@ -99,6 +99,11 @@ class LoraAdapter:
             CondPDiffError: it names one that is not known here.
         """
         return family_of(self.spec, self.modules)
+
+    @property
+    def base(self) -> Backbone:
+        """The base model, as far as the adapter records where it is."""
+        return Backbone.from_json(self.metadata.get("base") or {"repo_id": self.spec.base_model})
 
     @property
     def layout(self) -> ParamLayout:

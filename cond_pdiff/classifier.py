@@ -161,8 +161,7 @@ class PrototypeClassifier:
         labels = labels or adapter.metadata.get("labels")
         if not labels:
             raise AdapterError(f"{folder} records no labels; name them (labels=[…], or --label on the command line)")
-        reference = adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model}
-        backbone = SentenceBackbone.load(Backbone(base) if base else Backbone.from_json(reference))
+        backbone = SentenceBackbone.load(Backbone(base) if base else adapter.base)
         return cls(backbone, labels, adapter, examples=examples)
 
     def with_adapter(self, adapter: LoraAdapter | None) -> PrototypeClassifier:

@@ -105,7 +105,7 @@ def save_merged(
     _refuse_heads(adapter)
     if not math.isfinite(scale):
         raise CondPDiffError(f"the strength must be a finite number, got {scale}")
-    reference = base or Backbone.from_json(adapter.metadata.get("base") or {"repo_id": adapter.spec.base_model})
+    reference = base or adapter.base
     if adapter.family is None:
         raise AdapterError(f"{adapter.spec.base_model!r} is of no family of base models that is known here; merge with peft instead")
     weights = adapter.family.weights_file

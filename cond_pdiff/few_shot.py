@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -220,6 +221,14 @@ def _best(scores: Sequence[ExampleScore]) -> int:
     return min(range(len(scores)), key=badness)
 
 
+def check_refinement(examples: Sequence[tuple[Text, str]], steps: int) -> None:
+    """Refuse what `refine` would refuse of examples and steps, before anything is loaded."""
+    if steps < 1:
+        raise CondPDiffError(f"steps must be at least 1, got {steps}")
+    if max(Counter(label for _, label in examples).values(), default=0) < 2:
+        raise ConditionError("refining needs two examples of at least one class: each is told apart by the others of its class")
+
+
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:
     """Go on from an adapter with a few optimiser steps on the classifier's examples, each told apart by the others.
 
@@ -241,10 +250,7 @@ def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: floa
     """
     if classifier.adapter is None:
         raise CondPDiffError("refining goes on from an adapter; give the classifier one (a generated one, or zeros to start cold)")
-    if steps < 1:
-        raise CondPDiffError(f"steps must be at least 1, got {steps}")
-    if int(classifier.targets.bincount().max() if len(classifier.targets) else 0) < 2:
-        raise ConditionError("refining needs two examples of at least one class: each is told apart by the others of its class")
+    check_refinement(classifier.examples, steps)
     start = classifier.adapter.tensors
     backbone = classifier.backbone
     device = next(backbone.model.parameters()).device

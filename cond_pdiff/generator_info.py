@@ -83,6 +83,23 @@ class GeneratorInfo:
         except (KeyError, TypeError, AttributeError) as error:
             raise HubError(f"the generator {name!r} is incomplete: {type(error).__name__}: {error}") from error
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready facts."""
+        numbers = {"parameters": self.layout.num_adapter_params, "modelled": self.layout.num_params, "tensors": len(self.layout.shapes)}
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "revision": self.revision,
+            "makes": self.condition.adapters,
+            "condition": self.condition.name,
+            "base": self.base.to_json(),
+            "lora": self.spec.to_json(),
+            "adapter": numbers,
+            "tasks": list(self.tasks),
+            "megabytes": self.megabytes,
+            "measured": self.measured,
+        }
+
     def __str__(self) -> str:
         """For people."""
         spec, layout = self.spec, self.layout

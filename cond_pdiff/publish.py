@@ -1,4 +1,4 @@
-"""Generators and the demo as Hub repositories, each with a card that is right where it stands."""
+"""Generators, adapters and the demo as Hub repositories, each with a card that is right where it stands."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
 from cond_pdiff.adapter_card import CARD_FILE
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
@@ -75,6 +76,27 @@ def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
         card = PICTURE.sub(lambda found: found[0] if (folder / found[1]).is_file() else "", card)
         write_text(folder / CARD_FILE, card)
         return push_folder(folder, repo_id, **{"commit_message": "Push a generator of LoRA adapters", **options})
+
+
+def push(folder: str | Path, repo_id: str, **options: Any) -> Push:
+    """Push an adapter folder as it stands, with a new card if it has none; or a generator (see `push_generator`).
+
+    Args:
+        folder: of an adapter; else a generator: a folder, or the name of a bundled or cached one.
+        options: as for `cond_pdiff.hub.push_folder`.
+
+    Raises:
+        AdapterError: the folder holds an adapter that is malformed.
+        HubError: see `push_generator`.
+    """
+    place = Path(folder)
+    if not (place / CONFIG_FILE).is_file():
+        return push_generator(folder, repo_id, **options)
+    adapter = LoraAdapter.load(place)
+    if (place / CARD_FILE).is_file():
+        return push_folder(place, repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+    preview = (place / PREVIEW_FILE).read_bytes() if (place / PREVIEW_FILE).is_file() else None
+    return adapter.push_to_hub(repo_id, preview, **options)
 
 
 def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), **options: Any) -> Push:

@@ -1,4 +1,4 @@
-"""The sampling loop: one for the pipeline and for training, with classifier-free guidance inside."""
+"""The sampling loop: one for the pipeline and for training, with classifier-free guidance inside; and checks of its numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Any
 
 import torch
 
-DEFAULT_STEPS = 20
-"""Adapters of one task then vary as much as after 200 steps (`benchmarks/spread.py`): on the four narrowest tasks of the bundled text
-generator 0.98 as much; with exponential noise levels, which new generators have, a few hundredths more, and with those of the bundled
-styles, which vary by 0.03 only, 1.2 as much. After ten equal steps, the last of which begins at a noise of 0.34, it was 0.7 on those tasks,
-and 3 on the styles."""
+from cond_pdiff.errors import CondPDiffError
 
 OnStep = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, bool]]
 
@@ -82,3 +78,20 @@ def guided_prediction(
     end = denoiser.config.guided_length
     guided = torch.lerp(without[..., :end], with_condition[..., :end], guidance_scale)
     return guided if end is None else torch.cat([guided, with_condition[..., end:]], dim=-1)
+
+
+def check_count(name: str, value: object, most: int, least: int = 1) -> None:
+    """Refuse what is no whole number from `least` to `most` with a `CondPDiffError` that calls it `name`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise CondPDiffError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+
+
+def check_guidance(scale: object) -> None:
+    """Refuse what is no number from 0 to 100 with a `CondPDiffError`."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
+        raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
+
+
+def seeded(seed: int, count: int) -> list[torch.Generator]:
+    """A random generator for each of `count` candidates; that of candidate i has the seed `seed + i`."""
+    return [torch.Generator().manual_seed(seed + index) for index in range(count)]

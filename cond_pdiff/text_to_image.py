@@ -15,10 +15,12 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPi
 from PIL import Image, ImageDraw, ImageFont
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.defaults import PICTURE_GUIDANCE, PICTURE_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.hub import Backbone, find_backbone
 from cond_pdiff.locks import LOADING, lock_of
 from cond_pdiff.lora import adapted_module
+from cond_pdiff.sampling import check_count
 from cond_pdiff.weights import loadable
 
 TRANSFORMER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -68,8 +70,8 @@ def make_pictures(
     prompts: Sequence[str],
     adapters: Sequence[tuple[LoraAdapter, float]] = (),
     seed: int | Sequence[int] = 0,
-    num_inference_steps: int = 10,
-    guidance_scale: float = 2.0,
+    num_inference_steps: int = PICTURE_STEPS,
+    guidance_scale: float = PICTURE_GUIDANCE,
 ) -> list[Image.Image]:
     """One picture a prompt, at the base's own size, from the noise of its seed.
 
@@ -85,15 +87,10 @@ def make_pictures(
         CondPDiffError: another argument is out of its range.
         AdapterError: an adapter is not for this base.
     """
-    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise ConditionError("give at least one prompt, none of them empty")
+    check_picture_settings(prompts, [scale for _, scale in adapters], num_inference_steps, guidance_scale)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
     if len(seeds) != len(prompts):
         raise CondPDiffError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each")
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps <= 1000:
-        raise CondPDiffError(f"num_inference_steps must be a whole number from 2 to 1000, got {num_inference_steps!r}")
-    if not math.isfinite(guidance_scale) or not all(math.isfinite(scale) for _, scale in adapters):
-        raise CondPDiffError("guidance_scale and the adapters' strengths must be finite numbers")
     with ExitStack() as stack:
         stack.enter_context(lock_of(adapted_module(pipe)))
         for adapter, scale in adapters:
@@ -108,6 +105,15 @@ def make_pictures(
             clean_caption=False,
         ).images
     return images
+
+
+def check_picture_settings(prompts: Sequence[str], scales: Sequence[float], num_inference_steps: int, guidance_scale: float) -> None:
+    """Refuse what `make_pictures` would refuse, before anything is loaded; `scales` are the adapters' strengths."""
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise ConditionError("give at least one prompt, none of them empty")
+    check_count("num_inference_steps", num_inference_steps, 1000, least=2)
+    if not all(map(math.isfinite, (guidance_scale, *scales))):
+        raise CondPDiffError("guidance_scale and the adapters' strengths must be finite numbers")
 
 
 def unknown_words(pipe: PixArtAlphaPipeline, prompt: str) -> list[str]:

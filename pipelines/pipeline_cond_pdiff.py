@@ -18,6 +18,7 @@ from cond_pdiff.attach import adapted_names
 from cond_pdiff.component import PathlessConfig
 from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.conditions.texts import Text
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
 from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice
@@ -32,7 +33,7 @@ from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statis
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
 from cond_pdiff.pipelines.provenance import machine_facts, package_versions, recorded_seeds, scheduler_settings
 from cond_pdiff.publish import add_card, push_generator
-from cond_pdiff.sampling import DEFAULT_STEPS, denoise
+from cond_pdiff.sampling import check_count, check_guidance, denoise
 
 MAX_ADAPTERS = 1000
 BROKEN_GENERATOR = (
@@ -413,8 +414,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         return any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
 
     def _check_guidance(self, scale: float) -> None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 <= scale <= 100:
-            raise CondPDiffError(f"guidance_scale must be a number from 0 to 100, got {scale!r}")
+        check_guidance(scale)
         if scale != 1 and not self.unet.config.unconditional:
             raise CondPDiffError(
                 f"guidance_scale is {scale:g}, but this generator was never trained without a condition (condition_dropout 0), so there is "
@@ -431,9 +431,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         output_type: str,
         callback_tensors: Sequence[str],
     ) -> Condition:
-        for name, value, most in (("num_adapters", num_adapters, MAX_ADAPTERS), ("num_inference_steps", num_inference_steps, 1000)):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise CondPDiffError(f"{name} must be a whole number from 1 to {most}, got {value!r}")
+        check_count("num_adapters", num_adapters, MAX_ADAPTERS)
+        check_count("num_inference_steps", num_inference_steps, 1000)
         if guidance_scale is not None:
             self._check_guidance(guidance_scale)
         generators = list(generator) if isinstance(generator, Sequence) else [generator] * (generator is not None)

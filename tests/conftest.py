@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import pkgutil
 import random
@@ -25,11 +26,11 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.adapter import FACTORS, LoraAdapter
+from cond_pdiff.cli import main
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image
-from cond_pdiff.training.cli import main
 from cond_pdiff.training.config import CollectConfig, parse, read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import write_style
@@ -342,6 +343,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Any:
         return Done(status, out.splitlines(), err.splitlines())
 
     return run
+
+
+def told(done: Done) -> Any:
+    """What a command says with --json, which is all that stands on stdout."""
+    assert done.status == 0, done.err
+    return json.loads("\n".join(done.out))
 
 
 def refused(done: Done, message: str) -> None:

@@ -126,7 +126,7 @@ def test_what_is_no_picture_gets_a_friendly_answer(client: Client, tmp_path: Pat
     [
         ((None, None, 0.5, 0), "/make_style", "Drop a style picture first"),
         (("", "", "", 0), "/make_task", "the task description is empty"),
-        (("Is it?", "good", "", 0), "/make_task", "example 1"),
+        (("Is it?", "good", "", 0), "/make_task", "an example is written TEXT=LABEL, got 'good'"),
         (("", 1.0, 0), "/preview", "at least one prompt"),
     ],
 )

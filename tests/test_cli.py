@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from conftest import refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
-from cond_pdiff.training.cli import main
 from cond_pdiff.training.zoo.zoo import Zoo
 
 DESCRIPTION = "Is the remark kind?"
@@ -265,7 +266,6 @@ def test_a_picture_and_a_description_exclude_each_other(run: Any, tmp_path: Path
         (["--prompt", "a house", "--steps", 1], "num_inference_steps must be a whole number from 2 to 1000"),
         (["--prompt", "a house", "--scale", "nan"], "must be finite"),
         (["--prompt", "a house", "--seed", -1], "seed must be a non-negative"),
-        (["--prompt", "a house", "--mix", "other", "much"], "must be a number, got 'much'"),
         (["--prompt", "a house", "--mix", "other", "1"], "other"),
         (["--prompt", "a house", "--mix", "other", "1", "--towards", "other"], "give one of them"),
     ],
@@ -275,7 +275,8 @@ def test_preview_refuses_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.png"), message)
-    refused(run("preview", style_zoo.runs("embers")[0].folder, *options, "--out", tmp_path / "preview.jpg"), "ends in .png")
+    good = ["--prompt", "a house", "--out", tmp_path / "preview.jpg"]
+    refused(run("preview", style_zoo.runs("embers")[0].folder, *good), "ends in .png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,6 +297,11 @@ def test_classify_gives_a_line_a_text(run: Any, adapter: Path) -> None:
         best = int(row.argmax())
         assert line.split()[:2] == [classifier.labels[best], f"{row[best]:.0%}"]
         assert line.endswith(text[:100].rstrip() if len(text) < 100 else text[:100])
+
+
+def test_a_text_that_begins_with_a_dash_stands_behind_two(run: Any, adapter: Path) -> None:
+    done = run("classify", adapter, "--", "- the good film", "--label")
+    assert [line.split(maxsplit=2)[2] for line in done.out] == ["- the good film", "--label"]
 
 
 def test_classify_takes_other_labels_and_another_base_folder(
@@ -340,7 +346,7 @@ def test_classify_refuses_what_is_no_adapter(run: Any, adapter: Path, tiny_gener
 
 
 def test_demo_compares_with_the_base_model(run: Any, tiny_generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cond_pdiff.training.commands.DEFAULT_GENERATOR", str(tiny_generator))
+    monkeypatch.setattr("cond_pdiff.cli.generate.TEXT_GENERATOR", str(tiny_generator))
     done = run("demo")
     assert (done.status, done.err) == (0, [])
     (header,) = (index for index, line in enumerate(done.out) if line.startswith("base model "))
@@ -387,13 +393,16 @@ def test_info_tells_layout_tasks_and_numbers(run: Any, tiny_generator: Path, sav
         ["nonsense"],
         ["generate", "x"],
         ["generate", "x", "--out", "a", "--steps", "many"],
-        *(["collect", "--tasks", "t", "--zoo", "z", "--shard", shard] for shard in ("2/2", "-1/2", "1", "a/b", "0/0")),
+        ["preview", "a", "--prompt", "a house", "--mix", "other", "much"],
+        ["convert", "a", "--out", "b", "--to", "gguf"],
+        ["recipe"],
+        *(["collect", "--tasks", "t", "--zoo", "z", "--shard", shard] for shard in ("2/2", "-1/2", "1", "1/2/3", "a/b", "0/0")),
     ],
 )
-def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert capsys.readouterr().err.startswith("usage: cond-pdiff")
+def test_misuse_shows_the_usage(run: Any, arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert (done.status, done.out) == (2, [])
+    assert done.err[0].startswith("Usage: cond-pdiff")
 
 
 def test_a_missing_package_is_named(run: Any, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,17 +423,41 @@ def test_ctrl_c_is_no_traceback(run: Any, tiny_generator: Path, tmp_path: Path, 
 
 HELP = """
 import sys
-from cond_pdiff.training.cli import main
-for command in ([], ["generate"], ["collect"], ["train"], ["evaluate"], ["import-task"], ["classify"], ["list"], ["demo"]):
-    try:
-        main([*command, "--help"])
-    except SystemExit as stop:
-        assert stop.code == 0
-print(*sorted({"torch", "diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "numpy"} & set(sys.modules)))
+import typer
+from cond_pdiff.cli import command, main
+
+def walk(group, path):
+    yield path
+    for name, one in getattr(group, "commands", {}).items():
+        yield from walk(one, [*path, name])
+
+paths = list(walk(command, []))
+assert all(main([*path, "--help"]) == 0 for path in paths)
+print(len(paths))
+print(*sorted({"torch", "diffusers", "transformers", "peft", "accelerate", "open_clip", "datasets", "numpy", "huggingface_hub",
+               "PIL", "rich", "cond_pdiff.training"} & set(sys.modules)))
 """
 
 
 def test_help_is_instant() -> None:
     done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
-    assert done.stdout.count("usage: cond-pdiff") == 9
-    assert done.stdout.splitlines()[-1] == ""
+    *_, count, heavy = done.stdout.splitlines()
+    assert int(count) == done.stdout.count("Usage: cond-pdiff") > 25
+    assert heavy == ""
+    overview = done.stdout.split("Commands:\n")[1].split("\nUsage: ")[0]
+    assert "..." not in overview  # every command says in one line what it does
+
+
+@pytest.mark.parametrize("start", [[sys.executable, "-m", "cond_pdiff"], [str(Path(sys.executable).with_name("cond-pdiff"))]])
+def test_the_command_and_the_module_are_one(start: list[str]) -> None:
+    def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*start, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+    assert call("--version").stdout == f"cond-pdiff {cond_pdiff.__version__}\n"
+    assert call("nonsense").returncode == 2
+    assert call("classify", "gone", "a text").stderr.startswith("cond-pdiff: error: no adapter folder at gone")
+    assert "_COND_PDIFF_COMPLETE=complete_bash" in call("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1").stdout + (
+        call(_COND_PDIFF_COMPLETE="source_bash").stdout
+    )
+    asked = {"_COND_PDIFF_COMPLETE": "complete_bash", "COMP_WORDS": "cond-pdiff push", "COMP_CWORD": "1"}
+    assert call(**asked).stdout.split() == ["push", "push-zoo", "push-space"]

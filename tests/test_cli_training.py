@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import refused, tiny_recipe
+from conftest import refused, tiny_recipe, told
 
 from cond_pdiff.hub import Backbone
 from cond_pdiff.training.tasks.tasks import Task
@@ -45,12 +45,23 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     done = run("generate", "Is the remark kind?", "--generator", runs / "generator", "--out", tmp_path / "a")
     assert done.status == 0
 
+    # All of it again: nothing is left to do, and stdout holds nothing but JSON.
+    facts = told(run("collect", "--recipe", recipe, *data, "--json"))
+    assert facts == {"zoo": str(zoo), "adapters": 3, "runs": 4, "missing": 0}
+    assert told(run("train", "--recipe", recipe, *data, "--out", runs, "--json")) == {"generator": str(runs / "generator")}
+    again = ["--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card", "--json"]
+    evaluation = told(run("evaluate", runs / "generator", *data, *again))
+    assert evaluation == {"finished": True, **json.loads((results / "evaluation.json").read_text())}
+
 
 def test_a_part_of_the_evaluation_says_so(run: Any, tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path) -> None:
     options = ["--zoo", tiny_zoo, "--tasks", tasks_folder, "--out", tmp_path, "--samples", 1, "--max-rows", 2, "--steps", 1]
     done = run("evaluate", tiny_generator, *options, "--shard", "2/3")
     assert (done.status, len(done.out)) == (0, 1)
     assert done.out[0].startswith("this shard is done; tasks of other shards are missing")
+    assert told(run("evaluate", tiny_generator, *options, "--shard", "2/3", "--json")) == {"finished": False}
+    refused(run("evaluate", "cond-pdiff/minilm-text-tasks", *options, "--card"), "is not a local generator folder")
+    refused(run("evaluate", tiny_generator, *options, "--card", "--only", "moods"), "not both")
 
 
 @pytest.mark.parametrize(

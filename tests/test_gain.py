@@ -150,6 +150,7 @@ def test_one_command_measures_fits_and_goes_on(
     done = run("calibrate", own, "--tasks", many_tasks, "--out", tmp_path / "out", "--draws", 1, "--rows", 12, "--write")
     assert done.status == 0
     result = json.loads((tmp_path / "out" / "gain_model.json").read_text())
+    assert json.loads("\n".join(done.out)) == result
     assert set(result["check"]) == {"1", "8"}
     measured = json.loads((tmp_path / "out" / "tasks" / "about-film.json").read_text())["rows"]
     assert [(row["shots"], row["candidates"]) for row in measured] == [(1, 1), (2, 1), (4, 1), (8, 1), (8, 8)]

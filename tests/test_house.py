@@ -17,19 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
 RANKS = {
-    "errors": 0, "locks": 0, "model_cards": 0,
-    "atomic": 1, "component": 1, "conditions": 1, "gain": 1, "layout": 1, "lora": 1, "low_rank": 1, "weights": 1,
-    "attach": 2, "hub": 2, "normalization": 2,
+    "defaults": 0, "errors": 0, "locks": 0, "model_cards": 0,
+    "atomic": 1, "component": 1, "conditions": 1, "gain": 1, "layout": 1, "lora": 1, "low_rank": 1, "sampling": 1, "weights": 1,
+    "attach": 2, "hub": 2, "normalization": 2, "notation": 2,
     "families.family": 3, "peft_files": 3,
     "adapter_card": 4,
     "adapter": 5,
     "models": 6,
     "classifier": 7, "generator_info": 7, "text_to_image": 7,
-    "convert": 8, "few_shot": 8, "publish": 8, "sampling": 8,
+    "convert": 8, "few_shot": 8, "preview": 8, "publish": 8,
     "families": 9,
     "pipelines": 10,
-    "cond_pdiff": 11, "verify": 11,
+    "cond_pdiff": 11, "demo": 11, "verify": 11,
     "training": 12, "app": 12,
+    "cli": 13,
+    "__main__": 14,
 }  # fmt: skip
 
 # Who may depend, inside a function, on what stands above it: a family's training half is imported when something is trained.
@@ -38,6 +40,7 @@ LAZY = {("families", "training")}
 # Optional or heavy imports → the one unit that may have them, and whether only inside a function.
 PLACES = {
     "gradio": ("app", False),
+    "typer": ("cli", False),
     "huggingface_hub": ("hub", False),
     "open_clip": ("models", True),
     **dict.fromkeys(
@@ -151,6 +154,10 @@ def check_edges(module: str, is_package: bool, tree: ast.AST) -> Iterator[str]:
             yield f"{module}:{line} imports {name}; write cond_pdiff.{name}"
         elif there in RANKS and there != here and RANKS[there] >= RANKS[here] and not (lazy and (here, there) in LAZY):
             yield f"{module}:{line} imports {name}, but {here} may not depend on {there}"
+        elif there == "training" != here and here not in ("cli", "families"):
+            yield f"{module}:{line} imports {name}, but only cli and families may depend on training"
+        elif there == "training" != here and not lazy:
+            yield f"{module}:{line} imports {name} outside a function"
         for package, (home, only_lazy) in PLACES.items():
             if under(name, package) and here != home:
                 yield f"{module}:{line} imports {package}, which belongs in {home} only"
@@ -240,7 +247,12 @@ def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
         ("cond_pdiff.pipelines.new", "from cond_pdiff.training.ema import EMA", "pipelines may not depend on training"),
         ("cond_pdiff.classifier", "import importlib\nimportlib.import_module('cond_pdiff.training')", "may not depend on training"),
         ("cond_pdiff.training.new", "import app", "training may not depend on app"),
-        ("app", "from cond_pdiff.training.cli import main", "app may not depend on training"),
+        ("app", "from cond_pdiff.training.zoo.zoo import Zoo", "app may not depend on training"),
+        ("app", "from cond_pdiff.cli import main", "app may not depend on cli"),
+        ("cond_pdiff.cli.new", "from cond_pdiff.training.zoo.zoo import Zoo", "outside a function"),
+        ("cond_pdiff.training.new", "from cond_pdiff.cli import main", "training may not depend on cli"),
+        ("cond_pdiff.__main__", "def f():\n    import cond_pdiff.training", "only cli and families may depend on training"),
+        ("cond_pdiff.publish", "import typer", "belongs in cli only"),
         ("cond_pdiff.stranger", "", "has no rank"),
         ("cond_pdiff.families.new", "import cond_pdiff.training", "families may not depend on training"),
         ("cond_pdiff.families.family", "import cond_pdiff.families.text_to_image", "families.family may not depend on families"),
@@ -285,6 +297,8 @@ def test_checker_refuses(module: str, source: str, complaint: str) -> None:
         ("cond_pdiff.conditions.new", "found = isinstance(x, TaskPrompt) or 'image_sha256' in x"),
         ("cond_pdiff.layout", "if TYPE_CHECKING:\n    from cond_pdiff.adapter import LoraAdapter"),
         ("cond_pdiff", "from cond_pdiff.pipelines import CondPDiffPipeline"),
+        ("cond_pdiff.cli.new", "import typer\ndef f():\n    from cond_pdiff.training.zoo.zoo import Zoo"),
+        ("cond_pdiff.__main__", "from cond_pdiff.cli import main"),
         ("cond_pdiff.training.new", "import cond_pdiff\nfrom .zoo import Zoo\ndef f():\n    from datasets import load_dataset"),
         ("app", "import gradio\nfrom cond_pdiff import CondPDiffPipeline"),
         ("cond_pdiff.classifier", "import torch\nmodel.eval()\nread('x', trust_remote_code=False, use_safetensors=True)"),

@@ -195,7 +195,7 @@ def test_the_adapter_remembers_how_it_was_made(pipe: CondPDiffPipeline, tiny_bac
 
 GENERATE = """
 import sys
-from cond_pdiff.training.cli import main
+from cond_pdiff.cli import main
 sys.exit(main(["generate", "Is the remark kind?", "--example", "the good film=positive", "--example", "the awful meal=negative",
                "--num-adapters", "3", "--seed", "11", "--generator", sys.argv[1], "--out", sys.argv[2]]))
 """

@@ -67,7 +67,7 @@ def test_pushed_pulled_and_reloaded_offline_it_makes_the_same_bytes(
 
 def test_the_command_line_pushes_and_pulls_through_hf_endpoint(tiny_generator: Path, tmp_path: Path) -> None:
     """Processes of their own, which know the Hub from their environment only."""
-    command = "import sys; from cond_pdiff.training.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from cond_pdiff.cli import main; sys.exit(main(sys.argv[1:]))"
     hub = LoopbackHub()
     hub.token = TOKEN
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cond_pdiff import cli
+from cond_pdiff.cli import main
 from cond_pdiff.hub import BUNDLED_FOLDER, MINILM, bundled_generators, find_backbone
-from cond_pdiff.training.cli import _parser, main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -68,7 +69,12 @@ def test_a_picture_becomes_a_preview(inside: Path) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_every_command_parses(command: list[str]) -> None:
-    assert _parser().parse_args(command).run
+    name, *arguments = command
+    found = cli.command.commands[name]
+    if name == "recipe":
+        name, *arguments = arguments
+        found = found.commands[name]
+    assert found.make_context(name, arguments).params
 
 
 def test_all_commands_are_covered() -> None:

@@ -13,9 +13,10 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from cond_pdiff import CondPDiffPipeline, TaskPrompt
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.sampling import DEFAULT_STEPS, denoise, guided_prediction
+from cond_pdiff.sampling import denoise, guided_prediction
 from cond_pdiff.training.config import UNetConfig, parse
 from cond_pdiff.training.stages.train import train
 

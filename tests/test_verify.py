@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import refused, seeds
+from conftest import refused, seeds, told
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -217,3 +217,8 @@ def test_the_command_says_so_and_fails_for_another_adapter(run: Any, made: LoraA
     assert rounded.out[0].startswith("the same but for rounding")
     wrong = replace(made, metadata={**made.metadata, "seed": 77}).save(tmp_path / "wrong")
     refused(run("verify", wrong, "--generator", tiny_generator), "not the same: numbers differ by up to")
+    facts = told(run("verify", tmp_path / "made", "--generator", tiny_generator, "--json"))
+    assert (facts["same"], facts["only_rounding"], facts["largest_difference"], facts["changes"]) == (True, True, 0.0, {})
+    done = run("verify", wrong, "--generator", tiny_generator, "--json")
+    assert (done.status, done.err) == (1, [])
+    assert not json.loads("\n".join(done.out))["only_rounding"]

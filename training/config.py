@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import CondPDiffError, HubError, TrainingError
 from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import MINILM, Backbone
 from cond_pdiff.lora import MAX_RANK
 from cond_pdiff.normalization import Mode
-from cond_pdiff.sampling import DEFAULT_STEPS
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 SECTIONS = (
@@ -279,16 +279,10 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     if not path.suffix:
         path = RECIPES_FOLDER / f"{path}.json"
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe = _read_file(path)
     except FileNotFoundError as error:
-        known = sorted(entry.stem for entry in RECIPES_FOLDER.glob("*.json"))
-        raise TrainingError(f"no recipe {str(name)!r}; there are {known}, or give the path of a JSON file") from error
-    except ValueError as error:
-        raise TrainingError(f"{path} is not valid JSON: {error}") from error
-    _check_sections(recipe, f"{path}")
+        raise TrainingError(f"no recipe {str(name)!r}; there are {recipe_names()}, or give the path of a JSON file") from error
     known = recipe.pop("variants", {})
-    if not isinstance(known, dict):
-        raise TrainingError(f"{path}: variants must be a JSON object")
     for variant in variants:
         if variant not in known:
             raise TrainingError(f"{path} has no variant {variant!r}; there are {sorted(known)}")
@@ -298,6 +292,30 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
                 raise TrainingError(f"{path}, variant {variant!r}: {section} must be a JSON object, to replace entries of another")
             recipe[section] = {**recipe.get(section, {}), **entries}
     return recipe
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(entry.stem for entry in RECIPES_FOLDER.glob("*.json"))
+
+
+def recipe_variants(name: str) -> dict[str, Any]:
+    """The variants of a shipped recipe: name → the entries that it replaces, by section."""
+    variants: dict[str, Any] = _read_file(RECIPES_FOLDER / f"{name}.json").get("variants", {})
+    return variants
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """A recipe's sections as they stand in its file, variants included."""
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{path} is not valid JSON: {error}") from error
+    _check_sections(recipe, f"{path}")
+    if not isinstance(recipe.get("variants", {}), dict):
+        raise TrainingError(f"{path}: variants must be a JSON object")
+    sections: dict[str, Any] = recipe
+    return sections
 
 
 def _check_sections(recipe: object, where: str) -> None:

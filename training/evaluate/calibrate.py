@@ -26,6 +26,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.classifier import place_in_class, prototype_logits
 from cond_pdiff.conditions.texts import Text, label_text
+from cond_pdiff.defaults import CALIBRATION_DRAWS, CALIBRATION_ROWS
 from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.few_shot import ExampleScore, weigh
 from cond_pdiff.gain import GainModel
@@ -46,9 +47,9 @@ MAX_LABELS = 16
 class CalibrateConfig:
     """How much is measured."""
 
-    draws: Count = Field(default=3, description="prompts a task, with other examples")
+    draws: Count = Field(default=CALIBRATION_DRAWS, description="prompts a task, with other examples")
     candidates: Annotated[int, Field(ge=2, le=MAX_ADAPTERS)] = Field(default=8, description="adapters a prompt")
-    rows: Count = Field(default=160, description="rows of the reported split")
+    rows: Count = Field(default=CALIBRATION_ROWS, description="rows of the reported split")
     precision: Literal["no", "bf16"] = Field(default="no", description="'bf16': autocast while texts are embedded")
 
 

@@ -23,6 +23,14 @@ TUNED = {
 """What fine-tuning changes, in a card's words."""
 
 
+def check_card_place(generator: str | Path) -> Path:
+    """The folder of a local generator, into which a card can be written; `HubError` if it is none."""
+    folder = Path(generator)
+    if not (folder / "model_index.json").is_file():
+        raise HubError(f"{generator} is not a local generator folder; a card can only be written beside model_index.json")
+    return folder
+
+
 def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any], pictures: Path | None = None) -> Path:
     """Write `README.md` into a local generator folder.
 
@@ -33,8 +41,7 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
         HubError: `generator` is not a local folder.
         TaskDataError: the evaluation is of a part of the generator's tasks.
     """
-    if not (generator / "model_index.json").is_file():
-        raise HubError(f"{generator} is not a local generator folder; a card can only be written beside model_index.json")
+    check_card_place(generator)
     zoo, settings = Zoo(zoo_folder), evaluation["settings"]
     if settings["zoo_tasks"] < settings["generator_tasks"]:
         raise TaskDataError(

@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_text
+from cond_pdiff.defaults import DEFAULT_STEPS, EVALUATED_ROWS, EVALUATED_SAMPLES
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.condition_index import Neighbour
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
-from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.config import STRICT, Count, GuidanceScale, InferenceSteps, Seed
 from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
@@ -37,9 +37,9 @@ RESAMPLED = 10_000
 class EvaluateConfig:
     """How much is measured."""
 
-    samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=20, description="adapters generated a task")
+    samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=EVALUATED_SAMPLES, description="adapters generated a task")
     max_rows: Count = Field(
-        default=200, description="rows of the reported split a task, a fixed random choice; for styles, held-out pictures"
+        default=EVALUATED_ROWS, description="rows of the reported split a task, a fixed random choice; for styles, held-out pictures"
     )
     num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
     guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import pydantic.dataclasses
 from pydantic import Field
 
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.config import (
     STRICT,
     Amount,

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
+from cond_pdiff.defaults import CONTINUUM_MIXTURES
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
@@ -42,7 +43,7 @@ RATIOS_FILE = "ratios.json"
 """What an evaluation found."""
 
 
-def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: int = 1000, seed: int = 0) -> Path:
+def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: int = CONTINUUM_MIXTURES, seed: int = 0) -> Path:
     """Mix two styles of a zoo in `count` ratios, make pictures with each mixture, and write both halves below `out`.
 
     Run the same command again to go on where it stopped.

@@ -17,9 +17,9 @@ from pydantic import Field
 from torch import nn
 
 from cond_pdiff.conditions.task_prompt import TaskPrompt
+from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.models.prompt_encoders import PromptReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.sampling import DEFAULT_STEPS
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.evaluate.baselines import KernelRegression
 from cond_pdiff.training.reproduce.lab import Lab, spread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def train(
     autoencoder = AutoencoderStage(data, autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
     lost = autoencoder.reconstruction_error()
-    processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy")
+    processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy", file=sys.stderr)
     unet = UNetStage(autoencoder, ConditionBank.build(tasks, unet_config, run_folder), unet_config)
     fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
     if processes().is_main_process:

@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cond_pdiff.conditions.style_image import StyleImage
+from cond_pdiff.defaults import STYLE_TEST_PICTURES, STYLE_TRAIN_PICTURES
 from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.text_to_image import stack_pictures
 from cond_pdiff.training.tasks.styles import Style, write_style
@@ -40,8 +41,9 @@ Captioned = tuple[list[Image.Image], list[str]]
 
 
 def make_styles(
-    images_folder: str | Path, out: str | Path, train: int = 128, test: int = 64, seed: int = 0, recoloured: int = 0
-) -> list[Style]:
+    images_folder: str | Path, out: str | Path, train: int = STYLE_TRAIN_PICTURES, test: int = STYLE_TEST_PICTURES,
+    seed: int = 0, recoloured: int = 0,
+) -> list[Style]:  # fmt: skip
     """Make a style folder below `out` for every picture in `images_folder`.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def train_base(recipe: dict[str, Any], run_folder: str | Path, tensorboard: bool
         result = evaluate_base(folder, classifier.classifier, sample_config, run_folder / "evaluation.json")
         write_base_card(folder, str(recipe.get("name", run_folder.name)), result)
         print(f"attributes right: {result['generated']['mean']:.1%} (renders {result['rendered']['mean']:.1%}, "
-              f"other prompts {result['shuffled']['mean']:.1%})")  # fmt: skip
+              f"other prompts {result['shuffled']['mean']:.1%})", file=sys.stderr)  # fmt: skip
     return folder
 
 

@@ -1,0 +1,65 @@
+"""What else can be done with an adapter: `verify`, `convert`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cond_pdiff.cli.options import AdapterFolder, AsJson, Base, Force
+from cond_pdiff.cli.output import hide_loading_bars, report
+from cond_pdiff.errors import CondPDiffError
+
+commands = typer.Typer()
+
+
+@commands.command()
+def verify(
+    adapter: AdapterFolder,
+    *,
+    generator: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where its generator is now (default: by its recorded name and commit).")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="The style image that it was made from.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a generated adapter again and compare.
+
+    It is made from what it records. The same bytes, or but for rounding: exit status 0; anything else: 1.
+    """
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.verify import verify
+
+    hide_loading_bars()
+    result = verify(LoraAdapter.load(adapter), generator, image)
+    if not result.only_rounding and not as_json:
+        raise CondPDiffError(str(result))
+    report({**asdict(result), "only_rounding": result.only_rounding}, result, as_json)
+    if not result.only_rounding:
+        raise typer.Exit(1)
+
+
+@commands.command()
+def convert(
+    adapter: AdapterFolder,
+    *,
+    to: Annotated[Literal["comfyui", "merged"], typer.Option(help="A LoRA file, or a folder with base weights W + ΔW.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of a merged adapter.")] = 1.0,
+    base: Base = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter for ComfyUI, or merged into its base."""
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.convert import save_comfyui, save_merged
+    from cond_pdiff.hub import Backbone
+
+    loaded = LoraAdapter.load(adapter)
+    if to == "comfyui":
+        written, what = save_comfyui(loaded, out, force), "LoRA file"
+    else:
+        written, what = save_merged(loaded, out, Backbone(base) if base else None, scale, force), "model"
+    report({"to": to, "written": str(written)}, f"{what:<10} {written}", as_json)

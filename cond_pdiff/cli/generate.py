@@ -1,0 +1,225 @@
+"""Making adapters and trying them: `generate`, `classify`, `preview`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cond_pdiff.cli.options import AdapterFolder, AsJson, Base, Force, GuidanceScale, Labels, Seed, Steps, Texts
+from cond_pdiff.cli.output import hide_loading_bars, note, report
+from cond_pdiff.defaults import CHOOSE_FROM, DEFAULT_STEPS, PICTURE_GUIDANCE, PICTURE_STEPS, STYLE_GENERATOR, TEXT_GENERATOR
+from cond_pdiff.errors import ConditionError, CondPDiffError
+from cond_pdiff.notation import PAIR_SEPARATOR, parse_example, parse_text
+
+if TYPE_CHECKING:
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.conditions.condition import Condition
+    from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+
+commands = typer.Typer()
+
+
+@commands.command()
+def generate(
+    description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What to decide, in a sentence or two.")] = None,
+    *,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description.")] = None,
+    example: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT=LABEL", help=f"A labelled example; repeatable; 'A {PAIR_SEPARATOR} B=LABEL' for pairs."),
+    ] = None,
+    label: Labels = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write the adapter.")],
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"Bundled name, folder, or Hub repository (default: {TEXT_GENERATOR}; for images {STYLE_GENERATOR})."
+        ),
+    ] = None,
+    num_adapters: Annotated[
+        int | None, typer.Option(metavar="N", help=f"Candidates (default: {CHOOSE_FROM} with examples, else 1).")
+    ] = None,
+    steps: Steps = DEFAULT_STEPS,
+    guidance_scale: GuidanceScale = None,
+    seed: Seed = 0,
+    refine: Annotated[
+        int, typer.Option(metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12.")
+    ] = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make an adapter from a description or a style image.
+
+    Candidate i uses the seed plus i. With examples, the candidate that does best on them is written, or the base model if it is expected to
+    do better.
+    """
+    condition, count = _condition(description, image, example or [], label or []), num_adapters
+    if count is None:
+        count = CHOOSE_FROM if example else 1
+    if refine:
+        _check_refinement(condition, refine)
+    _check_generation(count, steps, guidance_scale, out, force)
+
+    from cond_pdiff.sampling import seeded
+
+    pipe = _load(generator or (TEXT_GENERATOR if image is None else STYLE_GENERATOR))
+    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count))
+    adapter, lines = output.adapter, [str(output.report)]
+    if refine:
+        # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
+        adapter = _refined(pipe, condition, output.adapters[output.chosen], refine)
+        lines.append(f"refined    {refine} steps on {len(example or [])} examples, from candidate {output.chosen + 1} of {count}")
+    adapter.save(out, overwrite=force)
+    facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
+    report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
+
+
+def _condition(description: str | None, image: Path | None, examples: list[str], labels: list[str]) -> Condition:
+    from cond_pdiff.conditions.style_image import StyleImage
+    from cond_pdiff.conditions.task_prompt import TaskPrompt
+
+    if image is None:
+        if description is None:
+            raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
+        return TaskPrompt(description, [parse_example(example) for example in examples], labels)
+    if description is not None or examples or labels:
+        raise ConditionError("give a style image, or a description with examples and labels, not both")
+    return StyleImage.open(image)
+
+
+def _check_refinement(condition: Condition, steps: int) -> None:
+    """Is there something to refine on?"""
+    if not condition.examples:
+        raise ConditionError("--refine takes its steps on labelled examples; give some with --example")
+
+    from cond_pdiff.few_shot import check_refinement
+
+    check_refinement(condition.examples, steps)
+
+
+def _check_generation(count: int, steps: int, guidance_scale: float | None, out: Path, force: bool) -> None:
+    """Refuse numbers out of their ranges, and a folder that is not to be replaced, before a generator is loaded."""
+    from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
+    from cond_pdiff.atomic import check_output_folder
+    from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS
+    from cond_pdiff.sampling import check_count, check_guidance
+
+    check_count("num_adapters", count, MAX_ADAPTERS)
+    check_count("num_inference_steps", steps, 1000)
+    if guidance_scale is not None:
+        check_guidance(guidance_scale)
+    check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)
+
+
+def _load(generator: str) -> CondPDiffPipeline:
+    """A generator that says nothing while it is loaded and used."""
+    from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+
+    hide_loading_bars()
+    pipe: CondPDiffPipeline = CondPDiffPipeline.from_pretrained(generator)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, steps: int) -> LoraAdapter:
+    """An adapter after some steps on the prompt's examples."""
+    from cond_pdiff.classifier import PrototypeClassifier
+    from cond_pdiff.few_shot import refine
+
+    return refine(PrototypeClassifier(pipe.base_model(), prompt.labels, adapter, examples=prompt.examples), steps)
+
+
+@commands.command()
+def classify(adapter: AdapterFolder, text: Texts, *, label: Labels = None, base: Base = None, as_json: AsJson = False) -> None:
+    """Classify texts with an adapter."""
+    from cond_pdiff.classifier import PrototypeClassifier
+    from cond_pdiff.conditions.texts import check_text
+
+    texts = [check_text(parse_text(one), f"text {index}") for index, one in enumerate(text, 1)]
+    classifier = PrototypeClassifier.load(adapter, label or None, base)
+    limit = classifier.max_length
+    if cut := sum(classifier.backbone.count_tokens(one) > limit for one in texts):
+        note(f"{cut} of {len(texts)} texts longer than {limit} tokens; the rest of them is not read")
+    facts, lines = [], []
+    for one, row in zip(text, classifier.logits(texts).softmax(1).tolist(), strict=True):
+        probabilities = dict(zip(classifier.labels, row, strict=True))
+        best = max(probabilities, key=lambda name: probabilities[name])
+        facts.append({"text": one, "label": best, "probabilities": probabilities})
+        lines.append(f"{best:<24} {probabilities[best]:>4.0%}  {one[:100]}")
+    report(facts, "\n".join(lines), as_json)
+
+
+@commands.command()
+def preview(
+    adapter: AdapterFolder,
+    *,
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to show; repeatable.")],
+    scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter.")] = 1.0,
+    mix: Annotated[tuple[Path, float] | None, typer.Option(metavar="ADAPTER SCALE", help="A second adapter and its strength.")] = None,
+    towards: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="Show the way to this adapter in six steps instead.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write (default: ADAPTER-preview.png).")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Show the picture in the adapter's card too.")] = False,
+    steps: Steps = PICTURE_STEPS,
+    guidance_scale: Annotated[float, typer.Option(metavar="G", help="Classifier-free guidance; 1 is none.")] = PICTURE_GUIDANCE,
+    seed: Seed = 0,
+    base: Base = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make pictures with and without a style adapter."""
+    out = out or Path(f"{str(adapter).rstrip('/')}-preview.png")
+    if out.exists() and not force:
+        raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
+    if out.suffix.lower() != ".png":
+        raise CondPDiffError(f"previews are PNG files; name one that ends in .png, got {out}")
+    if mix and towards:
+        raise CondPDiffError("--mix adds a second adapter, --towards shows the way to one; give one of them")
+    places = [(adapter, scale), *([mix] if mix else [])]
+
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.adapter_card import CARD_FILE
+    from cond_pdiff.atomic import write_bytes
+    from cond_pdiff.preview import comparison_sheet, interpolation_sheet, load_base
+    from cond_pdiff.text_to_image import check_picture_settings, encode_png, unknown_words
+
+    check_picture_settings(prompt, [strength for _, strength in places], steps, guidance_scale)
+    adapters = [(folder.name, _style_adapter(folder), strength) for folder, strength in places]
+    end = LoraAdapter.load(towards) if towards else None
+    _, start, _ = adapters[0]
+    hide_loading_bars(of_transformers=True)
+    pipe = load_base(start, base)
+    if unknown := dict.fromkeys(word for one in prompt for word in unknown_words(pipe, one)):
+        note(f"words that the base model does not know: {', '.join(unknown)}")
+    if end is not None:
+        sheet = interpolation_sheet(pipe, prompt, start, end, scale, seed, steps, guidance_scale)
+    else:
+        sheet = comparison_sheet(pipe, prompt, adapters, seed, steps, guidance_scale)
+    picture = encode_png(sheet)
+    write_bytes(out, picture)
+    if card:
+        start.save(adapter, overwrite=True, preview=picture)
+    shown = adapter / CARD_FILE if card else None
+    text = f"pictures   {out}" + (f"\ncard       {shown}" if shown else "")
+    report({"pictures": str(out), "card": str(shown) if shown else None}, text, as_json)
+
+
+def _style_adapter(folder: Path) -> LoraAdapter:
+    from cond_pdiff.adapter import LoraAdapter
+
+    adapter = LoraAdapter.load(folder)
+    if not (adapter.family and adapter.family.paints):
+        raise CondPDiffError(f"{folder} is not a style adapter (one for texts? `cond-pdiff classify` tries those)")
+    return adapter
+
+
+@commands.command()
+def demo(as_json: AsJson = False) -> None:
+    """Compare a generated adapter with the base model."""
+    from cond_pdiff.demo import DESCRIPTION, EXAMPLES, demonstrate
+
+    if not as_json:
+        print(f"task       {DESCRIPTION}\nexamples   {'; '.join(EXAMPLES)}", flush=True)
+    made = demonstrate(_load(TEXT_GENERATOR))
+    report(made.to_json(), made, as_json)

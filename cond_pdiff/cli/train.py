@@ -1,0 +1,142 @@
+"""Making generators, and what they are made from: `collect`, `train`, `tune`, `train-base`, `make-styles`, `import-task`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cond_pdiff.cli.options import (
+    DEFAULT_RECIPE,
+    AsJson,
+    GeneratorName,
+    Recipe,
+    RunFolder,
+    Seed,
+    ShardOption,
+    Tasks,
+    Tensorboard,
+    ZooFolder,
+)
+from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, report
+from cond_pdiff.defaults import STYLE_TEST_PICTURES, STYLE_TRAIN_PICTURES
+
+commands = typer.Typer()
+
+
+@commands.command()
+def collect(
+    *,
+    recipe: Recipe = DEFAULT_RECIPE,
+    tasks: Tasks,
+    zoo: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create or continue.")],
+    shard: ShardOption = None,
+    together: Annotated[int, typer.Option(metavar="N", help="Adapters trained side by side in one batch: many on a GPU.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune adapters for tasks into a zoo (resumable)."""
+    from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+    from cond_pdiff.training.zoo.collect import collect
+
+    hide_peft_warning()
+    config = parse(CollectConfig, read_recipe(recipe).get("collect", {}), "collect")
+    made = collect(config, tasks, zoo, shard or (0, 1), together)
+    rest = f"; {len(made.missing)} of {len(made.jobs)} runs are missing, of other shards" if made.missing else ""
+    count = sum(len(made.runs(name)) for name in (*made.task_names, *made.unseen_names))
+    facts = {"zoo": str(made.folder), "adapters": count, "runs": len(made.jobs), "missing": len(made.missing)}
+    report(facts, f"{count} adapters in {made.folder}{rest}", as_json)
+
+
+@commands.command()
+def train(
+    *,
+    recipe: Recipe = DEFAULT_RECIPE,
+    zoo: ZooFolder,
+    tasks: Tasks,
+    out: RunFolder,
+    tensorboard: Tensorboard = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a generator on a zoo (resumable)."""
+    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.stages.train import train
+
+    generator = train(read_recipe(recipe), zoo, tasks, out, tensorboard)
+    report({"generator": str(generator)}, f"generator  {generator}", as_json, processes().print)
+
+
+@commands.command()
+def tune(
+    generator: GeneratorName,
+    *,
+    recipe: Recipe = DEFAULT_RECIPE,
+    tasks: Tasks,
+    out: RunFolder,
+    tensorboard: Tensorboard = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on training a generator on task loss (resumable).
+
+    It is a generator of text adapters; the loss of its tasks is what they are for.
+    """
+    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.stages.tune import tune
+
+    hide_loading_bars()
+    tuned = tune(read_recipe(recipe), generator, tasks, out, tensorboard)
+    report({"generator": str(tuned)}, f"generator  {tuned}", as_json, processes().print)
+
+
+@commands.command("train-base")
+def train_base(*, recipe: Recipe = "pixart-mini", out: RunFolder, tensorboard: Tensorboard = False, as_json: AsJson = False) -> None:
+    """Train a small text-to-image base model (resumable)."""
+    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.text_to_image.train import train_base
+
+    base = train_base(read_recipe(recipe), out, tensorboard)
+    report({"base": str(base)}, f"base model {base}", as_json, processes().print)
+
+
+@commands.command("make-styles")
+def make_styles(
+    *,
+    images: Annotated[Path, typer.Option(metavar="FOLDER", help="PNG, JPEG or WebP pictures.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create or continue.")],
+    train: Annotated[int, typer.Option(metavar="N", help="Training pictures a style.")] = STYLE_TRAIN_PICTURES,
+    test: Annotated[int, typer.Option(metavar="N", help="Held-out pictures a style.")] = STYLE_TEST_PICTURES,
+    seed: Seed = 0,
+    recoloured: Annotated[int, typer.Option(metavar="N", help="Further styles a picture, in other colours.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Make style folders from pictures (resumable).
+
+    A style-transfer network draws scenes in the style of every picture.
+    """
+    from cond_pdiff.training.tasks.make_styles import make_styles
+
+    styles = make_styles(images, out, train, test, seed, recoloured)
+    report({"folder": str(out), "styles": [style.name for style in styles]}, f"{len(styles)} styles in {out}", as_json)
+
+
+@commands.command("import-task")
+def import_task(
+    dataset: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Hub name, or a folder with train.csv, test.csv, … (or .json, .parquet).")
+    ],
+    *,
+    description: Annotated[str, typer.Option(metavar="TEXT", help="What to decide, in a sentence or two.")],
+    text_column: Annotated[list[str], typer.Option(metavar="NAME", help="Give it twice for pairs.")],
+    label_column: Annotated[str, typer.Option(metavar="NAME", help="The column of labels.")] = "label",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Task folder to create.")],
+    as_json: AsJson = False,
+) -> None:
+    """Convert a data set to a task folder."""
+    from cond_pdiff.training.tasks.tasks import import_dataset
+
+    task = import_dataset(dataset, out, description, text_column, label_column)
+    facts = {"task": str(task.folder), "labels": list(task.labels)}
+    report(facts, f"task       {task.folder} with the labels {', '.join(task.labels)}", as_json)
