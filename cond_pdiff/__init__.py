@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.classifier import PrototypeClassifier
+    from cond_pdiff.codec import AdapterCodec
     from cond_pdiff.conditioning import StyleImage, TaskPrompt
     from cond_pdiff.errors import CondPDiffError
     from cond_pdiff.hub import bundled
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 # ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
 _WHERE = {
+    "AdapterCodec": "cond_pdiff.codec",
     "AdapterTemplate": "cond_pdiff.models.adapter_template",
     "BackboneStyleConditionEncoder": "cond_pdiff.models.style_encoders",
     "ClipConditionEncoder": "cond_pdiff.models.condition_encoders",
@@ -52,6 +54,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "AdapterCodec",
     "AdapterTemplate",
     "BackboneStyleConditionEncoder",
     "ClipConditionEncoder",

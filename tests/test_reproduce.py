@@ -24,8 +24,9 @@ from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce import table2
 from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
 from cond_pdiff.training.reproduce.lab import Lab
+from cond_pdiff.training.reproduce.principal_code import PrincipalCode
 from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, STYLES, reproduce
-from cond_pdiff.training.reproduce.variants import PrincipalCode, Variant, Workshop
+from cond_pdiff.training.reproduce.variants import Variant, Workshop
 from cond_pdiff.training.tasks.metrics import measure
 from cond_pdiff.training.tasks.tasks import write_task
 

@@ -19,7 +19,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoders import ClipConditionEncoder, SentenceConditionEncoder
 from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder, style_pixels
 from cond_pdiff.pipelines.pipeline_cond_pdiff import ConditionEncoder
-from cond_pdiff.training.config import UNetConfig, build
+from cond_pdiff.training.config import UNetConfig, build_typed
 from cond_pdiff.training.processes import from_main, processes, take_from_main
 from cond_pdiff.training.tasks.styles import Style
 from cond_pdiff.training.tasks.tasks import Task
@@ -79,7 +79,7 @@ class ConditionBank:
             folder: gets the inputs of an encoder that is trained, which may be more than fit into memory.
         """
         torch.manual_seed(config.fit.seed)
-        encoder = _condition_encoder(config.condition_encoder)
+        encoder: Any = build_typed(CONDITION_ENCODERS, "unet, condition_encoder", config.condition_encoder)
         styles = [task for task in tasks if isinstance(task, Style)]
         texts = [task for task in tasks if isinstance(task, Task)]
         if bool(styles) != (encoder.condition_type is StyleImage):
@@ -170,11 +170,3 @@ def style_variants(style: Style, count: int, split: str = "train") -> list[Style
         image = shown if index % 2 == 0 else Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
         variants.append(StyleImage(square_crop(image, 1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0), rng)))
     return variants
-
-
-def _condition_encoder(settings: dict[str, Any]) -> Any:
-    arguments = dict(settings)
-    name = arguments.pop("type", None)
-    if name not in CONDITION_ENCODERS:
-        raise TrainingError(f"condition_encoder's type must be one of {sorted(CONDITION_ENCODERS)}, got {name!r}")
-    return build(CONDITION_ENCODERS[name], "unet, condition_encoder", **arguments)
