@@ -48,7 +48,7 @@ def denoise(
             whether to go on.
         condition_mask: which tokens there are (true) and which only fill the batch, shape `(batch, tokens)`; None: all.
         timesteps: the scheduler's, falling, in the place of those that it would choose for `num_inference_steps`.
-        sigmas: noise levels, falling, in the same way.
+        sigmas: noise levels, falling, in the same way; Euler's end with 0.
 
     Returns:
         shape of `noise`.

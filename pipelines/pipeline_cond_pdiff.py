@@ -180,7 +180,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings"; for an
                 out-of-distribution style picture, `STYLE_VIEWS` of each for every adapter.
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
-            sigmas: its noise levels, falling, in the same way.
+            sigmas: its noise levels, falling, in the same way; Euler's end with 0.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -194,7 +194,6 @@ class CondPDiffPipeline(GeneratorPipeline):
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
         schedule = {name: list(steps) for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
-        num_inference_steps = len(next(iter(schedule.values()), range(num_inference_steps)))
         with lock_of(self.unet):  # guidance scale, interruption, offloading and the scheduler have state
             self._guidance_scale, self._interrupt = guidance_scale, False
             if generator is None:  # so that it is recorded which adapter this is
@@ -205,6 +204,8 @@ class CondPDiffPipeline(GeneratorPipeline):
             with self.progress_bar(total=num_inference_steps) as bar:
                 on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 latents = self._denoise(latents, condition_embeddings, num_inference_steps, generator, on_step, schedule)
+            if schedule:
+                num_inference_steps = len(self.scheduler.timesteps.unique())
             result = latents if output_type == "latent" else self.decode(latents)
             self.maybe_free_model_hooks()
             if output_type != "adapter":
@@ -226,6 +227,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             tensors = {"latents": latents, "condition_embeddings": embeddings}
             if callback is not None:
                 tensors |= callback(self, index, timestep, {name: tensors[name] for name in names}) or {}
+            bar.total = len(self.scheduler.timesteps)  # known only now, and more than were asked for where a solver looks twice at each
             bar.update()
             return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
 

@@ -27,6 +27,7 @@ from cond_pdiff.training.config import (
     FitConfig,
     TuneConfig,
     UNetConfig,
+    as_recorded,
     parse,
     read_recipe,
 )
@@ -199,6 +200,21 @@ def test_unknown_arguments_of_networks_are_refused(
     recipe[stage].update(section)
     with pytest.raises(TrainingError, match=message):
         train(recipe, tiny_zoo, tasks_folder, tmp_path / "run")
+
+
+def test_recipes_of_the_first_release_name_the_same_denoiser() -> None:
+    entries = {"block_out_channels": [8, 4], "embedding_dim": 32}
+    forms: list[dict[str, Any]] = [{"model": entries}, {"denoiser": {"type": "ParamUNet1D", **entries}}, {"denoiser": entries}]
+    old, new, short = (parse(UNetConfig, form, "unet") for form in forms)
+    assert old == new == short
+    assert new.record()["model"] == entries  # as their runs have it
+    assert "denoiser" not in new.record()
+    assert [as_recorded(form) for form in forms] == 3 * [{"model": entries}]
+    assert parse(UNetConfig, {}, "unet").record()["model"] == {}
+    assert as_recorded({"fit": {}}) == {"fit": {}}
+    assert as_recorded({"denoiser": {"type": "Other", "width": 8}}) == {"model": {"type": "Other", "width": 8}}
+    with pytest.raises(TrainingError, match=r"unet: unknown entry 'model'; known are .*'denoiser'"):
+        parse(UNetConfig, {**forms[0], **forms[1]}, "unet")
 
 
 BERT = [f"layer.{layer}.attention.{name}" for layer in range(12) for name in ("self.query", "self.key", "self.value", "output.dense")]

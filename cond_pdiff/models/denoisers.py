@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError
@@ -36,6 +38,10 @@ class Denoiser(Protocol):
         """Of its weights."""
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
+    @property
     def at_once(self) -> int:
         """How many samples should go through it together in training, for memory's sake."""
 
@@ -62,20 +68,22 @@ DENOISERS: dict[str, type[Component]] = {DEFAULT_DENOISER: ParamUNet1D}
 def register_denoiser(denoiser: AnyDenoiser) -> AnyDenoiser:
     """Let recipes name a class of yours as `{"type": …}`, and generators that have it be loaded; a decorator.
 
-    A saved generator names the class by its module, which diffusers imports: register it there, and import that module before loading.
+    A saved generator names the class by its module: import the module, so that it is registered, before such a generator is loaded.
 
     Args:
         denoiser: a `Component` that is a `Denoiser`. It is made as `denoiser(sample_channels, sample_length, condition_dim, **arguments,
             unconditional=…, guidance_scale=…, guided_length=…)`, with the arguments that the recipe names.
 
     Raises:
-        CondPDiffError: it cannot be made so, or another class has its name.
+        CondPDiffError: it cannot be made so, another class has its name, or diffusers would not recognise it.
     """
     name, parameters = denoiser.__name__, [*inspect.signature(denoiser).parameters]
     if tuple(parameters[: len(SIZES)]) != SIZES or not {*GUIDANCE} <= {*parameters}:
         raise CondPDiffError(
             f"a denoiser is made with {', '.join(SIZES)} first, and with {', '.join(GUIDANCE)}; {name} with {', '.join(parameters)}"
         )
+    if not hasattr(sys.modules[denoiser.__module__], ModelMixin.__name__):  # diffusers looks for a class's base by its name, there
+        raise CondPDiffError(f"diffusers loads models from modules that know ModelMixin; import it from diffusers in {denoiser.__module__}")
     if DENOISERS.get(name, denoiser).__module__ != denoiser.__module__:
         raise CondPDiffError(f"there is a denoiser {name} already, of {DENOISERS[name].__module__}; give yours another name")
     DENOISERS[name] = denoiser
