@@ -11,7 +11,6 @@ the recipe's where time is short: a step goes through the networks in parts, one
 from __future__ import annotations
 
 import argparse
-import copy
 import resource
 import tempfile
 import time
@@ -24,9 +23,10 @@ from cond_pdiff.hub import MINILM
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.tasks.tasks import write_task
 from cond_pdiff.training.zoo.params import ZooParams
@@ -84,15 +84,16 @@ if __name__ == "__main__":
         report("autoencoder, normaliser and the hash of all adapters", started)
         fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
         report(f"{arguments.steps} steps of the autoencoder with {arguments.batch} adapters", started)
-        passed = copy.copy(autoencoder)
-        passed.data = data.part(range(min(arguments.passed, len(data))))
-        passed.reconstruction_error()
-        report(f"{len(passed.data)} adapters through the autoencoder and back", started)
+        passed = data.part(range(min(arguments.passed, len(data))))
+        with on_training_device(autoencoder.module):
+            autoencoder.codec.reconstruction_error(passed.chunks())
+        report(f"{len(passed)} adapters through the autoencoder and back", started)
         rows = [(f"text number {index}", index % 2) for index in range(40)]
         splits = {"train": rows, "test": rows}
         tasks = [write_task(folder / f"task-{index}", f"Decide about {index}.", ["no", "yes"], splits) for index in range(TASKS)]
         config = parse(UNetConfig, sections["unet"], "unet")
-        unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, folder), config)
+        bank = ConditionBank.build(tasks, config, folder)
+        unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
         report("latents and conditions", started)
         fit(unet, config.fit, folder / "unet")
         report(f"{arguments.steps} steps of the U-Net with {arguments.latents} latents", started)

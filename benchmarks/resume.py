@@ -33,12 +33,13 @@ from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse, rea
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.tasks.tasks import Task, write_task
 from cond_pdiff.training.zoo.params import ZooParams
 
 STEPS = {"autoencoder": 60, "unet": 60}
+NETWORKS = {"autoencoder": "model", "unet": "denoiser"}
 SMALL = {
     "autoencoder": {"encoder_channels": [4, 4], "decoder_channels": [4, 2], "decoder_bottom_channels": 4, "stride": 8, "latent_dim": 16,
                     "norm": "batch"},
@@ -72,11 +73,12 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
     sections = {}
     for name in STEPS:
         short = {"steps": STEPS[name], "batch_size": 8, "checkpoint_every": 5, "warmup_steps": 5, "log_every": 1}
-        sections[name] = {**recipe[name], "model": SMALL[name], "fit": short}
+        sections[name] = {**recipe[name], NETWORKS[name]: SMALL[name], "fit": short}
     autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
     config = parse(UNetConfig, {**sections["unet"], "variants_per_task": 2}, "unet")
-    unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, folder), config)
+    bank = ConditionBank.build(tasks, config, folder)
+    unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
     fit(unet, unet.config.fit, folder / "unet")
     factor = torch.tensor(autoencoder.module.config.scaling_factor)
     ends = {**autoencoder.module.state_dict(), **unet.module.state_dict(), "latents": unet.latents, "factor": factor}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.classifier import PrototypeClassifier
+    from cond_pdiff.codec import AdapterCodec
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.errors import CondPDiffError
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 # ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
 _WHERE = {
+    "AdapterCodec": "cond_pdiff.codec",
     "AdapterTemplate": "cond_pdiff.models.adapter_template",
     "BackboneStyleConditionEncoder": "cond_pdiff.models.style_encoders",
     "ClipConditionEncoder": "cond_pdiff.models.prompt_encoders",
@@ -54,6 +56,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "AdapterCodec",
     "AdapterTemplate",
     "BackboneStyleConditionEncoder",
     "ClipConditionEncoder",

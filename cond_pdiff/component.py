@@ -9,7 +9,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
-from cond_pdiff.errors import HubError
+from cond_pdiff.errors import CondPDiffError, HubError
 from cond_pdiff.locks import LOADING
 
 COMPONENTS: dict[str, type] = {}
@@ -22,10 +22,15 @@ def register_component(component: Class) -> Class:
     """Make a class of components known under its name; a decorator.
 
     `model_index.json` of a saved generator names it as `cond_pdiff.<name>`, and recipes by its name: whoever loads such a generator
-    imports the module that registers the class before.
+    imports the module that registers the class before. So no file decides what is imported.
+
+    Raises:
+        CondPDiffError: another class has its name.
     """
+    name = component.__name__
+    if COMPONENTS.setdefault(name, component) is not component:
+        raise CondPDiffError(f"there is a component {name} already; give that of {component.__module__} another name")
     component.__module__ = "cond_pdiff"
-    COMPONENTS[component.__name__] = component
     return component
 
 

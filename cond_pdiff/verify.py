@@ -14,7 +14,8 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditions.condition import condition_kind
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import find_generator, generator_source
-from cond_pdiff.pipelines.pipeline_cond_pdiff import BROKEN_GENERATOR, MAX_ADAPTERS, CondPDiffPipeline
+from cond_pdiff.pipelines.generator_pipeline import BROKEN_GENERATOR
+from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.provenance import build_scheduler, machine_facts, package_versions, scheduler_settings
 
 NEEDED = (
@@ -118,9 +119,11 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
             generator=seeds if facts["generators"] == "each" else seeds[0],
             num_inference_steps=facts["num_inference_steps"],
             guidance_scale=facts["guidance_scale"],
+            timesteps=facts.get("timesteps"),
+            sigmas=facts.get("sigmas"),
             output_type="params",  # whatever examples say, and without the base model
         )
-    again = pipe.template.to_adapter(params[facts["candidate"]]).scaled(facts.get("strength", 1.0))
+    again = pipe.codec.to_adapter(params[facts["candidate"]]).scaled(facts.get("strength", 1.0))
     adapter.layout.validate(again.tensors)
     largest = max(float(tensor.abs().max()) for tensor in adapter.tensors.values())
     differences = [float((again.tensors[key] - tensor).abs().max()) for key, tensor in adapter.tensors.items()]

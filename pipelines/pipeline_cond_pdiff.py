@@ -1,56 +1,44 @@
-"""CondPDiffPipeline: condition → condition encoder → U-Net and scheduler → decoder → normaliser⁻¹ → layout → adapters."""
+"""CondPDiffPipeline: condition → condition encoder → denoiser and scheduler → codec → adapters."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.attach import adapted_names
-from cond_pdiff.component import PathlessConfig
+from cond_pdiff.codec import AdapterCodec, Autoencoder
 from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.conditions.texts import Text
 from cond_pdiff.defaults import DEFAULT_STEPS
-from cond_pdiff.errors import ConditionError, CondPDiffError, HubError
+from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice
-from cond_pdiff.hub import check_generator, find_generator, generator_source
-from cond_pdiff.locks import LOADING, load_once, lock_of
+from cond_pdiff.locks import load_once, lock_of
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
 from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
-from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.models.param_unet_1d import ParamUNet1D
-from cond_pdiff.normalization import ParamNormalizer, extra_length, split_statistics
+from cond_pdiff.models.denoisers import Denoiser
+from cond_pdiff.normalization import ParamNormalizer
+from cond_pdiff.pipelines.generator_pipeline import GeneratorPipeline
+from cond_pdiff.pipelines.inputs import MAX_STEPS, check_generators, check_guided, check_output, check_schedule
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
-from cond_pdiff.pipelines.provenance import machine_facts, package_versions, recorded_seeds, scheduler_settings
-from cond_pdiff.publish import add_card, push_generator
-from cond_pdiff.sampling import check_count, check_guidance, denoise
+from cond_pdiff.pipelines.provenance import generation_settings, recorded_seeds
+from cond_pdiff.sampling import OnStep, check_count, denoise, is_guided
 
+Callback = Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor] | None]
 MAX_ADAPTERS = 1000
-BROKEN_GENERATOR = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError),
-    SafetensorError,
-)
-"""What diffusers and torch raise on settings and weights that make no sense."""
-
-REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
 
-class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
+class CondPDiffPipeline(GeneratorPipeline):
     """Generate LoRA adapters from a condition (paper, sections 3.3 and 4.1 "inference procedures").
 
     Args:
-        autoencoder: decodes latents to normalised params.
-        unet: denoises latents.
+        autoencoder: decodes latents to normalised params; a `ParamAutoencoder` or any other `Autoencoder`.
+        unet: denoises latents; a `ParamUNet1D` or any other `Denoiser`.
         scheduler: any diffusers scheduler; a few-step solver by default.
         condition_encoder: turns a task prompt or a style image into a condition embedding.
         normalizer: normalised params ↔ params.
@@ -62,8 +50,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
     _exclude_from_cpu_offload: Any = ("normalizer", "template", "condition_index")  # small, and read in other ways than by `forward`
     _callback_tensor_inputs = ("latents", "condition_embeddings")
 
-    autoencoder: ParamAutoencoder
-    unet: ParamUNet1D
+    autoencoder: Autoencoder
+    unet: Denoiser
     scheduler: Any
     condition_encoder: ConditionEncoder
     normalizer: ParamNormalizer
@@ -72,8 +60,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
     def __init__(
         self,
-        autoencoder: ParamAutoencoder,
-        unet: ParamUNet1D,
+        autoencoder: Autoencoder,
+        unet: Denoiser,
         scheduler: Any,
         condition_encoder: ConditionEncoder,
         normalizer: ParamNormalizer,
@@ -91,126 +79,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             condition_index=condition_index,
         )
         self._base: list[Any] = []
-        self._source: dict[str, str | None] | None = None
-        self._card_folder: Path | None = None
         self._guidance_scale = 1.0
         self._interrupt = False
-
-    # --- loading ------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """The local folder of a generator: bundled, cached, or fetched (only JSON, safetensors, text; never code)."""
-        options = {
-            name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "force_download") if name in kwargs
-        }
-        return str(find_generator(pretrained_model_name, **options))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[Any], **kwargs: Any) -> CondPDiffPipeline:
-        """Load a generator from a local folder, by the name of a bundled one, or from the Hub.
-
-        Args:
-            kwargs: as for every diffusers pipeline (`dtype`, `revision`, `token`, `cache_dir`, `local_files_only`,
-                `variant`, components to replace …).
-
-        Raises:
-            HubError: not found, not reachable, incomplete, or not a generator of this package.
-        """
-        refused = [name for name in REFUSED_OPTIONS if name in kwargs]
-        if refused:
-            raise HubError(f"{refused[0]} is not accepted: generators are JSON and safetensors only, and no code is run from them")
-        folder = Path(cls.download(str(pretrained_model_name_or_path), **kwargs))
-        check_generator(folder)
-        try:
-            with LOADING:
-                pipe: CondPDiffPipeline = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
-        except CondPDiffError:
-            raise
-        except BROKEN_GENERATOR as error:
-            raise HubError(
-                f"the generator {str(pretrained_model_name_or_path)!r} cannot be loaded, perhaps it is incomplete: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if not set(pipe.components) & set(kwargs):  # with another component, adapters could not be made again from the name
-            pipe._source, pipe._card_folder = generator_source(str(pretrained_model_name_or_path), folder), folder
-        return pipe
-
-    def to(self, *args: Any, **kwargs: Any) -> CondPDiffPipeline:
-        """Move and cast as any diffusers pipeline; half precision is for the CPU too, so diffusers' warnings of it are not printed."""
-        pipe: CondPDiffPipeline = super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
-        return pipe
-
-    # --- saving -------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[Any],
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        use_flashpack: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save every component and the card.
-
-        Args:
-            save_directory: created if need be.
-            safe_serialization: must be true.
-            variant: say "fp16", for weights saved beside those of another precision.
-            push_to_hub: also push it, to `repo_id` (default: the folder's name in your namespace).
-            use_flashpack: must be false.
-            kwargs: with `push_to_hub`, `repo_id` and the options of `cond_pdiff.hub.push_folder`.
-
-        Raises:
-            HubError: another format was asked for, or the push failed; the saved folder is complete in that case.
-        """
-        if not safe_serialization or use_flashpack:
-            raise HubError("generators are saved as safetensors only; leave safe_serialization as it is")
-        if kwargs and not push_to_hub:
-            raise HubError(f"{next(iter(kwargs))} means something with push_to_hub=True only")
-        super().save_pretrained(str(save_directory), True, variant, max_shard_size)
-        add_card(Path(save_directory), self._card_folder)
-        if push_to_hub:
-            push_generator(Path(save_directory), str(kwargs.pop("repo_id", Path(save_directory).absolute().name)), **kwargs)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        subfolder: str | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Push the generator with its card to a Hub repository, which is created if there is none.
-
-        Args:
-            private: for a new repository.
-            create_pr: open a pull request instead of committing.
-            safe_serialization: must be true.
-            variant: see `save_pretrained`.
-            subfolder: must be None: a generator is a whole repository.
-            revision: a branch, created if there is none.
-
-        Returns:
-            The address of the commit or pull request.
-
-        Raises:
-            HubError: see `cond_pdiff.hub.push_folder`.
-        """
-        if subfolder is not None:
-            raise HubError(f"a generator is a whole repository; it cannot be pushed to the subfolder {subfolder!r}")
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / repo_id.rpartition("/")[2]
-            self.save_pretrained(folder, safe_serialization, variant)
-            options = {"commit_message": commit_message} if commit_message else {}
-            push = push_generator(folder, repo_id, private=private, token=token, create_pr=create_pr, revision=revision, **options)
-        return str(push.url)
 
     # --- steps --------------------------------------------------------------------------------------------------
 
@@ -220,9 +90,26 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         return self._guidance_scale
 
     @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Does the call in progress ask the denoiser twice a step, with the condition and without it?"""
+        return is_guided(self._guidance_scale)
+
+    @property
     def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop denoising."""
+        """Is the call in progress to stop? `pipe.interrupt = True`, in a callback or another thread, ends denoising after that step.
+
+        The call goes on from the latents as they are then. Each call begins with False.
+        """
         return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, stop: bool) -> None:
+        self._interrupt = stop
+
+    @property
+    def codec(self) -> AdapterCodec:
+        """Template, normaliser and autoencoder as one: params ↔ latents ↔ adapters."""
+        return AdapterCodec(self.template, self.normalizer, self.autoencoder)
 
     def encode_condition(self, condition: Condition, num_adapters: int) -> tuple[torch.Tensor, EncoderReport]:
         """Condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
@@ -236,8 +123,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
         """Initial noise of unit variance, shape `(num_adapters, channels, length)`; drawn in float32 whatever the precision."""
-        channels, length = self.autoencoder.latent_shape
-        shape = (num_adapters, channels, length + extra_length(self.normalizer.num_statistics, channels))
+        shape = (num_adapters, *self.codec.latent_shape)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
             rng = list(generator) if isinstance(generator, Sequence) else generator
@@ -249,10 +135,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32."""
-        code, statistics = split_statistics(latents, self.normalizer.num_statistics)
-        values = self.autoencoder.decode(code.to(self.autoencoder.dtype))
-        return self.normalizer.denormalize(values.float(), statistics.float())
+        """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32; see `AdapterCodec.decode`."""
+        return self.codec.decode(latents)
 
     @torch.no_grad()
     def __call__(
@@ -265,8 +149,10 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: Literal["adapter", "params", "latent"] = "adapter",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Any:
         """Generate adapters for one condition. Threads that share a pipeline take turns.
 
@@ -288,6 +174,8 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
                 tensors.
             callback_on_step_end_tensor_inputs: names of the tensors it gets: "latents", "condition_embeddings"; for an
                 out-of-distribution style picture, `cond_pdiff.conditions.style_image.STYLE_VIEWS` of each for every adapter.
+            timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
+            sigmas: its noise levels, falling, in the same way; Euler's end with 0.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -295,12 +183,12 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
 
         Raises:
             ConditionError: the condition cannot be used.
-            CondPDiffError: another argument is out of its range.
+            CondPDiffError: another argument is out of its range, or not for this generator's scheduler.
         """
-        checked = self._check_inputs(
-            condition, num_adapters, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
-        )
+        checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
+        check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
+        schedule = {name: list(steps) for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
         with lock_of(self.unet):  # guidance scale, interruption, offloading and the scheduler have state
             self._guidance_scale, self._interrupt = guidance_scale, False
             if generator is None:  # so that it is recorded which adapter this is
@@ -308,45 +196,62 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
             seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
             condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
             latents = self.prepare_latents(num_adapters, generator, latents)
-            views = len(condition_embeddings) // num_adapters
-            latents = latents.repeat_interleave(views, 0)
-            drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
             with self.progress_bar(total=num_inference_steps) as bar:
-
-                def on_step(
-                    index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor, bool]:
-                    tensors = {"latents": latents, "condition_embeddings": embeddings}
-                    if callback_on_step_end is not None:
-                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        tensors |= callback_on_step_end(self, index, timestep, asked) or {}
-                    bar.update()
-                    return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
-
-                latents = denoise(
-                    self.unet, self.scheduler, latents, condition_embeddings, num_inference_steps, guidance_scale, drawn, on_step
-                )
-            latents = latents.unflatten(0, (num_adapters, views)).mean(1)
+                on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
+                latents = self._denoise(latents, condition_embeddings, num_inference_steps, generator, on_step, schedule)
+            if schedule:
+                num_inference_steps = len(self.scheduler.timesteps.unique())
             result = latents if output_type == "latent" else self.decode(latents)
             self.maybe_free_model_hooks()
             if output_type != "adapter":
                 return result
-            settings = {
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                **scheduler_settings(self.scheduler),
-                "dtype": str(self.unet.dtype).removeprefix("torch."),
-                "num_adapters": num_adapters,
-                "generators": "each" if isinstance(generator, Sequence) else "one",
-                "generator": self._source,
-                "machine": machine_facts(self._execution_device),
-                "versions": package_versions(),
-            }
-        made = [{**settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
+            asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "num_adapters": num_adapters, **schedule}
+            settings = generation_settings(self.scheduler, self.unet.dtype, self._execution_device, generator, self._source)
+        made = [{**asked, **settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
         output = self._to_output(checked, result, made, latents, condition_embeddings[0], condition_report)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
+
+    def _step_hook(self, bar: Any, callback: Callback | None, names: Sequence[str]) -> OnStep:
+        """What follows each step: the caller's callback, the progress bar, and whether to go on."""
+
+        def on_step(
+            index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+            tensors = {"latents": latents, "condition_embeddings": embeddings}
+            if callback is not None:
+                tensors |= callback(self, index, timestep, {name: tensors[name] for name in names}) or {}
+            bar.total = len(self.scheduler.timesteps)  # known only now, and more than were asked for where a solver looks twice at each
+            bar.update()
+            return tensors["latents"], tensors["condition_embeddings"], not self.interrupt
+
+        return on_step
+
+    def _denoise(
+        self,
+        noise: torch.Tensor,
+        embeddings: torch.Tensor,
+        num_inference_steps: int,
+        generator: torch.Generator | Sequence[torch.Generator],
+        on_step: OnStep,
+        schedule: dict[str, Any],
+    ) -> torch.Tensor:
+        """Latents of each adapter, shape of `noise`: the mean over the views of its condition, which all begin at the same noise."""
+        views = len(embeddings) // len(noise)
+        drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
+        made = denoise(
+            self.unet,
+            self.scheduler,
+            noise.repeat_interleave(views, 0),
+            embeddings,
+            num_inference_steps,
+            self.guidance_scale,
+            drawn,
+            on_step,
+            **schedule,
+        )
+        return made.unflatten(0, (len(noise), views)).mean(1)
 
     def nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
         """The nearest trained tasks of a condition, and is it in-distribution?"""
@@ -373,7 +278,7 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         labels, labels_from = classes or ((), "nowhere")
         if classes is not None:
             metadata["labels"] = list(labels)
-        adapters = [self.template.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
+        adapters = [self.codec.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
         choice = self._choose(adapters, labels, condition.examples, nearest)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
@@ -413,14 +318,6 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         near = [neighbour.task for neighbour in nearest if neighbour.similarity >= KNOWN_SIMILARITY]
         return any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
 
-    def _check_guidance(self, scale: float) -> None:
-        check_guidance(scale)
-        if scale != 1 and not self.unet.config.unconditional:
-            raise CondPDiffError(
-                f"guidance_scale is {scale:g}, but this generator was never trained without a condition (condition_dropout 0), so there is "
-                "nothing to guide away from; leave it out, or say 1"
-            )
-
     def _check_inputs(
         self,
         condition: Any,
@@ -428,23 +325,15 @@ class CondPDiffPipeline(PathlessConfig, DiffusionPipeline):
         num_inference_steps: int,
         guidance_scale: float | None,
         generator: torch.Generator | Sequence[torch.Generator] | None,
-        output_type: str,
-        callback_tensors: Sequence[str],
+        timesteps: Sequence[int] | None,
+        sigmas: Sequence[float] | None,
     ) -> Condition:
         check_count("num_adapters", num_adapters, MAX_ADAPTERS)
-        check_count("num_inference_steps", num_inference_steps, 1000)
+        check_count("num_inference_steps", num_inference_steps, MAX_STEPS)
+        check_schedule(timesteps, sigmas)
         if guidance_scale is not None:
-            self._check_guidance(guidance_scale)
-        generators = list(generator) if isinstance(generator, Sequence) else [generator] * (generator is not None)
-        if not all(isinstance(rng, torch.Generator) for rng in generators):
-            raise CondPDiffError(f"generator must be a torch.Generator, or a list of them, got {generator!r:.80}")
-        if isinstance(generator, Sequence) and len(generator) != num_adapters:
-            raise CondPDiffError(f"got {len(generator)} generators for {num_adapters} adapters; give one each")
-        if output_type not in ("adapter", "params", "latent"):
-            raise CondPDiffError(f"output_type must be 'adapter', 'params' or 'latent', got {output_type!r}")
-        unknown = [name for name in callback_tensors if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise CondPDiffError(f"callbacks can have {list(self._callback_tensor_inputs)}, not {unknown[0]!r}")
+            check_guided(guidance_scale, self.unet.config.unconditional)
+        check_generators(generator, num_adapters)
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         checked = self.condition_encoder.condition_kind.of(condition)

@@ -39,6 +39,24 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     return {"scheduler": type(scheduler).__name__, "scheduler_config": changed}
 
 
+def generation_settings(
+    scheduler: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | Sequence[torch.Generator],
+    source: Mapping[str, str | None] | None,
+) -> dict[str, Any]:
+    """How a call has made its adapters, beside its arguments: scheduler, precision, random generators, generator, machine and versions."""
+    return {
+        **scheduler_settings(scheduler),
+        "dtype": str(dtype).removeprefix("torch."),
+        "generators": "each" if isinstance(generator, Sequence) else "one",
+        "generator": source,
+        "machine": machine_facts(device),
+        "versions": package_versions(),
+    }
+
+
 def build_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """The scheduler that `scheduler_settings` describes.
 

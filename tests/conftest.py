@@ -144,7 +144,7 @@ TINY_RECIPE = {
         "fit": {**TINY_FIT, "steps": 30, "learning_rate": 3e-3},
     },
     "unet": {
-        "model": {"block_out_channels": [8, 8, 4], "embedding_dim": 32},
+        "denoiser": {"type": "ParamUNet1D", "block_out_channels": [8, 8, 4], "embedding_dim": 32},
         "fit": {**TINY_FIT, "steps": 60, "learning_rate": 3e-3},
         "variants_per_task": 6,
     },
@@ -255,8 +255,8 @@ def style_recipe(tiny_base: Backbone) -> dict[str, Any]:
             "multitask_steps": 2, "last_checkpoints": 2, "checkpoint_every": 1,
         },
         "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
-        "unet": {"model": {"block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit, "variants_per_task": 4,
-                 "condition_encoder": encoder},
+        "unet": {"denoiser": {"type": "ParamUNet1D", "block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit,
+                 "variants_per_task": 4, "condition_encoder": encoder},
     }  # fmt: skip
 
 

@@ -288,6 +288,7 @@ def test_sizes_are_those_of_the_papers_table(name: str, rank: int) -> None:
     with torch.device("meta"):
         autoencoder = ParamAutoencoder(size, **recipe["autoencoder"]["model"])
         channels, length = autoencoder.latent_shape
-        unet = ParamUNet1D(channels, length + 1, 512, **recipe["unet"]["model"])  # and the statistics of the normaliser
+        network = {name: value for name, value in recipe["unet"]["denoiser"].items() if name != "type"}
+        unet = ParamUNet1D(channels, length + 1, 512, **network)  # and the statistics of the normaliser
         assert autoencoder(torch.empty(2, size)).shape == (2, size)
         assert unet(torch.empty(2, channels, length + 1), 5, torch.empty(2, 512)).sample.shape == (2, channels, length + 1)

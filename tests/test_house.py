@@ -24,7 +24,7 @@ RANKS = {
     "adapter_card": 4,
     "adapter": 5,
     "models": 6,
-    "classifier": 7, "generator_info": 7, "text_to_image": 7,
+    "classifier": 7, "codec": 7, "generator_info": 7, "text_to_image": 7,
     "convert": 8, "few_shot": 8, "preview": 8, "publish": 8,
     "families": 9,
     "pipelines": 10,

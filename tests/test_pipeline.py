@@ -213,7 +213,7 @@ def test_the_callback_may_interrupt_and_the_next_call_runs_through(pipe: CondPDi
 
     def stop(sender: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.append(tensors["latents"])
-        sender._interrupt = step == 1
+        sender.interrupt = step == 1
         return tensors
 
     stopped = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop, output_type="latent")
@@ -223,12 +223,56 @@ def test_the_callback_may_interrupt_and_the_next_call_runs_through(pipe: CondPDi
     assert not pipe.interrupt
 
 
+@pytest.mark.parametrize(("scale", "twice"), [(None, True), (1.0, False), (0.0, True)])
+def test_a_callback_can_ask_how_it_is_guided(pipe: CondPDiffPipeline, scale: float | None, twice: bool) -> None:
+    asked = []
+
+    def look(sender: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> None:
+        asked.append((sender.guidance_scale, sender.do_classifier_free_guidance))
+
+    params(pipe, num_inference_steps=2, guidance_scale=scale, callback_on_step_end=look)
+    assert asked == 2 * [(1.5 if scale is None else scale, twice)]
+
+
+def test_steps_of_ones_own_choice(pipe: CondPDiffPipeline) -> None:
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, use_exponential_sigmas=False)
+    by_number = params(pipe, num_inference_steps=3)
+    levels = pipe.scheduler.sigmas.tolist()
+    assert len(levels) == 4
+    assert (params(pipe, sigmas=levels) - by_number).norm() < 0.01 * by_number.norm()
+    assert pipe(PROMPT, generator=seeds(0), sigmas=levels).adapter.metadata["num_inference_steps"] == 3
+    assert (params(pipe, timesteps=[999, 500, 20]) - by_number).norm() > 0.02 * by_number.norm()
+    assert pipe.scheduler.timesteps.tolist() == [999, 500, 20]
+    facts = pipe(PROMPT, generator=seeds(0), timesteps=(999, 20)).adapter.metadata
+    assert (facts["num_inference_steps"], facts["timesteps"]) == (2, [999, 20])
+    assert "sigmas" not in facts
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        ("DDIM", {"timesteps": [999, 0]}),  # takes none
+        ("DDIM", {"sigmas": [1.0, 0.1]}),
+        ("DDPM", {"timesteps": [0, 999]}),  # rises
+        ("DDPM", {"timesteps": [5000, 0]}),
+        ("DPMSolverMultistep", {"timesteps": [999, 0]}),  # has exponential noise levels
+    ],
+)
+def test_steps_that_the_scheduler_does_not_take_are_refused(pipe: CondPDiffPipeline, scheduler: str, steps: dict[str, Any]) -> None:
+    pipe.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(pipe.scheduler.config)
+    with pytest.raises(CondPDiffError, match=rf"the scheduler \({scheduler}Scheduler\) does not take these"):
+        pipe(PROMPT, **steps)
+
+
 def test_the_progress_bar_can_be_switched_off(pipe: CondPDiffPipeline, capfd: pytest.CaptureFixture[str]) -> None:
     params(pipe)
     assert capfd.readouterr() == ("", "")
     pipe.set_progress_bar_config(disable=False)
     params(pipe, num_inference_steps=7)
     assert "7/7" in capfd.readouterr().err
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    params(pipe, num_inference_steps=7)
+    assert "13/13" in capfd.readouterr().err
 
 
 # --- precision ---------------------------------------------------------------------------------------------------------------
@@ -284,6 +328,9 @@ def test_moving_and_casting_says_nothing(
         ({"latents": torch.zeros(2, 1, 10)}, r"latents must be a tensor of shape \(1, 1, 10\), got"),
         ({"latents": [0.0] * 10}, r"latents must be a tensor of shape \(1, 1, 10\), got list"),
         ({"latents": torch.full((1, 1, 10), float("nan"))}, "lora_B.weight' holds NaN"),
+        ({"timesteps": [9, 3], "sigmas": [1.0, 0.1]}, "timesteps and sigmas both say which steps to take"),
+        *(({"timesteps": value}, "timesteps must be a list of 1 to 1000 numbers") for value in ([], [5, -1], ["5"], 5, [True], [9] * 1001)),
+        *(({"sigmas": value}, "sigmas must be a list of 1 to 1000 numbers") for value in ([], [float("nan")], [None])),
         *(({"output_type": value}, "output_type must be") for value in ("pil", "np", None)),
         ({"callback_on_step_end_tensor_inputs": ["unet"]}, "callbacks can have"),
         ({"condition": ""}, "the task description is empty"),

@@ -27,6 +27,7 @@ from cond_pdiff.training.config import (
     FitConfig,
     TuneConfig,
     UNetConfig,
+    as_recorded,
     parse,
     read_recipe,
 )
@@ -35,7 +36,7 @@ from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
 from cond_pdiff.training.reproduce.variants import Variant
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import _Run
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import load_styles
@@ -185,7 +186,9 @@ def test_variants_that_are_none_are_refused(tmp_path: Path, variants: Any, messa
         ("autoencoder", {"model": {"latent_dims": 8}}, "latent_dims"),
         ("autoencoder", {"model": {"num_params": 8}}, "num_params"),
         ("autoencoder", {"model": {"latent_dim": -8}}, "autoencoder, model: .*negative dimension"),
-        ("unet", {"model": {"heads": 8}}, "heads"),
+        ("unet", {"denoiser": {"heads": 8}}, "unet, denoiser: .*heads"),
+        ("unet", {"denoiser": {"type": "Nonsense"}}, r"unet, denoiser: type must be one of \['ParamUNet1D'.*, got 'Nonsense'"),
+        ("unet", {"denoiser": {"guidance_scale": 3.0}}, "unet, denoiser: guidance_scale follows from the rest of the recipe"),
         ("unet", {"condition_encoder": {"type": "Nonsense"}}, "type must be one of .*'SentenceConditionEncoder'.*, got 'Nonsense'"),
         ("unet", {"condition_encoder": {"type": "ClipConditionEncoder", "layers": 2}}, "layers"),
     ],
@@ -197,6 +200,21 @@ def test_unknown_arguments_of_networks_are_refused(
     recipe[stage].update(section)
     with pytest.raises(TrainingError, match=message):
         train(recipe, tiny_zoo, tasks_folder, tmp_path / "run")
+
+
+def test_recipes_of_the_first_release_name_the_same_denoiser() -> None:
+    entries = {"block_out_channels": [8, 4], "embedding_dim": 32}
+    forms: list[dict[str, Any]] = [{"model": entries}, {"denoiser": {"type": "ParamUNet1D", **entries}}, {"denoiser": entries}]
+    old, new, short = (parse(UNetConfig, form, "unet") for form in forms)
+    assert old == new == short
+    assert new.record()["model"] == entries  # as their runs have it
+    assert "denoiser" not in new.record()
+    assert [as_recorded(form) for form in forms] == 3 * [{"model": entries}]
+    assert parse(UNetConfig, {}, "unet").record()["model"] == {}
+    assert as_recorded({"fit": {}}) == {"fit": {}}
+    assert as_recorded({"denoiser": {"type": "Other", "width": 8}}) == {"model": {"type": "Other", "width": 8}}
+    with pytest.raises(TrainingError, match=r"unet: unknown entry 'model'; known are .*'denoiser'"):
+        parse(UNetConfig, {**forms[0], **forms[1]}, "unet")
 
 
 BERT = [f"layer.{layer}.attention.{name}" for layer in range(12) for name in ("self.query", "self.key", "self.value", "output.dense")]
@@ -233,7 +251,7 @@ def random_zoo(modules: list[str], width: int, rank: int, shared_a: bool, folder
     return ZooParams.write(folder, template, map(template.to_params, adapters), [0, 0, 1, 1], names, "{}")
 
 
-def one_step(stage: AutoencoderStage | UNetStage, folder: Path) -> None:
+def one_step(stage: AutoencoderStage | DenoiserStage, folder: Path) -> None:
     """One real step of the loop, with two samples; every parameter must move."""
     before = [parameter.detach().clone() for parameter in stage.module.parameters()]
     config = replace(stage.config.fit, batch_size=2, steps=1, precision="no")  # many CPUs only emulate the others
@@ -289,7 +307,8 @@ def test_recipes_build_their_networks_and_train(
         condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
     section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
     config = parse(UNetConfig, section, "unet")
-    unet = UNetStage(autoencoder, ConditionBank.build(tasks, config, tmp_path), config)
+    bank = ConditionBank.build(tasks, config, tmp_path)
+    unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
     channels, length = latent_shape
     statistics = {"minilm-text-tasks": 2, "paper-language-half": 1, "reproduce-minilm": 2}.get(name, 0)
     assert unet.latents.shape == (4, channels, length + statistics)
@@ -318,7 +337,8 @@ def test_the_papers_networks_have_their_shapes_and_the_sizes_that_the_recipes_st
     statistics = int(recipe["autoencoder"]["normalizer"] == "task")
     with torch.device("meta"):
         autoencoder = ParamAutoencoder(num_params, **recipe["autoencoder"]["model"])
-        unet = ParamUNet1D(channels, length + statistics, condition_dim, **recipe["unet"]["model"])
+        network = {name: value for name, value in recipe["unet"]["denoiser"].items() if name != "type"}
+        unet = ParamUNet1D(channels, length + statistics, condition_dim, **network)
         latents = autoencoder.encode(torch.empty(2, num_params))
         noisy = torch.empty(2, channels, length + statistics)
         assert latents.shape == (2, channels, length)

@@ -22,10 +22,12 @@ from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce import table2
+from cond_pdiff.training.reproduce.cells import open_folder
 from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
 from cond_pdiff.training.reproduce.lab import Lab
-from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, STYLES, reproduce
-from cond_pdiff.training.reproduce.variants import PrincipalCode, Variant, Workshop
+from cond_pdiff.training.reproduce.principal_code import PrincipalCode
+from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, SECTIONS, STYLES, recorded, reproduce
+from cond_pdiff.training.reproduce.variants import Variant, Workshop
 from cond_pdiff.training.tasks.metrics import measure
 from cond_pdiff.training.tasks.tasks import write_task
 
@@ -206,6 +208,14 @@ def test_principal_components_keep_a_zoo_that_they_can_span() -> None:
     assert latents.shape == (4, *code.latent_shape) == (4, 1, 3)
     assert math.isclose(float(latents.square().mean()), 1.0, rel_tol=1e-5)
     torch.testing.assert_close(code.decode(latents), values, rtol=0, atol=1e-5)
+
+
+def test_a_folder_that_was_begun_with_a_recipe_of_the_first_release_goes_on(tmp_path: Path) -> None:
+    old, new = {"unet": {"model": {"width": 8}}}, {"unet": {"denoiser": {"type": "ParamUNet1D", "width": 8}}}
+    for recipe in (old, new):
+        open_folder(tmp_path / "out", recorded(recipe, SECTIONS))
+    with pytest.raises(TrainingError, match="other settings"):
+        open_folder(tmp_path / "out", recorded({"unet": {"denoiser": {"width": 9}}}, SECTIONS))
 
 
 def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(

@@ -25,7 +25,7 @@ from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.training.config import AutoencoderConfig, FitConfig, UNetConfig, parse
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import _Run, fit, learning_rate, step_generator
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.tasks import Task, load_tasks
@@ -281,7 +281,9 @@ def test_other_prompts_are_refused(finished: Path, recipe: dict[str, Any], tiny_
 def test_a_run_of_the_first_release_is_continued(
     finished: Path, tiny_generator: Path, recipe: dict[str, Any], tiny_zoo: Path, tasks_folder: Path
 ) -> None:
-    """Its checkpoints say nothing of processes and conditions."""
+    """Its checkpoints say nothing of processes and conditions, and its recipe names the U-Net's arguments in another way."""
+    denoiser = recipe["unet"].pop("denoiser")
+    recipe["unet"]["model"] = {name: value for name, value in denoiser.items() if name != "type"}
     for path in finished.glob("*/checkpoint-*/state.json"):
         state = json.loads(path.read_text())
         for name in ("processes", "conditions"):
@@ -330,14 +332,15 @@ def test_no_normaliser_hides_what_is_not_finite(data: ZooParams, tmp_path: Path,
 
 
 @pytest.fixture
-def unet_stage(data: ZooParams, recipe: dict[str, Any], tasks_folder: Path, tiny_zoo: Path, tmp_path: Path) -> UNetStage:
+def unet_stage(data: ZooParams, recipe: dict[str, Any], tasks_folder: Path, tiny_zoo: Path, tmp_path: Path) -> DenoiserStage:
     """On an untrained autoencoder."""
     autoencoder, config = AutoencoderStage(data, tiny_config()), parse(UNetConfig, recipe["unet"], "unet")
     autoencoder.module.eval()
-    return UNetStage(autoencoder, ConditionBank.build(load_tasks(tasks_folder, Zoo(tiny_zoo).task_names), config, tmp_path), config)
+    bank = ConditionBank.build(load_tasks(tasks_folder, Zoo(tiny_zoo).task_names), config, tmp_path)
+    return DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
 
 
-def test_latents_that_are_not_finite_are_named_too(unet_stage: UNetStage, data: ZooParams, tmp_path: Path) -> None:
+def test_latents_that_are_not_finite_are_named_too(unet_stage: DenoiserStage, data: ZooParams, tmp_path: Path) -> None:
     unet_stage.latents[1] = float("nan")
     with pytest.raises(TrainingError, match=rf"unet: the loss is nan at step \d+; the batch was .*{data.names[1]}"):
         fit(unet_stage, unet_stage.config.fit, tmp_path)
@@ -451,7 +454,7 @@ def test_tensorboard_events_are_written_on_demand(data: ZooParams, tmp_path: Pat
     assert b"loss" in events.read_bytes()
 
 
-def test_the_unet_stage_draws_adapters_evenly_with_their_tasks(unet_stage: UNetStage, data: ZooParams) -> None:
+def test_the_unet_stage_draws_adapters_evenly_with_their_tasks(unet_stage: DenoiserStage, data: ZooParams) -> None:
     tasks, adapters = unet_stage.draw(400, torch.Generator().manual_seed(0))
     assert torch.equal(data.tasks[adapters], tasks)
     assert len(adapters.bincount()) == 4
@@ -459,7 +462,7 @@ def test_the_unet_stage_draws_adapters_evenly_with_their_tasks(unet_stage: UNetS
     assert unet_stage.describe((tasks[:1], torch.tensor([3]))) == data.names[3]
 
 
-def test_a_mixture_is_mixed_in_condition_and_latents_alike(unet_stage: UNetStage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_is_mixed_in_condition_and_latents_alike(unet_stage: DenoiserStage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half and half of two tasks: the network gets both halves of both, and is asked for what lies between."""
     monkeypatch.setattr(unet_stage.scheduler, "add_noise", lambda clean, noise, timesteps: clean)
     batch = unet_stage.draw(8, torch.Generator().manual_seed(0))
@@ -488,7 +491,7 @@ def test_a_mixture_is_mixed_in_condition_and_latents_alike(unet_stage: UNetStage
     torch.testing.assert_close(whole, swapped)
 
 
-def test_a_step_may_train_each_sample_at_several_noise_levels(unet_stage: UNetStage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_may_train_each_sample_at_several_noise_levels(unet_stage: DenoiserStage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unet_stage.scheduler, "add_noise", lambda clean, noise, timesteps: clean)
     batch = unet_stage.draw(4, torch.Generator().manual_seed(0))
     unet_stage.config = replace(unet_stage.config, noise_draws=3)
@@ -512,7 +515,7 @@ def test_a_step_may_train_each_sample_at_several_noise_levels(unet_stage: UNetSt
     torch.testing.assert_close(all_at_once[4:8], second, atol=1e-5, rtol=1e-4)
 
 
-def test_latents_have_unit_variance(unet_stage: UNetStage) -> None:
+def test_latents_have_unit_variance(unet_stage: DenoiserStage) -> None:
     code = unet_stage.latents[..., :-2]  # behind them stand the two statistics of the normaliser
     assert float(code.square().mean()) == pytest.approx(1, abs=1e-4)
     assert float(unet_stage.latents[..., -2:].square().mean()) == pytest.approx(1, abs=0.05)

@@ -57,6 +57,14 @@ def test_one_rng_for_all_candidates_works_too_if_it_was_fresh(pipe: CondPDiffPip
     assert verify(pipe(PROMPT, num_inference_steps=2).adapters[0], tiny_generator).same  # of a seed that was drawn
 
 
+def test_steps_of_ones_own_choice_are_taken_again(pipe: CondPDiffPipeline, tiny_generator: Path) -> None:
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    adapter = pipe(PROMPT, num_inference_steps=5, timesteps=[900, 300, 20], generator=seeds(3)).adapters[0]
+    assert verify(adapter, tiny_generator).same
+    other = replace(adapter, metadata={**adapter.metadata, "timesteps": [900, 300, 21]})
+    assert not verify(other, tiny_generator).same
+
+
 def test_a_style_adapter_needs_its_picture(style_generator: Path, styles_folder: Path) -> None:
     pipe = CondPDiffPipeline.from_pretrained(style_generator)
     picture, other = (styles_folder / name / "style.png" for name in ("embers", "lagoon"))

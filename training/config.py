@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from pydantic.dataclasses import dataclass
 
 from cond_pdiff.defaults import DEFAULT_STEPS
@@ -20,6 +20,7 @@ from cond_pdiff.errors import CondPDiffError, HubError, TrainingError
 from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import MINILM, Backbone
 from cond_pdiff.lora import MAX_RANK
+from cond_pdiff.models.denoisers import DEFAULT_DENOISER
 from cond_pdiff.normalization import Mode
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
@@ -44,6 +45,10 @@ def _finite(settings: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError("its numbers must be finite") from error
     return settings
+
+
+def _typed(denoiser: dict[str, Any]) -> dict[str, Any]:
+    return {"type": DEFAULT_DENOISER, **denoiser}
 
 
 def _reference(base: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +211,11 @@ class AutoencoderConfig:
 class UNetConfig:
     """The diffusion stage (paper, section 3.3 and appendix B)."""
 
-    model: JsonObject = Field(default_factory=dict, description="ParamUNet1D's arguments, without sizes")
+    denoiser: Annotated[JsonObject, AfterValidator(_typed)] = Field(
+        default_factory=lambda: {"type": DEFAULT_DENOISER},
+        validation_alias=AliasChoices("denoiser", "model"),  # "model" in recipes of 0.1.0
+        description="its type (default: ParamUNet1D), and its arguments, without sizes and guidance",
+    )
     fit: FitConfig = Field(default=FitConfig(), description="how it is trained")
     condition_encoder: JsonObject = Field(
         default_factory=lambda: {"type": "SentenceConditionEncoder"}, description="its type, and its arguments"
@@ -235,6 +244,10 @@ class UNetConfig:
     mixing_beyond: NotNegative = Field(
         default=0.0, description="how far mixtures go past either task, in units of the way between them"
     )
+
+    def record(self) -> dict[str, Any]:
+        """What a run keeps of these settings, to be continued with the same ones."""
+        return as_recorded(asdict(self))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -350,6 +363,30 @@ def _explained(config_class: Any, error: ValidationError, where: str) -> str:
     if first["type"] == "value_error":
         return f"{what}: {first['ctx']['error']}"
     return f"{what} must {first['msg'].partition(' should ')[2]}, got {first['input']!r:.80}"
+
+
+def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:
+    """A section `unet` in the words of 0.1.0, in which runs record it: they can be continued, whichever words the recipe uses now."""
+    section = dict(unet)
+    if "denoiser" in section:
+        settings = _typed(section.pop("denoiser"))
+        if settings["type"] == DEFAULT_DENOISER:
+            del settings["type"]
+        section["model"] = settings
+    return section
+
+
+def build_typed(
+    classes: Mapping[str, Callable[..., Network]], where: str, settings: Mapping[str, Any], /, *arguments: Any, **more: Any
+) -> Network:
+    """`build` of the class that the settings name as `type`, with their other entries, too; `TrainingError` if there is none."""
+    others = dict(settings)
+    name = others.pop("type", None)
+    if not isinstance(name, str) or name not in classes:
+        raise TrainingError(f"{where}: type must be one of {sorted(classes)}, got {name!r}")
+    if given := sorted(others.keys() & more.keys()):
+        raise TrainingError(f"{where}: {given[0]} follows from the rest of the recipe; leave it out")
+    return build(classes[name], where, *arguments, **others, **more)
 
 
 def build(network: Callable[..., Network], where: str, /, *arguments: Any, **settings: Any) -> Network:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +15,15 @@ from cond_pdiff.training.processes import processes
 def training_device() -> torch.device:
     """A GPU if there is one, as for the loop's stages; `ACCELERATE_USE_CPU=true` keeps both on the CPU."""
     return processes().device
+
+
+@contextmanager
+def on_training_device(network: Any) -> Iterator[None]:
+    """The network is where training runs inside the block, and back on the CPU after it; nothing that is computed keeps gradients."""
+    network.to(training_device())
+    with torch.no_grad():
+        yield
+    network.to("cpu")
 
 
 @contextmanager

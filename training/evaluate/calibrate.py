@@ -84,7 +84,7 @@ class Calibrator:
         similarity, known = nearest[0].similarity, self.pipe.knows(nearest, task.labels)
         seeds = [torch.Generator().manual_seed(seed) for seed in range(self.config.candidates)]
         params = self.pipe(prompt, num_adapters=len(seeds), generator=seeds, output_type="params")
-        adapters = [self.pipe.template.to_adapter(row) for row in params]
+        adapters = [self.pipe.codec.to_adapter(row) for row in params]
         own = [*map(label_text, task.labels), *(text for text, _ in prompt.examples)]
         embedded = [self._embed(adapter, own).split([len(task.labels), len(prompt.examples)]) for adapter in (None, *adapters)]
         targets = torch.tensor([prompt.labels.index(label) for _, label in prompt.examples])

@@ -129,7 +129,7 @@ class ZooEvaluator(ABC):
         """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
         conditions = self.other_conditions(task)
         params = [self.generate(condition, 1, 1000 + index, output_type="params")[0] for index, condition in enumerate(conditions)]
-        adapters = [self.pipe.template.to_adapter(row) for row in params]
+        adapters = [self.pipe.codec.to_adapter(row) for row in params]
         return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def soup(self, name: str) -> LoraAdapter:

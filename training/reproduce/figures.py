@@ -124,7 +124,7 @@ def _trajectories(lab: Lab, name: str) -> dict[str, Any]:
     steps: list[torch.Tensor] = []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        steps.append(pipe.decode(tensors["latents"]))
+        steps.append(pipe.codec.decode(tensors["latents"]))
         return {}
 
     bench.generate(bench.prompt(task), NOISES, callback_on_step_end=keep)

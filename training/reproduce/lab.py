@@ -134,7 +134,7 @@ class Bench:
             output_type="params",
             **options,
         )
-        return [self.pipe.template.to_adapter(row) for row in params]
+        return [self.pipe.codec.to_adapter(row) for row in params]
 
     def retrieved(self, task: Task) -> str:
         """The zoo's task whose condition is nearest to the task's prompt."""
@@ -149,13 +149,13 @@ class Bench:
 
     def params(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
         """The modelled numbers of adapters, shape `(len(adapters), num_params)`."""
-        return torch.stack([self.pipe.template.to_params(adapter) for adapter in adapters])
+        return torch.stack([self.pipe.codec.to_params(adapter) for adapter in adapters])
 
     def with_noise(self, adapter: LoraAdapter, size: float, seed: int) -> LoraAdapter:
         """The adapter plus isotropic Gaussian noise of exactly this Euclidean length, in params."""
         params = self.params([adapter])[0]
         noise = torch.randn(params.shape, generator=torch.Generator().manual_seed(seed))
-        return self.pipe.template.to_adapter(params + size * noise / noise.norm())
+        return self.pipe.codec.to_adapter(params + size * noise / noise.norm())
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

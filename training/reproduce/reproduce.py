@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.training.config import as_recorded
 from cond_pdiff.training.reproduce import figures, table1, table2, table3
 from cond_pdiff.training.reproduce.cells import Plan, open_folder, run_cells
 from cond_pdiff.training.reproduce.config import Settings, read_quick
@@ -70,7 +71,7 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
     line = command(name, recipe, quick)
     if name == STYLES:
         style_recipe = read_quick(recipe or STYLE_RECIPE, quick)
-        open_folder(out, {"styles": {section: style_recipe[section] for section in SECTIONS if section in style_recipe}})
+        open_folder(out, {"styles": recorded(style_recipe, SECTIONS)})
         measured = table2.measure(style_recipe, tasks_folder, out)
         result = {"command": line, "quick": quick, **measured}
         write_text(out / f"{name}.json", dump_json(result))
@@ -79,7 +80,7 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
     made = REPRODUCTIONS[name]
     settings = Settings.read(recipe or DEFAULT_RECIPE, quick)
     lab = Lab(settings, tasks_folder, out)
-    open_folder(out, {section: settings.recipe[section] for section in (*SECTIONS, *made.sections) if section in settings.recipe})
+    open_folder(out, recorded(settings.recipe, (*SECTIONS, *made.sections)))
 
     def write(values: Mapping[str, Any]) -> dict[str, Any]:
         result = {"command": line, "quick": quick, **made.summarize(lab, values)}
@@ -93,6 +94,12 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
             write(values)
 
     return write(run_cells(out / "cells", made.plan(lab), name, so_far))
+
+
+def recorded(recipe: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
+    """These sections of a recipe, those that it has, as a folder keeps them."""
+    kept = {name: recipe[name] for name in sections if name in recipe}
+    return {name: as_recorded(section) if name == "unet" else section for name, section in kept.items()}
 
 
 def command(name: str, recipe: str | Path | None, quick: bool) -> str:

@@ -14,8 +14,8 @@ import pydantic.dataclasses
 import torch
 from diffusers import schedulers
 from pydantic import Field
-from torch import nn
 
+from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.models.prompt_encoders import PromptReport
@@ -23,9 +23,10 @@ from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.evaluate.baselines import KernelRegression
 from cond_pdiff.training.reproduce.lab import Lab, spread
+from cond_pdiff.training.reproduce.principal_code import PrincipalCode
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.zoo.params import ZooParams
@@ -77,46 +78,6 @@ class Variant:
         if not self.scheduler:
             facts.pop("scheduler", None)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-class PrincipalCode(nn.Module):
-    """Principal components of a zoo's normalised params, in the place of `ParamAutoencoder`.
-
-    Args:
-        values: shape `(num_adapters, num_params)`.
-        most: components; there are at most `num_adapters - 1`.
-    """
-
-    dtype, device = torch.float32, torch.device("cpu")
-    center: torch.Tensor
-    directions: torch.Tensor
-
-    def __init__(self, values: torch.Tensor, most: int) -> None:
-        super().__init__()
-        center = values.mean(0)
-        directions = torch.linalg.svd(values - center, full_matrices=False).Vh
-        self.register_buffer("center", center)
-        self.register_buffer("directions", directions[: max(1, min(most, len(values) - 1))])
-        self.scale = 1.0
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """(1, number of components)."""
-        return 1, len(self.directions)
-
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalised params, shape `(batch, num_params)` → latents, shape `(batch, 1, components)`."""
-        return self.scale * ((values - self.center) @ self.directions.T)[:, None]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`, up to what the components lose."""
-        return latents[:, 0] / self.scale @ self.directions + self.center
-
-    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
-        """Give `latents`, which were encoded with the present scale, unit variance, and return them."""
-        spread = float(latents.detach().square().mean().sqrt())
-        self.scale /= spread
-        return latents / spread
 
 
 @dataclass(frozen=True)
@@ -187,18 +148,19 @@ class Workshop:
 
     def _train(self, variant: Variant, seed: int, folder: Path) -> CondPDiffPipeline:
         settings, seeded = self.lab.settings, {"fit": {"seed": seed}}
-        autoencoder = AutoencoderStage(self.zoo(variant), settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
+        data = self.zoo(variant)
+        stage = AutoencoderStage(data, settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
+        codec, origin = stage.codec, stage.identity
         if variant.pca:
-            autoencoder.identity["pca"] = True
-            values = torch.cat([values for values, _ in autoencoder.values()])
-            autoencoder.module = PrincipalCode(values, autoencoder.module.config.latent_dim)
+            code = PrincipalCode.fit(codec.normalizer, data.chunks(), stage.module.config.latent_dim)
+            codec, origin = AdapterCodec(codec.template, codec.normalizer, code), {**origin, "pca": True}
         else:
-            fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
+            fit(stage, stage.config.fit, folder / stage.name)
         inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.embeddings())])
         config = settings.unet(self.config.unet, seeded, variant.unet)
-        unet = UNetStage(autoencoder, replace(self.bank, inputs=inputs), config)
-        fit(unet, config.fit, folder / "unet")
-        pipe = unet.pipeline()
+        denoiser = DenoiserStage(codec, data, replace(self.bank, inputs=inputs), config, origin)
+        fit(denoiser, config.fit, folder / denoiser.name)
+        pipe = denoiser.pipeline()
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

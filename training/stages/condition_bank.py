@@ -13,7 +13,7 @@ import torch
 
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.condition_encoder import ConditionEncoder, condition_encoders
-from cond_pdiff.training.config import UNetConfig, build
+from cond_pdiff.training.config import UNetConfig, build_typed
 from cond_pdiff.training.processes import from_main, processes, take_from_main
 from cond_pdiff.training.tasks.task import ZooTask
 from cond_pdiff.training.zoo.disk_array import DiskArray
@@ -63,7 +63,7 @@ class ConditionBank:
             folder: gets the inputs of an encoder that is trained, which may be more than fit into memory.
         """
         torch.manual_seed(config.fit.seed)
-        encoder, kind = _condition_encoder(config.condition_encoder), tasks[0].condition_kind
+        encoder, kind = build_typed(condition_encoders(), "unet, condition_encoder", config.condition_encoder), tasks[0].condition_kind
         if encoder.condition_kind is not kind:
             raise TrainingError(
                 f"unet, condition_encoder: a {type(encoder).__name__} reads a {encoder.condition_kind.name}, and the conditions of these "
@@ -101,9 +101,3 @@ def _on_disk(path: Path, rows: Iterator[torch.Tensor], count: int) -> DiskArray:
     return DiskArray(path)
 
 
-def _condition_encoder(settings: dict[str, Any]) -> ConditionEncoder:
-    arguments, known = dict(settings), condition_encoders()
-    name = arguments.pop("type", None)
-    if name not in known:
-        raise TrainingError(f"condition_encoder's type must be one of {sorted(known)}, got {name!r}")
-    return build(known[name], "unet, condition_encoder", **arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,23 +9,26 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import nn
 
+from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.models.condition_encoder import ConditionEncoder
 from cond_pdiff.models.condition_index import ConditionIndex
-from cond_pdiff.models.param_unet_1d import ParamUNet1D
+from cond_pdiff.models.denoisers import DENOISERS
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.training.config import UNetConfig, build
+from cond_pdiff.training.config import UNetConfig, build_typed
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
-from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.precision import on_training_device
+from cond_pdiff.training.processes import from_main
 from cond_pdiff.training.stages.condition_bank import ConditionBank
+from cond_pdiff.training.zoo.params import ZooParams
 
 GUIDANCE_SCALE = 1.5
 """With which a generator samples that was trained without a condition too."""
 
 
-class Denoiser(nn.Module):
-    """The U-Net behind its condition encoder, where that one is trained with it."""
+class ConditionedDenoiser(nn.Module):
+    """The denoiser behind its condition encoder, where that one is trained with it."""
 
-    def __init__(self, unet: ParamUNet1D, encoder: ConditionEncoder | None) -> None:
+    def __init__(self, unet: nn.Module, encoder: ConditionEncoder | None) -> None:
         super().__init__()
         self.unet, self.encoder = unet, encoder
 
@@ -62,22 +64,30 @@ class Denoiser(nn.Module):
         return sample
 
 
-class UNetStage:
-    """See `cond_pdiff.training.stages.loop.Stage`. Needs a trained autoencoder stage, and the conditions of the same tasks."""
+class DenoiserStage:
+    """See `cond_pdiff.training.stages.loop.Stage`.
+
+    Args:
+        codec: of the zoo, its autoencoder trained; its latents get their scale here.
+        data: the zoo's params.
+        bank: conditions of the same tasks.
+        origin: the identity of the stage that made the codec.
+    """
 
     name = "unet"
 
-    def __init__(self, autoencoder: AutoencoderStage, bank: ConditionBank, config: UNetConfig) -> None:
-        self.autoencoder, self.bank, self.config = autoencoder, bank, config
-        self.latents = autoencoder.encode()
+    def __init__(self, codec: AdapterCodec, data: ZooParams, bank: ConditionBank, config: UNetConfig, origin: dict[str, Any]) -> None:
+        self.codec, self.data, self.bank, self.config = codec, data, bank, config
+        with on_training_device(codec.autoencoder):
+            self.latents = codec.fit_scaling_factor(from_main(codec.encode(data.chunks())))
         torch.manual_seed(config.fit.seed)
-        sizes = (self.latents.shape[1], self.latents.shape[2], self.bank.encoder.condition_dim)
         unconditional = config.condition_dropout > 0
         guidance = {"unconditional": unconditional, "guidance_scale": GUIDANCE_SCALE if unconditional else 1.0}
-        guidance["guided_length"] = autoencoder.module.latent_shape[1]
-        self.unet = build(ParamUNet1D, "unet, model", *sizes, **config.model, **guidance)
+        guidance["guided_length"] = codec.guided_length
+        sizes = (*codec.latent_shape, bank.encoder.condition_dim)
+        self.unet: Any = build_typed(DENOISERS, "unet, denoiser", config.denoiser, *sizes, **guidance)
         self.at_once = max(1, self.unet.at_once // config.noise_draws)
-        self.module: nn.Module = Denoiser(self.unet, self.bank.trained_encoder)
+        self.module: nn.Module = ConditionedDenoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(
             num_train_timesteps=config.num_train_timesteps,
             beta_start=config.beta_start,
@@ -86,12 +96,12 @@ class UNetStage:
             prediction_type=config.prediction_type,
             clip_sample=False,
         )
-        self.identity: dict[str, Any] = {"config": asdict(config), "autoencoder": autoencoder.identity, "conditions": bank.sha256}
+        self.identity: dict[str, Any] = {"config": config.record(), "autoencoder": origin, "conditions": bank.sha256}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Indices of tasks and of one adapter of each. Adapters are equally likely: a recoloured style, of one run, is drawn less often."""
         adapters = torch.randint(len(self.latents), (batch_size,), generator=rng)
-        return self.autoencoder.data.tasks[adapters], adapters
+        return self.data.tasks[adapters], adapters
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
         """Equation 8, with one timestep a sample, some samples without a condition, and some that are mixtures of two tasks."""
@@ -123,7 +133,7 @@ class UNetStage:
 
     def describe(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
         """Names of the batch's adapters."""
-        return ", ".join(self.autoencoder.data.names[index] for index in batch[1].tolist())
+        return ", ".join(self.data.names[index] for index in batch[1].tolist())
 
     def pipeline(self) -> CondPDiffPipeline:
         """The generator: all trained parts, with a few-step solver."""
@@ -134,14 +144,14 @@ class UNetStage:
         if bank.previews:
             index.previews.copy_(torch.frombuffer(bytearray(b"".join(bank.previews)), dtype=torch.uint8))
         return CondPDiffPipeline(
-            autoencoder=self.autoencoder.module,
+            autoencoder=self.codec.autoencoder,
             unet=self.unet,
             # Steps that shrink in proportion end at little noise: adapters of one task lie close together (`benchmarks/spread.py`).
             scheduler=DPMSolverMultistepScheduler.from_config(
                 self.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, use_exponential_sigmas=True
             ),
             condition_encoder=bank.encoder,
-            normalizer=self.autoencoder.normalizer,
-            template=self.autoencoder.data.template,
+            normalizer=self.codec.normalizer,
+            template=self.codec.template,
             condition_index=index,
         )

@@ -10,10 +10,11 @@ from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.publish import CARD_FILES, add_card
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
+from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import BANK_FILE, ConditionBank
-from cond_pdiff.training.stages.denoiser import UNetStage
+from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
@@ -49,12 +50,14 @@ def train(
         data = ZooParams.load(zoo, run_folder / "params")
     autoencoder = AutoencoderStage(data, autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
-    lost = autoencoder.reconstruction_error()
+    with on_training_device(autoencoder.module):
+        lost = autoencoder.codec.reconstruction_error(data.chunks())
     processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy", file=sys.stderr)
-    unet = UNetStage(autoencoder, ConditionBank.build(tasks, unet_config, run_folder), unet_config)
-    fit(unet, unet_config.fit, run_folder / "unet", tensorboard)
+    bank = ConditionBank.build(tasks, unet_config, run_folder)
+    denoiser = DenoiserStage(autoencoder.codec, data, bank, unet_config, autoencoder.identity)
+    fit(denoiser, unet_config.fit, run_folder / denoiser.name, tensorboard)
     if processes().is_main_process:
-        save_generator(unet.pipeline(), run_folder / "generator")
+        save_generator(denoiser.pipeline(), run_folder / "generator")
         (run_folder / BANK_FILE).unlink(missing_ok=True)
     processes().wait_for_everyone()
     return run_folder / "generator"
@@ -66,8 +69,8 @@ def save_generator(pipe: CondPDiffPipeline, folder: Path) -> None:
     Of a generator that was loaded and then trained, the old card, pictures and results do not come along.
     """
     pipe._card_folder = None
-    for part in (pipe.autoencoder, pipe.unet, pipe.condition_encoder):
-        part.half()
+    for name in ("autoencoder", "unet", "condition_encoder"):
+        pipe.components[name].half()
     own = ("model_index.json", *pipe.components, *CARD_FILES)
     with atomic_folder(folder, own, overwrite=True) as aside:
         pipe.save_pretrained(aside)

@@ -61,9 +61,10 @@ class Writer(nn.Module):
 
     def __init__(self, pipe: CondPDiffPipeline, config: TuneConfig) -> None:
         super().__init__()
-        self.unet, self.autoencoder, self.config = pipe.unet, pipe.autoencoder, config
+        autoencoder: Any = pipe.codec.autoencoder
+        self.unet, self.autoencoder, self.config = pipe.unet, autoencoder, config
         self._pipe = (pipe,)  # in a tuple: what else belongs to the pipeline is not this module's
-        decoder = (self.autoencoder.from_latent, self.autoencoder.decoder) if config.decoder else ()
+        decoder = (autoencoder.from_latent, autoencoder.decoder) if config.decoder else ()
         self.requires_grad_(False)
         for part in (self.unet, *decoder):
             if part is not None:
@@ -76,12 +77,12 @@ class Writer(nn.Module):
     def forward(self, prompts: Sequence[TaskPrompt], rng: torch.Generator) -> torch.Tensor:
         """Params for each prompt by the pipeline's own steps, fewer of them; shape `(len(prompts), num_params)`."""
         (pipe,), config = self._pipe, self.config
-        if pipe.normalizer.device != self.unet.device:
+        if pipe.codec.normalizer.device != self.unet.device:
             pipe.to(self.unet.device)
         condition = pipe.condition_encoder.encode(prompts)[0]
         noise = pipe.prepare_latents(len(prompts), rng, None)
         steps, guidance = config.num_inference_steps, self.unet.config.guidance_scale
-        return pipe.decode(denoise(self.unet, pipe.scheduler, noise, condition, steps, guidance, rng))
+        return pipe.codec.decode(denoise(self.unet, pipe.scheduler, noise, condition, steps, guidance, rng))
 
 
 class TuneStage:
@@ -120,10 +121,11 @@ class TuneStage:
 
     def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
         """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
-        tensors = torch.vmap(self.pipe.template.to_tensors)(module([episode.prompt for episode in batch], rng))
+        template = self.pipe.codec.template
+        tensors = torch.vmap(template.to_tensors)(module([episode.prompt for episode in batch], rng))
         texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
         base = self.pipe.base_model()
-        with attached_to_groups(base.model, self.pipe.template.spec, tensors):
+        with attached_to_groups(base.model, template.spec, tensors):
             rows = base.forward_groups(texts, self.config.max_length)
         losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
         return torch.stack(losses).mean()

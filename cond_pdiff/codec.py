@@ -1,0 +1,125 @@
+"""AdapterCodec: adapters ↔ latents (paper, section 3.2). Four saved parts as one: template, normaliser, autoencoder, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.models.adapter_template import AdapterTemplate
+from cond_pdiff.normalization import ParamNormalizer, extra_length, join_statistics, split_statistics
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """What a codec needs of the network (or whatever else) between normalised params and a code; `ParamAutoencoder` is one.
+
+    However many adapters it is given at once, it takes no more memory for its feature maps than a few of them need.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(channels, length) of the code of one adapter."""
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Normalised params, shape `(batch, num_params)` → scaled code, shape `(batch, *latent_shape)`."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`, up to what the code loses."""
+
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Change the code's scale so that `latents`, which were encoded, get unit variance; return those."""
+
+
+class AdapterCodec:
+    """Turns adapters and their params into latents, and back.
+
+    The latents of an adapter are the autoencoder's code, and behind it, in as few columns as hold them, the adapter's statistics (mean and
+    size, where the normaliser is of mode "task"): for a request that nobody has seen these are generated, too.
+
+    Args:
+        template: layout, LoRA settings and constant tensors.
+        normalizer: params ↔ values; fitted, or see `fit_normalizer`.
+        autoencoder: values ↔ code, in evaluation mode.
+    """
+
+    def __init__(self, template: AdapterTemplate, normalizer: ParamNormalizer, autoencoder: Autoencoder) -> None:
+        self.template, self.normalizer, self.autoencoder = template, normalizer, autoencoder
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(channels, length) of the latents of one adapter, with the columns of its statistics."""
+        channels, length = self.autoencoder.latent_shape
+        return channels, length + extra_length(self.normalizer.num_statistics, channels)
+
+    @property
+    def guided_length(self) -> int:
+        """How many of the first columns are code: guidance would scale what stands behind them, an update's size among it."""
+        return self.autoencoder.latent_shape[1]
+
+    # --- what is measured, in the order of training: the normaliser, (the autoencoder is trained,) the latents' scale --------------
+
+    def fit_normalizer(self, chunks: Iterable[torch.Tensor]) -> None:
+        """Measure a zoo's params, which come in chunks of shape `(n, num_params)` and are gone through once."""
+        self.normalizer.fit(chunks)
+
+    def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
+        """Give the code of a whole zoo, encoded by this codec, unit variance from now on; return its latents as they are then."""
+        code, statistics = split_statistics(latents, self.normalizer.num_statistics)
+        return join_statistics(self.autoencoder.fit_scaling_factor(code.contiguous()), statistics)
+
+    @torch.no_grad()
+    def reconstruction_error(self, chunks: Iterable[torch.Tensor]) -> float:
+        """Share of a zoo's energy (in normalised params) that a pass through the autoencoder loses; for its params in chunks."""
+        lost = energy = 0.0
+        for chunk in chunks:
+            values, _ = self.normalizer.normalize(chunk.to(self.normalizer.device))
+            code = self.autoencoder.encode(values.to(self.autoencoder.device, self.autoencoder.dtype))
+            lost += float((self.autoencoder.decode(code).to(values) - values).double().square().sum())
+            energy += float(values.double().square().sum())
+        return lost / energy
+
+    # --- there and back -------------------------------------------------------------------------------------------
+
+    def encode(self, params: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
+        """Params → latents, float32 (equation 6a).
+
+        Args:
+            params: shape `(batch, num_params)`, on any device; or chunks of that shape, which need not fit into memory together.
+
+        Returns:
+            shape `(batch, *latent_shape)`, on the device of the params.
+        """
+        return torch.cat([self._encode(chunk) for chunk in ([params] if isinstance(params, torch.Tensor) else params)])
+
+    def _encode(self, params: torch.Tensor) -> torch.Tensor:
+        values, statistics = self.normalizer.normalize(params.to(self.normalizer.device))
+        code = self.autoencoder.encode(values.to(self.autoencoder.device, self.autoencoder.dtype))
+        return join_statistics(code.to(statistics), statistics).to(params.device)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents, shape `(batch, *latent_shape)` → params, shape `(batch, num_params)`, float32 (equation 6b).
+
+        All on the autoencoder's device. Gradients flow if they are wanted.
+        """
+        code, statistics = split_statistics(latents, self.normalizer.num_statistics)
+        values = self.autoencoder.decode(code.to(self.autoencoder.dtype))
+        return self.normalizer.denormalize(values.float(), statistics.float())
+
+    def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
+        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+        return self.template.to_adapter(params, metadata)
+
+    def to_params(self, adapter: LoraAdapter) -> torch.Tensor:
+        """An adapter of the codec's layout → params, shape `(num_params,)`."""
+        return self.template.to_params(adapter)
