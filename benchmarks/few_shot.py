@@ -3,7 +3,7 @@
     python benchmarks/few_shot.py --tasks tasks --zoo zoo --out results [--seeds 3] [--shots 8] [--task scicite …]
 
 Measures the zoo's unseen tasks one after the other into `<out>/<task>/*.json`, writes `<out>/summary.json` and prints a table; what is
-measured is not measured again. Accuracy on up to 200 rows of each task's reported split, on which nothing is selected; every column
+measured is not measured again. Accuracy on up to 200 rows of each task's test split, on which nothing is selected; every column
 of a half has the same knowledge. Without examples (description and label names): the base model, the generated adapter, one multi-task
 LoRA, the mean of all adapters of the zoo (mean), kernel regression on them (kernel), the adapter of the nearest trained task
 (retrieval), the adapter trained on the task itself, and one generated for another task's prompt (shuffled). With `--shots` examples a
@@ -151,7 +151,7 @@ class Bench:
         return PrototypeClassifier(self.base, task.labels, adapter, max_length, prompt.examples if prompt else ())
 
     def accuracy(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> float:
-        """On rows of the task's reported split, with a prompt's examples in the prototypes."""
+        """On rows of the task's test split, with a prompt's examples in the prototypes."""
         return hits(task, self.classifier(task, adapter, prompt).logits(texts_of(task)).argmax(1))
 
     def logistic(self, task: Task, prompt: TaskPrompt) -> float:
@@ -162,7 +162,7 @@ class Bench:
 @functools.cache
 def reported(task: Task) -> list[Row]:
     """The rows that everything is measured on."""
-    return task.report_rows(ROWS)
+    return task.test_rows(ROWS)
 
 
 def texts_of(task: Task) -> list[Text]:

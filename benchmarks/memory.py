@@ -22,8 +22,9 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.hub import MINILM
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
-from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse
 from cond_pdiff.training.precision import on_training_device
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.stages.denoiser import DenoiserStage

@@ -29,8 +29,9 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.hub import MINILM
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
-from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse, read_recipe
+from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
 from cond_pdiff.training.processes import processes
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.stages.denoiser import DenoiserStage
@@ -76,7 +77,7 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
         sections[name] = {**recipe[name], NETWORKS[name]: SMALL[name], "fit": short}
     autoencoder = AutoencoderStage(data, parse(AutoencoderConfig, sections["autoencoder"], "autoencoder"))
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
-    config = parse(UNetConfig, {**sections["unet"], "variants_per_task": 2}, "unet")
+    config = parse(UNetConfig, {**sections["unet"], "conditions_per_task": 2}, "unet")
     bank = ConditionBank.build(tasks, config, folder)
     unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
     fit(unet, unet.config.fit, folder / "unet")

@@ -25,9 +25,9 @@ from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.text_to_image import load_text_to_image
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.config import read_recipe
 from cond_pdiff.training.evaluate.measure import mean, mean_interval
 from cond_pdiff.training.evaluate.styles import METRICS, OTHER_NOISE, PictureSet, draw_pictures, shown_picture
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.tasks.styles import Style, load_styles
 
 COLUMNS = ("base", "generated", "base_floor")

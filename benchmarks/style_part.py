@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.training.config import read_recipe
 from cond_pdiff.training.evaluate.styles import shown_picture
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.tasks.styles import load_styles
 
 RECIPE, GENERATOR = "pixart-mini-styles", "cond-pdiff/pixart-mini-styles"

@@ -5,7 +5,7 @@
     python benchmarks/unseen_curves.py tasks    --tasks tasks --zoo zoo --out curves
     python benchmarks/unseen_curves.py draw     --out curves    # curves.png, curves.md
 
-Mean accuracy over the zoo's unseen tasks on up to 200 rows of their reported split, one draw of examples, one sample a prompt.
+Mean accuracy over the zoo's unseen tasks on up to 200 rows of their test split, one draw of examples, one sample a prompt.
 *examples*: the bundled generator, with 1 to 16 examples a class in the prompt and in the prototypes, the same for every column.
 *steps*: eight examples a class, and 0 to 12 steps of `refine` from a generated adapter and from zeros.
 *tasks*: generators trained on random 7, 14, 29 and all of the zoo's tasks (each a part of the next, one run a task, the settings of the
@@ -30,7 +30,7 @@ from cond_pdiff import TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.few_shot import refine
 from cond_pdiff.training.card import markdown_table
-from cond_pdiff.training.config import read_recipe
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.zoo.zoo import Zoo

@@ -117,7 +117,7 @@ class LoraAdapter:
     def delta(self, module: str) -> torch.Tensor:
         """ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
         lora_a, lora_b = self.factors(module)
-        return self.spec.scale * (lora_b.float() @ lora_a.float())
+        return self.spec.scaling * (lora_b.float() @ lora_a.float())
 
     def __repr__(self) -> str:
         """One line, without the numbers."""

@@ -69,7 +69,7 @@ def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module
             linear = model.get_submodule(name)
             weight: torch.Tensor = linear.weight  # type: ignore[assignment]
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name))
-            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * spec.scale))))
+            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * spec.scaling))))
         for name, head in head_linears(model, spec).items():
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
@@ -93,7 +93,7 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
     hooks = {}
     for name, linear in target_linears(model, spec).items():
         lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scale)
+        hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scaling)
     with lock_of(model):
         attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()], lock_of(model))
         try:

@@ -71,8 +71,8 @@ class LoraSpec:
         object.__setattr__(self, "modules_to_save", tuple(sorted(self.modules_to_save)))
 
     @property
-    def scale(self) -> float:
-        """Alpha / rank, the factor in front of B · A."""
+    def scaling(self) -> float:
+        """Alpha / rank, the factor in front of B · A: peft's word."""
         return self.alpha / self.rank
 
     def targets(self, module_name: str) -> bool:

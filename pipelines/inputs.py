@@ -35,7 +35,7 @@ def check_guided(scale: Any, unconditional: bool) -> None:
     check_guidance(scale)
     if is_guided(scale) and not unconditional:
         raise CondPDiffError(
-            f"guidance_scale is {scale:g}, but this generator was never trained without a condition (condition_dropout 0), so there is "
+            f"guidance_scale is {scale:g}, but this generator was never trained without a condition (cond_drop_prob 0), so there is "
             "nothing to guide away from; leave it out, or say 1"
         )
 

@@ -31,7 +31,8 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, base_fingerprint, target_linears
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image
-from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import write_style
 from cond_pdiff.training.tasks.tasks import Row, write_task
@@ -146,7 +147,7 @@ TINY_RECIPE = {
     "unet": {
         "denoiser": {"type": "ParamUNet1D", "block_out_channels": [8, 8, 4], "embedding_dim": 32},
         "fit": {**TINY_FIT, "steps": 60, "learning_rate": 3e-3},
-        "variants_per_task": 6,
+        "conditions_per_task": 6,
     },
 }
 
@@ -256,7 +257,7 @@ def style_recipe(tiny_base: Backbone) -> dict[str, Any]:
         },
         "autoencoder": {"model": {"encoder_channels": [4], "decoder_channels": [4], "latent_dim": 8}, "fit": fit},
         "unet": {"denoiser": {"type": "ParamUNet1D", "block_out_channels": [8, 4], "embedding_dim": 16}, "fit": fit,
-                 "variants_per_task": 4, "condition_encoder": encoder},
+                 "conditions_per_task": 4, "condition_encoder": encoder},
     }  # fmt: skip
 
 

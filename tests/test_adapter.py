@@ -409,6 +409,6 @@ def test_the_order_of_target_modules_does_not_make_another_adapter(tiny_adapter:
 def test_spec_json_round_trip(tiny_adapter: LoraAdapter) -> None:
     spec = tiny_adapter.spec
     assert LoraSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    assert spec.scale == 2.0
+    assert spec.scaling == 2.0
     assert spec.targets("encoder.layer.0.attention.self.query")
     assert not spec.targets("encoder.layer.0.attention.self.my_query")

@@ -22,9 +22,9 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.peft_files import WEIGHTS_FILE
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
 from cond_pdiff.training.tasks.metrics import measure
 from cond_pdiff.training.tasks.tasks import Row, Task, write_task
-from cond_pdiff.training.tuning.text_tuning import TextTuning
 from cond_pdiff.training.zoo.collect import _clip_gradients, collect
 from cond_pdiff.training.zoo.zoo import Zoo, ZooRun, soup
 
@@ -111,7 +111,7 @@ def test_trained_adapters_know_their_task(zoo: Zoo, tasks_folder: Path, sentence
 def test_the_reported_accuracy_is_that_of_the_saved_adapter(zoo: Zoo, tasks_folder: Path) -> None:
     for run in zoo.runs("animals"):
         task = Task.load(tasks_folder / "animals")
-        rows = task.report_rows(10)
+        rows = task.test_rows(10)
         assert round(accuracy(PrototypeClassifier.load(run.folder), task, rows), 4) == run.facts["accuracy"]
 
 
@@ -363,9 +363,9 @@ def test_a_regression_task_is_learnt_as_a_cosine(config: CollectConfig, tmp_path
     task = write_task(tmp_path / "tasks" / "closeness", "Are they the same?", (), {"train": rows, "test": rows[:40]}, label_range=(0, 5))
     small = replace(config, tasks=("closeness",), unseen=(), runs=1, multitask_steps=0, metric_rows=40)
     (run,) = all_runs(collect(small, tmp_path / "tasks", tmp_path / "zoo"))
-    tuning = TextTuning(small)
+    fine_tuning = TextFineTuning(small)
     texts, labels = [text for text, _ in rows], torch.tensor([label for _, label in rows])
-    before, after = (tuning.outputs(adapter, task, texts) for adapter in (None, run.adapter()))
+    before, after = (fine_tuning.outputs(adapter, task, texts) for adapter in (None, run.adapter()))
     assert nn.functional.mse_loss(after, labels) < 0.5 * nn.functional.mse_loss(before, labels)
     assert run.facts["spearman"] == round(measure("spearman", after[:40], labels[:40]), 4) > 0.4
     assert "accuracy" not in run.facts

@@ -135,7 +135,7 @@ def test_the_numbers_are_those_that_can_be_measured_by_hand(
     baselines = ZooBaselines(pipe, zoo, adapters)
     for result in evaluation["tasks"]:
         task = Task.load(tasks_folder / result["task"])
-        rows = task.report_rows(CONFIG.max_rows)
+        rows = task.test_rows(CONFIG.max_rows)
         classifier = PrototypeClassifier(sentence_backbone, task.labels, max_length=16)
 
         def accuracy(adapter: LoraAdapter | None, rows: Any = rows, classifier: PrototypeClassifier = classifier) -> float:

@@ -119,7 +119,7 @@ class Plane(ZooTask):
 
 
 @dataclass
-class PlaneTuning:
+class PlaneFineTuning:
     """Mean squared error."""
 
     config: CollectConfig
@@ -166,8 +166,8 @@ class RegressionFamily(Family):
         points = json.loads((Path(folder) / "points.json").read_text())
         return [Plane(name, torch.tensor(points[name])) for name in names or sorted(points)]
 
-    def tuning(self, config: CollectConfig, tasks: Sequence[Plane]) -> PlaneTuning:
-        return PlaneTuning(config, self.load_adapted(Backbone.from_json(config.base)))
+    def fine_tuning(self, config: CollectConfig, tasks: Sequence[Plane]) -> PlaneFineTuning:
+        return PlaneFineTuning(config, self.load_adapted(Backbone.from_json(config.base)))
 
 
 NUMBERS = {"along": [1.0, 0.0, 0.2], "across": [0.0, 1.0, -0.3], "upwards": [-0.8, 0.1, 1.0]}
@@ -205,7 +205,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Zoo, Path, Path]:
             "fit": {"steps": 300, "batch_size": 4, "warmup_steps": 5},
         },
         "unet": {
-            "model": {"block_out_channels": [8, 8]}, "variants_per_task": 4,
+            "model": {"block_out_channels": [8, 8]}, "conditions_per_task": 4,
             "condition_encoder": {"type": "PointConditionEncoder"}, "fit": {"steps": 300, "batch_size": 8, "warmup_steps": 5},
         },
     }  # fmt: skip

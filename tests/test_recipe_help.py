@@ -13,7 +13,8 @@ from pydantic import Field, TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.config import SECTIONS, FitConfig, TuneConfig, parse, read_recipe, recipe_names
+from cond_pdiff.training.config import FitConfig, TuneConfig, parse
+from cond_pdiff.training.recipe import SECTIONS, read_recipe, recipe_names
 from cond_pdiff.training.recipe_help import SETTINGS, RecipeHelp, Section, expected, known_recipes
 
 

@@ -20,20 +20,11 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.training.config import (
-    RECIPES_FOLDER,
-    AutoencoderConfig,
-    CollectConfig,
-    FitConfig,
-    TuneConfig,
-    UNetConfig,
-    as_recorded,
-    parse,
-    read_recipe,
-)
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, FitConfig, TuneConfig, UNetConfig, as_recorded, parse
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.recipe import RECIPES_FOLDER, read_recipe
+from cond_pdiff.training.reproduce.ablations import Ablation
 from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
-from cond_pdiff.training.reproduce.variants import Variant
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.stages.denoiser import DenoiserStage
@@ -88,7 +79,7 @@ def test_unknown_and_mistyped_entries_are_refused(config_class: type[Any], secti
         (AutoencoderConfig, {"latent_noise": math.nan}, "latent_noise must be a finite number, got nan"),
         (AutoencoderConfig, {"model": {"decoder_channels": [4, math.inf]}}, "here: model: its numbers must be finite"),
         (UNetConfig, {"beta_schedule": "sigmoid"}, "beta_schedule must be 'linear', .* got 'sigmoid'"),
-        (UNetConfig, {"condition_dropout": 1.1}, "condition_dropout must be less than or equal to 1"),
+        (UNetConfig, {"cond_drop_prob": 1.1}, "cond_drop_prob must be less than or equal to 1"),
         (TuneConfig, {"num_inference_steps": 0}, "num_inference_steps must be greater than or equal to 1"),
         (CollectConfig, {"learning_rates": [0.1, -0.1]}, "here, learning_rates: entry 1 must be greater than 0, got -0.1"),
         (CollectConfig, {"base": {}}, "here: base: not a backbone reference"),
@@ -97,8 +88,8 @@ def test_unknown_and_mistyped_entries_are_refused(config_class: type[Any], secti
         (ImageAutoencoderConfig, {"plain_share": -0.1}, "plain_share must be greater than or equal to 0"),
         (SceneClassifierConfig, {"channels": []}, "channels must have at least 1 item"),
         (ReproduceConfig, {"alphas": {"4": 0}}, "here, alphas: 4 must be greater than 0, got 0"),
-        (AblationConfig, {"variants": [{"unet": {"mixing": math.nan}}]}, "here, variants: entry 0: its numbers must be finite"),
-        (Variant, {"name": "x"}, "here: group is missing"),
+        (AblationConfig, {"ablations": [{"unet": {"mixing": math.nan}}]}, "here, ablations: entry 0: its numbers must be finite"),
+        (Ablation, {"name": "x"}, "here: group is missing"),
         (EvaluateConfig, {"samples": 1001}, "samples must be less than or equal to 1000, got 1001"),
     ],
 )
@@ -110,7 +101,7 @@ def test_values_out_of_range_are_refused(config_class: type[Any], section: Any, 
 @pytest.mark.parametrize(
     "config_class",
     [
-        *(CollectConfig, FitConfig, AutoencoderConfig, UNetConfig, TuneConfig, ReproduceConfig, AblationConfig, Variant, EvaluateConfig),
+        *(CollectConfig, FitConfig, AutoencoderConfig, UNetConfig, TuneConfig, ReproduceConfig, AblationConfig, Ablation, EvaluateConfig),
         *(ImageAutoencoderConfig, TransformerConfig, SceneClassifierConfig, SampleConfig),
     ],
 )
@@ -305,7 +296,7 @@ def test_recipes_build_their_networks_and_train(
         encoder = {**encoder, "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
     else:
         condition, tasks = Image.new("RGB", (64, 64)), load_styles(styles_folder, ["embers", "lagoon"])
-    section = {**recipe["unet"], "condition_encoder": encoder, "variants_per_task": 2}
+    section = {**recipe["unet"], "condition_encoder": encoder, "conditions_per_task": 2}
     config = parse(UNetConfig, section, "unet")
     bank = ConditionBank.build(tasks, config, tmp_path)
     unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)

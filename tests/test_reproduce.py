@@ -22,12 +22,12 @@ from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.reproduce import table2
+from cond_pdiff.training.reproduce.ablations import Ablation, AblationRunner
 from cond_pdiff.training.reproduce.cells import open_folder
 from cond_pdiff.training.reproduce.config import Settings, merge, read_quick
-from cond_pdiff.training.reproduce.lab import Lab
+from cond_pdiff.training.reproduce.experiment import Experiment
 from cond_pdiff.training.reproduce.principal_code import PrincipalCode
 from cond_pdiff.training.reproduce.reproduce import REPRODUCTIONS, SECTIONS, STYLES, recorded, reproduce
-from cond_pdiff.training.reproduce.variants import Variant, Workshop
 from cond_pdiff.training.tasks.metrics import measure
 from cond_pdiff.training.tasks.tasks import write_task
 
@@ -55,20 +55,20 @@ def recipe(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) ->
         recipe[stage]["fit"]["steps"] = 4
     recipe["reproduce"] = {
         "ranks": [2, 1], "alphas": {"1": 8, "2": 8},
-        "ways": {
+        "zoos": {
             "runs": {},
             "checkpoints": {"runs": 1, "train_lora_a": True, "last_checkpoints": 4, "checkpoint_every": 1, "multitask_steps": 0},
         },
-        "table_ways": ["runs", "checkpoints"], "max_rows": ROWS, "samples": 3, "reported_samples": 2, "selection_rows": 6,
+        "table_zoos": ["runs", "checkpoints"], "max_rows": ROWS, "samples": 3, "reported_samples": 2, "selection_rows": 6,
         "num_inference_steps": 2, "figure_rank": 2, "noise_sizes": [0, 1],
         "distribution_tasks": ["moods"], "performance_tasks": ["animals"],
     }  # fmt: skip
     recipe["ablation"] = {
         "tasks": ["moods", "closeness"], "seeds": 2, "samples": 2, "max_rows": 6, "unet": {"fit": {"steps": 3}},
-        "variants": [
+        "ablations": [
             {"group": "all", "name": "as it is"},
             {"group": "generator", "name": "diffusion"},
-            {"group": "checkpoints", "name": "1", "way": "checkpoints", "adapters": 1},
+            {"group": "checkpoints", "name": "1", "zoo": "checkpoints", "adapters": 1},
             {"group": "condition", "name": "one-hot", "condition": ["one-hot"]},
             {"group": "condition", "name": "examples", "condition": ["examples"], "num_inference_steps": 1},
             {"group": "code", "name": "pca", "pca": True},
@@ -93,16 +93,16 @@ def out(recipe: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_table1_has_every_rank_way_task_and_column(out: Path) -> None:
     result = json.loads((out / "table1.json").read_text())
-    assert [(row["rank"], row["way"]) for row in result["means"]] == [(r, way) for r in (1, 2) for way in ("runs", "checkpoints")]
+    assert [(row["rank"], row["zoo"]) for row in result["means"]] == [(r, way) for r in (1, 2) for way in ("runs", "checkpoints")]
     assert len(result["rows"]) == 4 * 3
     for row in result["rows"]:
         assert row["rows"] == ROWS
         assert row["metric"] == ("spearman" if row["task"] == "closeness" else "accuracy")
         for column in ("base", "full", "retrieval", "original", "soup", "generated", "generated_best", "noise", "soup_noise"):
             assert -1 <= row[column] <= 1
-        assert (row["multitask"] is None) == (row["way"] == "checkpoints")
+        assert (row["multitask"] is None) == (row["zoo"] == "checkpoints")
     for means in result["means"]:
-        own = [row for row in result["rows"] if (row["rank"], row["way"]) == (means["rank"], means["way"])]
+        own = [row for row in result["rows"] if (row["rank"], row["zoo"]) == (means["rank"], means["zoo"])]
         assert math.isclose(means["soup"], sum(row["soup"] for row in own) / 3, abs_tol=1e-4)
         assert means["routing_samples"] == 15
         assert means["novelty_distance"] > 0
@@ -124,22 +124,22 @@ def test_a_table1_that_is_cut_short_tells_what_is_complete(
         reproduce("table1", tasks, tmp_path / "out", recipe)
     whole, part = (json.loads((folder / "table1.json").read_text()) for folder in (out, tmp_path / "out"))
     assert part["missing"] == ["rank 1, runs", "rank 1, checkpoints", "rank 2, checkpoints"]
-    assert part["means"] == [row for row in whole["means"] if (row["rank"], row["way"]) == (2, "runs")]
+    assert part["means"] == [row for row in whole["means"] if (row["rank"], row["zoo"]) == (2, "runs")]
     assert "Not measured yet: rank 1, runs; " in (tmp_path / "out" / "table1.md").read_text()
     assert whole["missing"] == []
 
 
 def test_table3_makes_adapters_of_the_task_that_is_asked_for(recipe: Path, tasks: Path, out: Path) -> None:
-    workshop = Workshop(Lab(Settings.read(recipe, False), tasks, out))
-    data = workshop.zoo(Variant("generator", "retrieval", sampler="retrieval"))
-    assert [workshop.bank.names[index] for index in data.tasks] == [name.partition("/")[0] for name in data.names]
-    assert [task.name for task in workshop.tasks] == workshop.bank.names != list(workshop.lab.tasks)
+    runner = AblationRunner(Experiment(Settings.read(recipe, False), tasks, out))
+    data = runner.zoo(Ablation("generator", "retrieval", sampler="retrieval"))
+    assert [runner.bank.names[index] for index in data.tasks] == [name.partition("/")[0] for name in data.names]
+    assert [task.name for task in runner.tasks] == runner.bank.names != list(runner.experiment.tasks)
 
 
 def test_a_scheduler_is_its_variants_alone(recipe: Path, tasks: Path, out: Path) -> None:
-    workshop = Workshop(Lab(Settings.read(recipe, False), tasks, out))
-    plain, other = Variant("scheduler", "its own"), Variant("scheduler", "DDPM", scheduler="DDPMScheduler")
-    first, noisy, again = (workshop.params(variant, workshop.lab.tasks["moods"], 0) for variant in (plain, other, plain))
+    runner = AblationRunner(Experiment(Settings.read(recipe, False), tasks, out))
+    plain, other = Ablation("scheduler", "its own"), Ablation("scheduler", "DDPM", scheduler="DDPMScheduler")
+    first, noisy, again = (runner.params(variant, runner.experiment.tasks["moods"], 0) for variant in (plain, other, plain))
     assert torch.equal(first, again)
     assert not torch.equal(first, noisy)
 
@@ -155,7 +155,7 @@ def test_table3_has_every_variant_with_its_deviation(recipe: Path, tasks: Path, 
     assert {name: rows["as it is"][name] for name in ("moods", "mean")} == {name: rows["diffusion"][name] for name in ("moods", "mean")}
     assert rows["retrieval"]["routing"] == 1.0
     assert len(list((out / "cells" / "table3").iterdir())) == 2 * 10  # two variants share their cells
-    assert len(list((out / "variants").iterdir())) == 2 * 5  # and so do trained generators
+    assert len(list((out / "ablations").iterdir())) == 2 * 5  # and so do trained generators
     assert (out / "table3.md").read_text().count("±") == 11 * 3 + 1
     with Image.open(out / "table3.png") as picture:
         assert picture.getpixel((0, 0)) == (255, 255, 255, 255)
@@ -188,13 +188,13 @@ def test_figures_are_drawn_from_their_numbers(recipe: Path, tasks: Path, out: Pa
         ({"blocks": 0.0}, "blocks must be greater than 0"),
         ({"scheduler": "Magic"}, "scheduler must be a class of diffusers.schedulers"),
         ({"autoencoder": {"model": {"latent_dims": 4}}}, "latent_dims"),
-        ({"wey": "runs"}, "ablation, variants, 1: unknown entry 'wey'"),
-        ({"way": "walk"}, "no way 'walk' of collecting"),
+        ({"wey": "runs"}, "ablation, ablations, 1: unknown entry 'wey'"),
+        ({"zoo": "walk"}, "no zoo 'walk'"),
     ],
 )
 def test_variants_that_mean_nothing_are_refused(recipe: Path, tasks: Path, tmp_path: Path, entries: dict[str, Any], message: str) -> None:
     changed = json.loads(recipe.read_text())
-    changed["ablation"]["variants"] = [{"group": "a", "name": "b", **entries}]
+    changed["ablation"]["ablations"] = [{"group": "a", "name": "b", **entries}]
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     with pytest.raises(TrainingError, match=message):
         reproduce("table3", tasks, tmp_path / "out", tmp_path / "changed.json", quick=True)
@@ -235,8 +235,8 @@ def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
     assert before.items() <= {path: path.stat().st_mtime_ns for path in killed.rglob("cells/**/*.json")}.items()
     assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
     (killed / "table1.json").unlink()
-    monkeypatch.setattr("cond_pdiff.training.reproduce.lab.Lab.predict", None)  # whatever measures would fail
-    monkeypatch.setattr("cond_pdiff.training.reproduce.lab.Lab.bench", None)
+    monkeypatch.setattr("cond_pdiff.training.reproduce.experiment.Experiment.predict", None)  # whatever measures would fail
+    monkeypatch.setattr("cond_pdiff.training.reproduce.experiment.Experiment.with_generator", None)
     reproduce("table1", tasks, killed, recipe, quick=True)
     assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
 
@@ -249,8 +249,8 @@ def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
         ({"reproduce": {"rank": 1}}, "reproduce: unknown entry 'rank'"),
         ({"reproduce": {"reported_samples": 9}}, "reported_samples must be from 1 to samples (3), got 9"),
         ({"reproduce": {"ranks": [2, 3]}}, "alphas must name every rank; 3 is missing of ['1', '2']"),
-        ({"reproduce": {"table_ways": ["walks"]}}, "no way 'walks' of collecting; there are"),
-        ({"reproduce": {"ways": {"runs": {"stepz": 5}}}}, "reproduce, ways, runs: unknown entry 'stepz'"),
+        ({"reproduce": {"table_zoos": ["walks"]}}, "no zoo 'walks'; there are"),
+        ({"reproduce": {"zoos": {"runs": {"stepz": 5}}}}, "reproduce, zoos, runs: unknown entry 'stepz'"),
         ({"reproduce": {"figure_rank": 8}}, "alphas must name every rank; 8 is"),
         ({"reproduce": {"performance_tasks": ["gone"]}}, "'gone' is to be measured, but it is not among the tasks"),
         ({"collect": {"tasks": ["moods", "animals", "closeness", "gone"]}}, "gone is not a task folder"),
@@ -298,7 +298,7 @@ def test_metrics(metric: str, predicted: list[float], labels: list[float], expec
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_shipped_recipe_can_be_used(quick: bool) -> None:
     settings = Settings.read("reproduce-minilm", quick)
-    assert settings.reproduce.table_ways == ("runs", "checkpoints")
+    assert settings.reproduce.table_zoos == ("runs", "checkpoints")
     assert list(settings.reproduce.ranks) == ([4] if quick else [4, 1, 2, 16])
     assert settings.reproduce.max_rows == (100 if quick else 0)
 
@@ -324,7 +324,7 @@ def test_table2_collects_trains_and_measures_styles_once(
 def test_mpnet_has_the_size_of_the_papers_bert() -> None:
     settings = Settings.read("reproduce-minilm+mpnet", False)
     (rank,) = settings.reproduce.ranks
-    for way in settings.reproduce.table_ways:
+    for way in settings.reproduce.table_zoos:
         config = settings.collect(way, rank)
         spec = LoraSpec("base", rank, config.alpha, config.target_modules)
         with torch.device("meta"):

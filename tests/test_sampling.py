@@ -127,7 +127,7 @@ def conditional(
     from conftest import tiny_recipe
 
     recipe = tiny_recipe(tiny_backbone)
-    recipe["unet"]["condition_dropout"] = 0.0
+    recipe["unet"]["cond_drop_prob"] = 0.0
     folder = train(recipe, tiny_zoo, tasks_folder, tmp_path_factory.mktemp("conditional"))
     return CondPDiffPipeline.from_pretrained(folder)
 
@@ -165,7 +165,7 @@ def test_the_size_of_an_update_is_not_guided(pipe: CondPDiffPipeline) -> None:
 
 
 def test_the_papers_recipes_train_no_unconditional_branch() -> None:
-    from cond_pdiff.training.config import read_recipe
+    from cond_pdiff.training.recipe import read_recipe
 
     for name in ("paper-language-half", "paper-style-half"):
-        assert parse(UNetConfig, read_recipe(name)["unet"], "unet").condition_dropout == 0
+        assert parse(UNetConfig, read_recipe(name)["unet"], "unet").cond_drop_prob == 0

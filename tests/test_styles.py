@@ -22,9 +22,9 @@ from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubE
 from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.config import CollectConfig, UNetConfig, parse
+from cond_pdiff.training.finetuning.style_fine_tuning import StyleFineTuning
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import Style, load_styles
-from cond_pdiff.training.tuning.style_tuning import StyleTuning
 from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
@@ -211,7 +211,7 @@ def test_an_encoder_of_the_other_kind_is_refused(style_recipe: dict[str, Any], s
         train(other, style_zoo.folder, styles_folder, tmp_path / "run")
     with pytest.raises(TrainingError, match="unknown entry 'kind'"):
         parse(CollectConfig, {**style_recipe["collect"], "kind": "music"}, "collect")
-    assert parse(UNetConfig, style_recipe["unet"], "unet").variants_per_task == 4
+    assert parse(UNetConfig, style_recipe["unet"], "unet").conditions_per_task == 4
 
 
 # --- adapters on pipelines ---------------------------------------------------------------------------------------------------
@@ -275,10 +275,10 @@ def test_a_base_that_predicts_noise_and_variance_can_be_tuned(
     pipe.scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, prediction_type="epsilon")
     pipe.save_pretrained(tmp_path / "xl")
     section = {**style_recipe["collect"], "base": Backbone(str(tmp_path / "xl")).to_json()}
-    tuning = StyleTuning(parse(CollectConfig, section, "collect"))
+    fine_tuning = StyleFineTuning(parse(CollectConfig, section, "collect"))
     style = Style.load(styles_folder / "embers")
     torch.manual_seed(0)
-    loss = tuning.losses([next(tuning.batches(style, random.Random(0)))], [style])
+    loss = fine_tuning.losses([next(fine_tuning.batches(style, random.Random(0)))], [style])
     assert 0.3 < loss.item() < 3
 
 

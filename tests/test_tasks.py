@@ -104,12 +104,12 @@ def test_plain_jsonl_is_read_too(task: Task) -> None:
 
 
 def test_numbers_are_reported_on_test_where_there_is_one(task: Task, tmp_path: Path) -> None:
-    assert task.report_split == "test"
-    assert task.report_rows(None) == ROWS[:2]
+    assert task.test_split == "test"
+    assert task.test_rows(None) == ROWS[:2]
     other = write_task(tmp_path / "other", "Is it kind?", LABELS, {"train": ROWS, "validation": ROWS * 5})
-    assert other.report_split == "validation"
-    assert len(other.report_rows(7)) == 7
-    assert other.report_rows(7) == other.report_rows(7)
+    assert other.test_split == "validation"
+    assert len(other.test_rows(7)) == 7
+    assert other.test_rows(7) == other.test_rows(7)
 
 
 def test_tasks_are_loaded_by_name_or_all_of_them(tasks_folder: Path) -> None:

@@ -22,8 +22,9 @@ from cond_pdiff import CondPDiffError
 from cond_pdiff.cli import main
 from cond_pdiff.hub import bundled, find_backbone
 from cond_pdiff.text_to_image import PIXART_MINI, TRANSFORMER_WEIGHTS, load_text_to_image, make_pictures, stack_pictures
-from cond_pdiff.training.config import parse, read_recipe
+from cond_pdiff.training.config import parse
 from cond_pdiff.training.objectives import draw_noise_levels, flow_pair
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 from cond_pdiff.training.text_to_image.drawing import render
 from cond_pdiff.training.text_to_image.evaluate import psnr, reconstruct, sample, shares

@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_refused(
         ("autoencoder", {"normalizer": "batch"}, "config"),
         ("autoencoder", {"model": {"latent_dim": 9}}, "config"),
         ("unet", {"fit": {"learning_rate": 1e-3}}, "config, fit"),
-        ("unet", {"condition_dropout": 0.2}, "config"),
+        ("unet", {"cond_drop_prob": 0.2}, "config"),
         ("unet", {"prediction_type": "epsilon"}, "config"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
@@ -22,13 +21,6 @@ from cond_pdiff.hub import MINILM, Backbone
 from cond_pdiff.lora import MAX_RANK
 from cond_pdiff.models.denoisers import DEFAULT_DENOISER
 from cond_pdiff.normalization import Mode
-
-RECIPES_FOLDER = Path(__file__).parent / "recipes"
-SECTIONS = (
-    *("name", "about", "variants", "collect", "autoencoder", "unet", "tune"),
-    *("image_autoencoder", "transformer", "scene_classifier", "samples"),
-    *("reproduce", "ablation", "quick"),
-)
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """Of every section: nothing is converted, and nothing is ignored."""
@@ -73,6 +65,10 @@ PAIRS = {
     "style": ("style-image", "text-to-image"),
 }
 """The `kind` of recipes and zoos of 0.1.0 → kind of condition and family of base models."""
+
+
+FORMER_WORDS = {"cond_drop_prob": "condition_dropout", "conditions_per_task": "variants_per_task"}
+"""Entries of the section `unet` → what recipes of 0.1.0 call them."""
 
 
 def modern_collect(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +140,7 @@ class CollectConfig:
     multitask_steps: Amount = Field(default=1500, description="steps of the multi-task baseline, which trains both factors; 0: none")
     multitask_learning_rate: NotNegative = Field(default=0.0, description="of the baseline; 0: see `multitask_rate`")
     from_multitask: bool = Field(default=False, description="true: all runs start from the baseline's factors")
-    metric_rows: Count = Field(default=200, description="rows of the reported split (or test pictures) for the manifest's metrics")
+    metric_rows: Count = Field(default=200, description="rows of the test split (or test pictures) for the manifest's metrics")
     seed: Seed = Field(default=0, description="of everything that is drawn")
 
     def __post_init__(self) -> None:
@@ -229,12 +225,16 @@ class UNetConfig:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field(
         default="linear", description="the way from one to the other (diffusers' names)"
     )
-    condition_dropout: Share = Field(
-        default=0.1, description="share of samples trained without a condition, for classifier-free guidance"
+    cond_drop_prob: Share = Field(
+        default=0.1,
+        validation_alias=AliasChoices("cond_drop_prob", "condition_dropout"),
+        description="share of samples trained without a condition, for classifier-free guidance",
     )
     condition_noise: NotNegative = Field(default=0.02, description="standard deviation added to condition embeddings")
-    variants_per_task: Count = Field(
-        default=48, description="of each task's condition: prompts with other examples, crops of style pictures"
+    conditions_per_task: Count = Field(
+        default=48,
+        validation_alias=AliasChoices("conditions_per_task", "variants_per_task"),
+        description="ways to ask for each task: prompts with other examples, crops of style pictures",
     )
     latent_jitter: NotNegative = Field(default=0.0, description="standard deviation added to training latents (unit variance)")
     noise_draws: Count = Field(
@@ -279,66 +279,6 @@ Config = TypeVar("Config")
 Network = TypeVar("Network")
 
 
-def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by name (one of the shipped ones) or by path, as a dict of sections.
-
-    Its section `variants` names entries that replace some of its own: `paper-language-half+roberta+rank4` is the recipe with two of
-    its variants, one after the other.
-    """
-    path, variants = Path(name), []
-    if "+" in path.name and not path.is_file():
-        stem, *variants = path.name.split("+")
-        path = path.with_name(stem or "+")
-    if not path.suffix:
-        path = RECIPES_FOLDER / f"{path}.json"
-    try:
-        recipe = _read_file(path)
-    except FileNotFoundError as error:
-        raise TrainingError(f"no recipe {str(name)!r}; there are {recipe_names()}, or give the path of a JSON file") from error
-    known = recipe.pop("variants", {})
-    for variant in variants:
-        if variant not in known:
-            raise TrainingError(f"{path} has no variant {variant!r}; there are {sorted(known)}")
-        _check_sections(known[variant], f"{path}, variant {variant!r}")
-        for section, entries in known[variant].items():
-            if not isinstance(entries, dict) or not isinstance(recipe.get(section, {}), dict):
-                raise TrainingError(f"{path}, variant {variant!r}: {section} must be a JSON object, to replace entries of another")
-            recipe[section] = {**recipe.get(section, {}), **entries}
-    return recipe
-
-
-def recipe_names() -> list[str]:
-    """The names of the shipped recipes."""
-    return sorted(entry.stem for entry in RECIPES_FOLDER.glob("*.json"))
-
-
-def recipe_variants(name: str) -> dict[str, Any]:
-    """The variants of a shipped recipe: name → the entries that it replaces, by section."""
-    variants: dict[str, Any] = _read_file(RECIPES_FOLDER / f"{name}.json").get("variants", {})
-    return variants
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    """A recipe's sections as they stand in its file, variants included."""
-    try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TrainingError(f"{path} is not valid JSON: {error}") from error
-    _check_sections(recipe, f"{path}")
-    if not isinstance(recipe.get("variants", {}), dict):
-        raise TrainingError(f"{path}: variants must be a JSON object")
-    sections: dict[str, Any] = recipe
-    return sections
-
-
-def _check_sections(recipe: object, where: str) -> None:
-    if not isinstance(recipe, dict):
-        raise TrainingError(f"{where} must hold a JSON object of sections")
-    unknown = sorted(set(recipe) - set(SECTIONS))
-    if unknown:
-        raise TrainingError(f"{where}: unknown section {unknown[0]!r}; known are {list(SECTIONS)}")
-
-
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
     """A checked section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
     section = modern_collect(section) if config_class is CollectConfig else section
@@ -367,7 +307,7 @@ def _explained(config_class: Any, error: ValidationError, where: str) -> str:
 
 def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:
     """A section `unet` in the words of 0.1.0, in which runs record it: they can be continued, whichever words the recipe uses now."""
-    section = dict(unet)
+    section = {FORMER_WORDS.get(name, name): value for name, value in unet.items()}
     if "denoiser" in section:
         settings = _typed(section.pop("denoiser"))
         if settings["type"] == DEFAULT_DENOISER:

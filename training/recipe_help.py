@@ -13,16 +13,8 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.config import (
-    AutoencoderConfig,
-    CollectConfig,
-    TuneConfig,
-    UNetConfig,
-    parse,
-    read_recipe,
-    recipe_names,
-    recipe_variants,
-)
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, TuneConfig, UNetConfig, parse
+from cond_pdiff.training.recipe import read_recipe, recipe_names, recipe_variants
 from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig, SampleConfig, SceneClassifierConfig, TransformerConfig
 

@@ -36,7 +36,8 @@ def collect(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune adapters for tasks into a zoo (resumable)."""
-    from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+    from cond_pdiff.training.config import CollectConfig, parse
+    from cond_pdiff.training.recipe import read_recipe
     from cond_pdiff.training.zoo.collect import collect
 
     hide_peft_warning()
@@ -59,8 +60,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train a generator on a zoo (resumable)."""
-    from cond_pdiff.training.config import read_recipe
     from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.recipe import read_recipe
     from cond_pdiff.training.stages.train import train
 
     generator = train(read_recipe(recipe), zoo, tasks, out, tensorboard)
@@ -81,8 +82,8 @@ def tune(
 
     It is a generator of text adapters; the loss of its tasks is what they are for.
     """
-    from cond_pdiff.training.config import read_recipe
     from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.recipe import read_recipe
     from cond_pdiff.training.stages.tune import tune
 
     hide_loading_bars()
@@ -93,8 +94,8 @@ def tune(
 @commands.command("train-base")
 def train_base(*, recipe: Recipe = "pixart-mini", out: RunFolder, tensorboard: Tensorboard = False, as_json: AsJson = False) -> None:
     """Train a small text-to-image base model (resumable)."""
-    from cond_pdiff.training.config import read_recipe
     from cond_pdiff.training.processes import processes
+    from cond_pdiff.training.recipe import read_recipe
     from cond_pdiff.training.text_to_image.train import train_base
 
     base = train_base(read_recipe(recipe), out, tensorboard)

@@ -107,8 +107,8 @@ class Family(ABC):
         """The named tasks of a collection, or all: `cond_pdiff.training.tasks.task.ZooTask`."""
 
     @abstractmethod
-    def tuning(self, config: Any, tasks: Sequence[Any]) -> Any:
-        """How adapters are fine-tuned on tasks: a `cond_pdiff.training.tuning.tuning.Tuning` for a `CollectConfig`."""
+    def fine_tuning(self, config: Any, tasks: Sequence[Any]) -> Any:
+        """How adapters are fine-tuned on tasks: a `cond_pdiff.training.finetuning.fine_tuning.FineTuning` for a `CollectConfig`."""
 
     def evaluation(self) -> tuple[Any, Any] | None:
         """How a generator is measured, and how that is told: a class of `ZooEvaluator` and an `EvaluationTable`; None: not yet."""

@@ -20,8 +20,8 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
     from cond_pdiff.training.tasks.tasks import Task
-    from cond_pdiff.training.tuning.text_tuning import TextTuning
 
 
 @register_family
@@ -67,11 +67,11 @@ class SentenceEncoder(Family):
 
         return load_tasks(folder, names)
 
-    def tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> TextTuning:
+    def fine_tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> TextFineTuning:
         """Class prototypes are the label names' embeddings."""
-        from cond_pdiff.training.tuning.text_tuning import TextTuning
+        from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
 
-        return TextTuning(config)
+        return TextFineTuning(config)
 
     def evaluation(self) -> tuple[Any, Any]:
         """Accuracy, or a task's own metric."""

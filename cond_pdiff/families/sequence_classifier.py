@@ -20,8 +20,8 @@ from cond_pdiff.models.head_backbone import HeadBackbone
 
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.finetuning.head_fine_tuning import HeadFineTuning
     from cond_pdiff.training.tasks.tasks import Task
-    from cond_pdiff.training.tuning.head_tuning import HeadTuning
 
 
 @register_family
@@ -68,8 +68,8 @@ class SequenceClassifier(Family):
 
         return load_tasks(folder, names)
 
-    def tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> HeadTuning:
+    def fine_tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> HeadFineTuning:
         """The head's cross-entropy; all tasks have as many labels."""
-        from cond_pdiff.training.tuning.head_tuning import HeadTuning
+        from cond_pdiff.training.finetuning.head_fine_tuning import HeadFineTuning
 
-        return HeadTuning(config, tasks)
+        return HeadFineTuning(config, tasks)

@@ -15,8 +15,8 @@ from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_text_to_image, lo
 
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.finetuning.style_fine_tuning import StyleFineTuning
     from cond_pdiff.training.tasks.styles import Style
-    from cond_pdiff.training.tuning.style_tuning import StyleTuning
 
 
 @register_family
@@ -49,11 +49,11 @@ class TextToImage(Family):
 
         return load_styles(folder, names)
 
-    def tuning(self, config: CollectConfig, tasks: Sequence[Style]) -> StyleTuning:
+    def fine_tuning(self, config: CollectConfig, tasks: Sequence[Style]) -> StyleFineTuning:
         """The base model's own objective, on pictures in a style."""
-        from cond_pdiff.training.tuning.style_tuning import StyleTuning
+        from cond_pdiff.training.finetuning.style_fine_tuning import StyleFineTuning
 
-        return StyleTuning(config)
+        return StyleFineTuning(config)
 
     def evaluation(self) -> tuple[Any, Any]:
         """Distances of pictures to held-out ones in the style."""

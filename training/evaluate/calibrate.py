@@ -2,7 +2,7 @@
 
 For every task of a collection that the generator was not trained on: prompts with eight examples a class, eight candidates each; with 1, 2,
 4 and 8 of these examples, what they say (`cond_pdiff.gain.Evidence`) of the first candidate alone, with all eight also of the best of all,
-and what it really reaches on the reported split, beside the base model. For trained tasks the same, with prototypes of names. Then
+and what it really reaches on the test split, beside the base model. For trained tasks the same, with prototypes of names. Then
 `cond_pdiff.training.evaluate.gain_fit` fits the numbers of a `GainModel` on each half of the sources, checks them on the other half, and
 fits them on all.
 """
@@ -49,7 +49,7 @@ class CalibrateConfig:
 
     draws: Count = Field(default=CALIBRATION_DRAWS, description="prompts a task, with other examples")
     candidates: Annotated[int, Field(ge=2, le=MAX_ADAPTERS)] = Field(default=8, description="adapters a prompt")
-    rows: Count = Field(default=CALIBRATION_ROWS, description="rows of the reported split")
+    rows: Count = Field(default=CALIBRATION_ROWS, description="rows of the test split")
     precision: Literal["no", "bf16"] = Field(default="no", description="'bf16': autocast while texts are embedded")
 
 
@@ -73,7 +73,7 @@ class Calibrator:
 
     def measure(self, task: Task) -> list[GainRow]:
         """Rows of every draw and number of examples."""
-        rows = task.report_rows(self.config.rows)
+        rows = task.test_rows(self.config.rows)
         texts, right = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         of_base = self._embed(None, texts)
         return [row for draw in range(self.config.draws) for row in self._measure_draw(task, draw, texts, right, of_base)]
@@ -162,7 +162,7 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
 
 def _task_sha256(task: Task) -> str:
     """Of all that a task's prompts and reported rows are made of."""
-    rows = [task.rows(split) for split in ("train", task.report_split)]
+    rows = [task.rows(split) for split in ("train", task.test_split)]
     return hashlib.sha256(json.dumps([task.description, task.labels, rows]).encode()).hexdigest()
 
 

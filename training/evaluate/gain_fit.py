@@ -34,7 +34,7 @@ class GainRow:
         shots: examples a class.
         candidates: of which the best by the examples was taken.
         evidence: see `Evidence`.
-        rows: of the reported split that the accuracies are of.
+        rows: of the test split that the accuracies are of.
         base: accuracy of the base model with the same examples.
         gain: of the adapter over it.
         changed: share of the rows that one of the two gets right and the other wrong.

@@ -39,7 +39,7 @@ class EvaluateConfig:
 
     samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=EVALUATED_SAMPLES, description="adapters generated a task")
     max_rows: Count = Field(
-        default=EVALUATED_ROWS, description="rows of the reported split a task, a fixed random choice; for styles, held-out pictures"
+        default=EVALUATED_ROWS, description="rows of the test split a task, a fixed random choice; for styles, held-out pictures"
     )
     num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
     guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")

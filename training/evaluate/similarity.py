@@ -19,7 +19,7 @@ def delta_gram(left: Sequence[LoraAdapter], right: Sequence[LoraAdapter]) -> tor
     ⟨B₁A₁, B₂A₂⟩ = sum((B₁ᵀB₂) ∘ (A₁A₂ᵀ)), so no ΔW is ever formed.
     """
     total = torch.zeros(len(left), len(right), dtype=torch.float64)
-    scale = left[0].spec.scale * right[0].spec.scale
+    scale = left[0].spec.scaling * right[0].spec.scaling
     for module in left[0].modules:
         a_left, b_left = (torch.stack(factors).float() for factors in zip(*(x.factors(module) for x in left), strict=True))
         a_right, b_right = (torch.stack(factors).float() for factors in zip(*(x.factors(module) for x in right), strict=True))

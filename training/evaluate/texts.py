@@ -56,7 +56,7 @@ class TextEvaluator(ZooEvaluator):
 
     def compare(self, task: Task, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
         """Accuracy by column, novelty, and how many different predictions the samples make."""
-        rows = task.report_rows(self.config.max_rows)
+        rows = task.test_rows(self.config.max_rows)
         texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         max_length = self.pipe.template.config.max_length
         classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, self.trained[task.name][0], max_length)
@@ -83,7 +83,7 @@ class TextEvaluator(ZooEvaluator):
         }
         return {
             "dataset": task.dataset,
-            "split": task.report_split,
+            "split": task.test_split,
             "rows": len(rows),
             "accuracy": columns,
             "novelty": self._novelty(task, output.adapters, generated, trained, targets, texts, classifier),

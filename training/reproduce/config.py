@@ -28,8 +28,8 @@ from cond_pdiff.training.config import (
     Seed,
     UNetConfig,
     parse,
-    read_recipe,
 )
+from cond_pdiff.training.recipe import read_recipe
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -40,24 +40,24 @@ class ReproduceConfig:
         default=(4,), description="of table 1, in the order in which they are measured"
     )
     alphas: dict[str, Positive] = Field(default_factory=lambda: {"4": 16.0}, description="r → alpha")
-    ways: dict[str, JsonObject] = Field(
+    zoos: dict[str, JsonObject] = Field(
         default_factory=lambda: dict[str, dict[str, Any]](runs={}), description="of collecting: name → other entries of `collect`"
     )
-    table_ways: Annotated[Names, Field(min_length=1)] = Field(default=("runs",), description="those of table 1")
+    table_zoos: Annotated[Names, Field(min_length=1)] = Field(default=("runs",), description="those of table 1")
     full_learning_rate: Positive = Field(default=1e-4, description="of fine-tuning all weights")
-    max_rows: Amount = Field(default=0, description="rows of the reported split a task; 0: all")
+    max_rows: Amount = Field(default=0, description="rows of the test split a task; 0: all")
     samples: Count = Field(default=20, description="adapters generated a task (paper: 20)")
     reported_samples: Count = Field(
-        default=3, description="of which so many, and the best, are measured on the reported split"
+        default=3, description="of which so many, and the best, are measured on the test split"
     )
     selection_rows: Count = Field(default=32, description="training rows that the best is chosen on")
     num_inference_steps: InferenceSteps = Field(default=DEFAULT_STEPS, description="denoising steps")
     guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")
     seed: Seed = Field(default=0, description="of generated adapters and of what is chosen at random")
     figure_rank: Rank = Field(default=4, description="of the figures' zoos")
-    distribution_way: str = Field(default="checkpoints", description="of the zoo of figures 3(e) and 4(a) …")
+    distribution_zoo: str = Field(default="checkpoints", description="of the zoo of figures 3(e) and 4(a) …")
     distribution_tasks: Names = Field(default=(), description="… and their tasks")
-    performance_way: str = Field(default="runs", description="of figure 3(f), errors and noise …")
+    performance_zoo: str = Field(default="runs", description="of figure 3(f), errors and noise …")
     performance_tasks: Names = Field(default=(), description="… and their tasks")
     noise_sizes: tuple[NotNegative, ...] = Field(
         default=(0.0, 1.0), description="of isotropic noise, in units of the update"
@@ -66,17 +66,17 @@ class ReproduceConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class AblationConfig:
-    """Table 3: each variant trains the generator anew and is measured on a part of the tasks."""
+    """Table 3: each ablation trains the generator anew and is measured on a part of the tasks."""
 
     tasks: Names = Field(default=(), description="those that are measured")
     rank: Rank = Field(default=1, description="of the zoos")
-    seeds: Count = Field(default=3, description="trainings a variant")
+    seeds: Count = Field(default=3, description="trainings an ablation")
     samples: Count = Field(default=3, description="generated a task and seed")
-    max_rows: Amount = Field(default=400, description="rows of the reported split a task; 0: all")
-    autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage, of all variants")
-    unet: JsonObject = Field(default_factory=dict, description="changes of the stage, of all variants")
-    variants: tuple[JsonObject, ...] = Field(
-        default=(), description="see `cond_pdiff.training.reproduce.variants.Variant`"
+    max_rows: Amount = Field(default=400, description="rows of the test split a task; 0: all")
+    autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage, of all ablations")
+    unet: JsonObject = Field(default_factory=dict, description="changes of the stage, of all ablations")
+    ablations: tuple[JsonObject, ...] = Field(
+        default=(), description="see `cond_pdiff.training.reproduce.ablations.Ablation`"
     )
 
 
@@ -107,12 +107,12 @@ class Settings:
         settings.check()
         return settings
 
-    def collect(self, way: str, rank: int) -> CollectConfig:
-        """How adapters of a rank are collected in one of the ways; `TrainingError` if there is no such way."""
-        if way not in self.reproduce.ways:
-            raise TrainingError(f"there is no way {way!r} of collecting; there are {sorted(self.reproduce.ways)}")
+    def collect(self, zoo: str, rank: int) -> CollectConfig:
+        """How adapters of a rank are collected for one of the zoos; `TrainingError` if there is no such zoo."""
+        if zoo not in self.reproduce.zoos:
+            raise TrainingError(f"there is no zoo {zoo!r}; there are {sorted(self.reproduce.zoos)}")
         lora = {"rank": rank, "alpha": self.reproduce.alphas[str(rank)]}
-        return parse(CollectConfig, {**self.recipe.get("collect", {}), **lora, **self.reproduce.ways[way]}, f"reproduce, ways, {way}")
+        return parse(CollectConfig, {**self.recipe.get("collect", {}), **lora, **self.reproduce.zoos[zoo]}, f"reproduce, zoos, {zoo}")
 
     def autoencoder(self, *changes: Mapping[str, Any]) -> AutoencoderConfig:
         """The autoencoder stage, with changes worked in."""
@@ -133,9 +133,9 @@ class Settings:
         for rank in (*config.ranks, config.figure_rank, self.ablation.rank):
             if str(rank) not in config.alphas:
                 raise TrainingError(f"reproduce: alphas must name every rank; {rank} is missing of {sorted(config.alphas)}")
-        for way in (*config.ways, *config.table_ways, config.distribution_way, config.performance_way):
+        for zoo in (*config.zoos, *config.table_zoos, config.distribution_zoo, config.performance_zoo):
             for rank in config.ranks:
-                self.collect(way, rank)
+                self.collect(zoo, rank)
         self.autoencoder(), self.unet()
 
 

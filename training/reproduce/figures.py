@@ -15,7 +15,7 @@ from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors, delta_gram
 from cond_pdiff.training.reproduce.cells import Plan
-from cond_pdiff.training.reproduce.lab import Lab, rounded, spread
+from cond_pdiff.training.reproduce.experiment import Experiment, rounded, spread
 from cond_pdiff.training.reproduce.table1 import noise_controls, percent
 from cond_pdiff.training.tasks.metrics import metric_names
 
@@ -38,43 +38,43 @@ PICTURES = {
 }
 
 
-def plan(lab: Lab) -> Plan:
+def plan(experiment: Experiment) -> Plan:
     """Cells on the two zoos of the figures' rank: several runs for performance, the checkpoints of one run for distributions."""
     cells: dict[str, Any] = {}
-    for name in lab.config.performance_tasks:
-        cells[f"figures/performance/{name}"] = partial(_performance, lab, name)
-        cells[f"figures/noise/{name}"] = partial(_noise, lab, name)
-    cells |= {f"figures/distribution/{name}": partial(_distribution, lab, name) for name in lab.config.distribution_tasks}
-    cells |= {f"figures/trajectories/{name}": partial(_trajectories, lab, name) for name in lab.config.distribution_tasks[:1]}
+    for name in experiment.config.performance_tasks:
+        cells[f"figures/performance/{name}"] = partial(_performance, experiment, name)
+        cells[f"figures/noise/{name}"] = partial(_noise, experiment, name)
+    cells |= {f"figures/distribution/{name}": partial(_distribution, experiment, name) for name in experiment.config.distribution_tasks}
+    cells |= {f"figures/trajectories/{name}": partial(_trajectories, experiment, name) for name in experiment.config.distribution_tasks[:1]}
     return cells
 
 
-def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
     """The cells by figure and task."""
-    result: dict[str, Any] = {"metrics": {name: metric_names(task)[0] for name, task in lab.tasks.items()}}
+    result: dict[str, Any] = {"metrics": {name: metric_names(task)[0] for name, task in experiment.tasks.items()}}
     for path, value in values.items():
         _, figure, name = path.split("/")
         result.setdefault(figure, {})[name] = value
     return result
 
 
-def _performance(lab: Lab, name: str) -> dict[str, Any]:
+def _performance(experiment: Experiment, name: str) -> dict[str, Any]:
     """Figure 3(f): (similarity, main metric) of each adapter by kind; and the errors that adapters of two kinds share."""
-    task, bench = lab.tasks[name], lab.bench(lab.config.performance_way, lab.config.figure_rank)
-    trained = spread(bench.trained[name], lab.config.reported_samples)
-    generated = bench.generate(bench.prompt(task), min(POINTS, lab.config.samples))
-    controls = [noise_controls(bench, name, adapter)[0] for adapter in generated[: lab.config.reported_samples]]
-    kinds = {"original": trained, "generated": generated, "soup": [bench.soups[name]], "noise": controls}
-    predicted = {kind: [lab.predict(task, adapter) for adapter in adapters] for kind, adapters in kinds.items()}
-    labels, metric = lab.labels(task), metric_names(task)[0]
+    task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.performance_zoo, experiment.config.figure_rank)
+    trained = spread(trained_zoo.trained[name], experiment.config.reported_samples)
+    generated = trained_zoo.generate(trained_zoo.prompt(task), min(POINTS, experiment.config.samples))
+    controls = [noise_controls(trained_zoo, name, adapter)[0] for adapter in generated[: experiment.config.reported_samples]]
+    kinds = {"original": trained, "generated": generated, "soup": [trained_zoo.soups[name]], "noise": controls}
+    predicted = {kind: [experiment.predict(task, adapter) for adapter in adapters] for kind, adapters in kinds.items()}
+    labels, metric = experiment.labels(task), metric_names(task)[0]
     points = {
-        kind: [[s, lab.score(task, row)[metric]] for s, row in zip(_similarities(adapters, trained), predicted[kind], strict=True)]
+        kind: [[s, experiment.score(task, row)[metric]] for s, row in zip(_similarities(adapters, trained), predicted[kind], strict=True)]
         for kind, adapters in kinds.items()
     }
     pairs = {kind: list(itertools.product(predicted[kind], predicted["original"])) for kind in ("generated", "soup", "noise")}
     pairs["original"] = list(itertools.combinations(predicted["original"], 2))
     shared = {kind: mean([common_errors(*pair, labels) for pair in rows]) for kind, rows in pairs.items()}
-    return {"points": points, "common_errors": shared, "base": lab.score(task, lab.predict(task, None))[metric]}
+    return {"points": points, "common_errors": shared, "base": experiment.score(task, experiment.predict(task, None))[metric]}
 
 
 def _similarities(adapters: Sequence[LoraAdapter], trained: Sequence[LoraAdapter]) -> list[float]:
@@ -88,47 +88,47 @@ def _similarities(adapters: Sequence[LoraAdapter], trained: Sequence[LoraAdapter
     return similarities
 
 
-def _noise(lab: Lab, name: str) -> list[dict[str, Any]]:
+def _noise(experiment: Experiment, name: str) -> list[dict[str, Any]]:
     """The main metric of a trained adapter plus noise of several lengths, in units of the adapter's own."""
-    task, bench = lab.tasks[name], lab.bench(lab.config.performance_way, lab.config.figure_rank)
-    adapter = bench.trained[name][0]
-    length = float(bench.params([adapter]).norm())
+    task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.performance_zoo, experiment.config.figure_rank)
+    adapter = trained_zoo.trained[name][0]
+    length = float(trained_zoo.params([adapter]).norm())
     rows = []
-    for size in lab.config.noise_sizes:
-        noisy = [bench.with_noise(adapter, size * length, seed=10 + seed) for seed in range(NOISE_SEEDS if size else 1)]
-        scores = [lab.score(task, lab.predict(task, one))[metric_names(task)[0]] for one in noisy]
+    for size in experiment.config.noise_sizes:
+        noisy = [trained_zoo.with_noise(adapter, size * length, seed=10 + seed) for seed in range(NOISE_SEEDS if size else 1)]
+        scores = [experiment.score(task, experiment.predict(task, one))[metric_names(task)[0]] for one in noisy]
         rows.append({"size": size, "score": round(statistics.fmean(scores), 4)})
     return rows
 
 
-def _distribution(lab: Lab, name: str) -> dict[str, Any]:
+def _distribution(experiment: Experiment, name: str) -> dict[str, Any]:
     """Figure 3(e): places of originals, generated adapters and the soup on a plane, by t-SNE."""
     from sklearn.manifold import TSNE
 
-    task, bench = lab.tasks[name], lab.bench(lab.config.distribution_way, lab.config.figure_rank)
+    task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.distribution_zoo, experiment.config.figure_rank)
     kinds = {
-        "original": spread(bench.trained[name], ORIGINALS),
-        "generated": bench.generate(bench.prompt(task), lab.config.samples),
-        "soup": [bench.soups[name]],
+        "original": spread(trained_zoo.trained[name], ORIGINALS),
+        "generated": trained_zoo.generate(trained_zoo.prompt(task), experiment.config.samples),
+        "soup": [trained_zoo.soups[name]],
     }
-    params = bench.params([adapter for adapters in kinds.values() for adapter in adapters])
+    params = trained_zoo.params([adapter for adapters in kinds.values() for adapter in adapters])
     perplexity = min(15.0, (len(params) - 1) / 3)
-    placed = TSNE(perplexity=perplexity, init="pca", random_state=lab.config.seed).fit_transform(params.numpy())
+    placed = TSNE(perplexity=perplexity, init="pca", random_state=experiment.config.seed).fit_transform(params.numpy())
     places = torch.from_numpy(placed).split([len(adapters) for adapters in kinds.values()])
     return {kind: rounded(points, 2) for kind, points in zip(kinds, places, strict=True)}
 
 
-def _trajectories(lab: Lab, name: str) -> dict[str, Any]:
+def _trajectories(experiment: Experiment, name: str) -> dict[str, Any]:
     """Figure 4(a): params after every denoising step of five noises, in the principal directions of all that is shown."""
-    task, bench = lab.tasks[name], lab.bench(lab.config.distribution_way, lab.config.figure_rank)
+    task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.distribution_zoo, experiment.config.figure_rank)
     steps: list[torch.Tensor] = []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         steps.append(pipe.codec.decode(tensors["latents"]))
         return {}
 
-    bench.generate(bench.prompt(task), NOISES, callback_on_step_end=keep)
-    original = bench.params(spread(bench.trained[name], ORIGINALS))
+    trained_zoo.generate(trained_zoo.prompt(task), NOISES, callback_on_step_end=keep)
+    original = trained_zoo.params(spread(trained_zoo.trained[name], ORIGINALS))
     points = torch.cat([torch.stack(steps, 1).flatten(0, 1), original, original.mean(0, keepdim=True)])
     centred = points - points.mean(0)
     _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)

@@ -31,10 +31,10 @@ def draw_figures(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_table1(result: Mapping[str, Any], folder: Path) -> None:
-    """`table1.png`: means over the tasks by rank, a panel for each way of collecting."""
+    """`table1.png`: means over the tasks by rank, a panel for each zoo."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in result["means"]:
-        ways.setdefault(row["way"], []).append(row)
+        ways.setdefault(row["zoo"], []).append(row)
     _panels(folder / "table1.png", ways, _ranks, {}, sharey=True)
 
 
@@ -67,11 +67,11 @@ def _distribution(axes: Any, cell: Mapping[str, Any], metric: str) -> None:
 
 
 def _trajectories(axes: Any, cell: Mapping[str, Any], metric: str) -> None:
-    for way in cell["trajectories"]:
-        axes.plot(*zip(*way, strict=True), color=LOOKS["generated"][0], lw=1, alpha=0.6)
-        axes.plot(*way[0], marker="o", mfc="white", mec=LOOKS["generated"][0])
+    for path in cell["trajectories"]:
+        axes.plot(*zip(*path, strict=True), color=LOOKS["generated"][0], lw=1, alpha=0.6)
+        axes.plot(*path[0], marker="o", mfc="white", mec=LOOKS["generated"][0])
     _scatter(axes, "original", cell["original"])
-    _scatter(axes, "generated", [way[-1] for way in cell["trajectories"]])
+    _scatter(axes, "generated", [path[-1] for path in cell["trajectories"]])
     _scatter(axes, "soup", cell["soup"])
     axes.set(xlabel="first principal direction", ylabel=f"second (both: {cell['explained']:.0%} of the variance)")
 

@@ -13,7 +13,7 @@ from cond_pdiff.training.config import as_recorded
 from cond_pdiff.training.reproduce import figures, table1, table2, table3
 from cond_pdiff.training.reproduce.cells import Plan, open_folder, run_cells
 from cond_pdiff.training.reproduce.config import Settings, read_quick
-from cond_pdiff.training.reproduce.lab import Lab
+from cond_pdiff.training.reproduce.experiment import Experiment
 from cond_pdiff.training.reproduce.pictures import draw_figures, draw_table1, draw_table3
 
 DEFAULT_RECIPE, STYLE_RECIPE = "reproduce-minilm", "pixart-mini-styles"
@@ -37,8 +37,8 @@ class Reproduction:
         partial: can it be told before all cells are measured? It takes hours; whatever rows are complete can be read.
     """
 
-    plan: Callable[[Lab], Plan]
-    summarize: Callable[[Lab, Mapping[str, Any]], dict[str, Any]]
+    plan: Callable[[Experiment], Plan]
+    summarize: Callable[[Experiment, Mapping[str, Any]], dict[str, Any]]
     to_markdown: Callable[[Mapping[str, Any], str], str]
     draw: Callable[[Mapping[str, Any], Path], None]
     sections: tuple[str, ...] = ()
@@ -79,21 +79,21 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
         return result
     made = REPRODUCTIONS[name]
     settings = Settings.read(recipe or DEFAULT_RECIPE, quick)
-    lab = Lab(settings, tasks_folder, out)
+    experiment = Experiment(settings, tasks_folder, out)
     open_folder(out, recorded(settings.recipe, (*SECTIONS, *made.sections)))
 
     def write(values: Mapping[str, Any]) -> dict[str, Any]:
-        result = {"command": line, "quick": quick, **made.summarize(lab, values)}
+        result = {"command": line, "quick": quick, **made.summarize(experiment, values)}
         write_text(out / f"{name}.json", dump_json(result))
         write_text(out / f"{name}.md", made.to_markdown(result, about(settings, line)))
         made.draw(result, out)
         return result
 
     def so_far(values: Mapping[str, Any]) -> None:
-        if made.partial and made.summarize(lab, values)["rows"]:
+        if made.partial and made.summarize(experiment, values)["rows"]:
             write(values)
 
-    return write(run_cells(out / "cells", made.plan(lab), name, so_far))
+    return write(run_cells(out / "cells", made.plan(experiment), name, so_far))
 
 
 def recorded(recipe: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def about(settings: Settings, line: str) -> str:
     rows = f"up to {config.max_rows} rows of each" if config.max_rows else "the complete"
     quick = " This is the quick form: few steps, few rows; do not quote it." if settings.quick else ""
     return (
-        f"`{line}`\n\nMetrics in percent, one a task in all columns, on {rows} reported split; nothing is selected on it. "
+        f"`{line}`\n\nMetrics in percent, one a task in all columns, on {rows} test split; nothing is selected on it. "
         f"*original*: mean over up to {config.reported_samples} of the zoo's trained adapters; *generated*: mean over "
         f"{config.reported_samples} samples, and the best of {config.samples} by its loss on {config.selection_rows} training rows; "
         "*soup*: mean of the task's own trained adapters; *retrieval*: a trained adapter of the task whose condition is nearest; "

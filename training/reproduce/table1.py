@@ -1,4 +1,4 @@
-"""Table 1: adapters that are generated beside those that are trained, at every rank, in every way of collecting a zoo.
+"""Table 1: adapters that are generated beside those that are trained, at every rank, on every zoo.
 
 What the paper's table lacks stands beside it: one metric a task in all columns, the base model, a multi-task LoRA, retrieval,
 and two controls with isotropic noise, which say how much of a result any adapter of that distance would have.
@@ -17,7 +17,7 @@ from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors
 from cond_pdiff.training.reproduce.cells import Plan
-from cond_pdiff.training.reproduce.lab import Bench, Lab, spread
+from cond_pdiff.training.reproduce.experiment import Experiment, TrainedZoo, spread
 from cond_pdiff.training.tasks.metrics import NAMES, metric_names
 
 COLUMNS = {
@@ -38,89 +38,90 @@ DEVIATIONS = ("original", "generated")
 NOVELTY = ("distance", "common_errors", "common_errors_between_originals")
 
 
-def plan(lab: Lab) -> Plan:
-    """A cell for each task's whole model, and one for each rank, way and task."""
-    cells: dict[str, Any] = {f"table1/{name}": partial(_whole_model, lab, name) for name in lab.tasks}
-    for way, rank in itertools.product(lab.config.table_ways, lab.config.ranks):
-        cells |= {f"table1/{way}-{rank}/{name}": partial(_adapters, lab, way, rank, name) for name in lab.tasks}
+def plan(experiment: Experiment) -> Plan:
+    """A cell for each task's whole model, and one for each rank, zoo and task."""
+    cells: dict[str, Any] = {f"table1/{name}": partial(_whole_model, experiment, name) for name in experiment.tasks}
+    for zoo, rank in itertools.product(experiment.config.table_zoos, experiment.config.ranks):
+        cells |= {f"table1/{zoo}-{rank}/{name}": partial(_adapters, experiment, zoo, rank, name) for name in experiment.tasks}
     return cells
 
 
-def _whole_model(lab: Lab, name: str) -> dict[str, Any]:
-    task = lab.tasks[name]
+def _whole_model(experiment: Experiment, name: str) -> dict[str, Any]:
+    task = experiment.tasks[name]
     return {
-        "split": task.report_split,
-        "rows": len(lab.rows(task)),
-        "base": lab.score(task, lab.predict(task, None)),
-        "full": lab.full_fine_tuning(task),
+        "split": task.test_split,
+        "rows": len(experiment.rows(task)),
+        "base": experiment.score(task, experiment.predict(task, None)),
+        "full": experiment.full_fine_tuning(task),
     }
 
 
-def _adapters(lab: Lab, way: str, rank: int, name: str) -> dict[str, Any]:
+def _adapters(experiment: Experiment, zoo: str, rank: int, name: str) -> dict[str, Any]:
     """All columns of one task that are adapters: a list of scores each; how new and how well routed the generated ones are."""
-    task, bench = lab.tasks[name], lab.bench(way, rank)
-    samples = bench.generate(bench.prompt(task), lab.config.samples)
-    best = min(range(len(samples)), key=lambda index: lab.training_loss(task, samples[index]))
-    retrieved = bench.retrieved(task)
-    noise, soup_noise = noise_controls(bench, name, samples[0])
+    task, trained_zoo = experiment.tasks[name], experiment.with_generator(zoo, rank)
+    samples = trained_zoo.generate(trained_zoo.prompt(task), experiment.config.samples)
+    best = min(range(len(samples)), key=lambda index: experiment.training_loss(task, samples[index]))
+    retrieved = trained_zoo.retrieved(task)
+    noise, soup_noise = noise_controls(trained_zoo, name, samples[0])
     columns: dict[str, list[LoraAdapter]] = {
-        "multitask": [bench.multitask] if bench.multitask else [],
-        "retrieval": bench.trained[retrieved][:1],
-        "original": spread(bench.trained[name], lab.config.reported_samples),
-        "soup": [bench.soups[name]],
-        "generated": samples[: lab.config.reported_samples],
+        "multitask": [trained_zoo.multitask] if trained_zoo.multitask else [],
+        "retrieval": trained_zoo.trained[retrieved][:1],
+        "original": spread(trained_zoo.trained[name], experiment.config.reported_samples),
+        "soup": [trained_zoo.soups[name]],
+        "generated": samples[: experiment.config.reported_samples],
         "generated_best": [samples[best]],
         "noise": [noise],
         "soup_noise": [soup_noise],
     }
     unique = {id(adapter): adapter for adapters in columns.values() for adapter in adapters}
-    predicted = {key: lab.predict(task, adapter) for key, adapter in unique.items()}
+    predicted = {key: experiment.predict(task, adapter) for key, adapter in unique.items()}
     predictions = {column: [predicted[id(adapter)] for adapter in adapters] for column, adapters in columns.items()}
-    result: dict[str, Any] = {column: [lab.score(task, row) for row in rows] for column, rows in predictions.items()}
-    labels = lab.labels(task)
+    result: dict[str, Any] = {column: [experiment.score(task, row) for row in rows] for column, rows in predictions.items()}
+    labels = experiment.labels(task)
     classes = task.label_range is None
     pairs = itertools.product(predictions["generated"], predictions["original"])
     between = itertools.combinations(predictions["original"], 2)
     return result | {
         "retrieved": retrieved,
-        "routed": bench.routed(task),
+        "routed": trained_zoo.routed(task),
         "novelty": {
-            "distance": mean([distance for _, distance in bench.space.nearest(samples)]),
+            "distance": mean([distance for _, distance in trained_zoo.space.nearest(samples)]),
             "common_errors": mean([common_errors(*pair, labels) for pair in pairs]) if classes else None,
             "common_errors_between_originals": mean([common_errors(*pair, labels) for pair in between]) if classes else None,
         },
     }
 
 
-def noise_controls(bench: Bench, name: str, generated: LoraAdapter) -> tuple[LoraAdapter, LoraAdapter]:
+def noise_controls(trained_zoo: TrainedZoo, name: str, generated: LoraAdapter) -> tuple[LoraAdapter, LoraAdapter]:
     """The task's nearest trained adapter, and its soup, plus isotropic noise as long as the generated adapter is away from them."""
-    trained = bench.params(bench.trained[name])
-    own, soup = bench.params([generated])[0], bench.params([bench.soups[name]])[0]
+    trained = trained_zoo.params(trained_zoo.trained[name])
+    own, soup = trained_zoo.params([generated])[0], trained_zoo.params([trained_zoo.soups[name]])[0]
     distances = (trained - own).norm(dim=1)
     nearest = int(distances.argmin())
     return (
-        bench.with_noise(bench.trained[name][nearest], float(distances[nearest]), seed=1),
-        bench.with_noise(bench.soups[name], float((soup - own).norm()), seed=2),
+        trained_zoo.with_noise(trained_zoo.trained[name][nearest], float(distances[nearest]), seed=1),
+        trained_zoo.with_noise(trained_zoo.soups[name], float((soup - own).norm()), seed=2),
     )
 
 
-def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each rank, way, task and metric; and means over the tasks, of their main metrics.
+def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each rank, zoo, task and metric; and means over the tasks, of their main metrics.
 
-    `missing` names the ranks and ways of which a task is not measured yet; there are no rows of them.
+    `missing` names the ranks and zoos of which a task is not measured yet; there are no rows of them.
     """
     rows: list[dict[str, Any]] = []
     means: list[dict[str, Any]] = []
     missing: list[str] = []
-    for rank, way in itertools.product(sorted(lab.config.ranks), lab.config.table_ways):
-        if not all(f"table1/{way}-{rank}/{name}" in values for name in lab.tasks):
-            missing.append(f"rank {rank}, {way}")
+    for rank, zoo in itertools.product(sorted(experiment.config.ranks), experiment.config.table_zoos):
+        if not all(f"table1/{zoo}-{rank}/{name}" in values for name in experiment.tasks):
+            missing.append(f"rank {rank}, {zoo}")
             continue
-        cells = {name: values[f"table1/{name}"] | values[f"table1/{way}-{rank}/{name}"] for name in lab.tasks}
-        place: dict[str, Any] = {"rank": rank, "way": way}
-        own = [place | _row(lab, name, metric, cells[name]) for name in lab.tasks for metric in metric_names(lab.tasks[name])]
+        cells = {name: values[f"table1/{name}"] | values[f"table1/{zoo}-{rank}/{name}"] for name in experiment.tasks}
+        place: dict[str, Any] = {"rank": rank, "zoo": zoo}
+        measured = [(name, metric) for name, task in experiment.tasks.items() for metric in metric_names(task)]
+        own = [place | _row(experiment, name, metric, cells[name]) for name, metric in measured]
         rows += own
-        main = [row for row in own if row["metric"] == metric_names(lab.tasks[row["task"]])[0]]
+        main = [row for row in own if row["metric"] == metric_names(experiment.tasks[row["task"]])[0]]
         routed = [hit for cell in cells.values() for hit in cell["routed"]]
         means.append(
             place
@@ -131,7 +132,7 @@ def summarize(lab: Lab, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "means": means, "missing": missing}
 
 
-def _row(lab: Lab, name: str, metric: str, cell: Mapping[str, Any]) -> dict[str, Any]:
+def _row(experiment: Experiment, name: str, metric: str, cell: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for column in COLUMNS:
         scores = cell[column] if isinstance(cell[column], list) else [cell[column]]
@@ -145,12 +146,12 @@ def to_markdown(result: Mapping[str, Any], about: str) -> str:
     """Means, then every row."""
     heads = list(COLUMNS.values())
     means = [
-        [str(row["rank"]), row["way"], *(percent(row[column]) for column in COLUMNS), percent(row["routing"])]
+        [str(row["rank"]), row["zoo"], *(percent(row[column]) for column in COLUMNS), percent(row["routing"])]
         + [percent(row[f"novelty_{name}"]) for name in NOVELTY]
         for row in result["means"]
     ]
     rows = [
-        [str(row["rank"]), row["way"], row["task"], NAMES[row["metric"]], str(row["rows"]), *_cells(row)] for row in result["rows"]
+        [str(row["rank"]), row["zoo"], row["task"], NAMES[row["metric"]], str(row["rows"]), *_cells(row)] for row in result["rows"]
     ]
     novelty = ["ΔW novelty", "common errors", "… of two originals"]
     gaps = [f"Not measured yet: {'; '.join(result['missing'])}.", ""] if result["missing"] else []

@@ -75,7 +75,7 @@ class ConditionBank:
         # were cut, do not fit into memory.
         def made() -> Iterator[torch.Tensor]:
             for task in tasks:
-                shown = task.conditions(config.variants_per_task)
+                shown = task.conditions(config.conditions_per_task)
                 digest.update(json.dumps([task.name, [variant.to_json() for variant in shown]], sort_keys=True).encode())
                 yield torch.stack([encoder.read(variant) for variant in shown]) if encoder.is_trained else encoder.encode(shown)[0]
 

@@ -81,7 +81,7 @@ class DenoiserStage:
         with on_training_device(codec.autoencoder):
             self.latents = codec.fit_scaling_factor(from_main(codec.encode(data.chunks())))
         torch.manual_seed(config.fit.seed)
-        unconditional = config.condition_dropout > 0
+        unconditional = config.cond_drop_prob > 0
         guidance = {"unconditional": unconditional, "guidance_scale": GUIDANCE_SCALE if unconditional else 1.0}
         guidance["guided_length"] = codec.guided_length
         sizes = (*codec.latent_shape, bank.encoder.condition_dim)
@@ -113,7 +113,7 @@ class DenoiserStage:
         variants = torch.randint(self.bank.inputs.shape[1], (size,), generator=rng)
         condition = self.bank.inputs[tasks, variants]
         disturbance = config.condition_noise * torch.randn(total, self.bank.encoder.condition_dim, generator=rng)
-        keep = torch.rand(total, 1, generator=rng) >= config.condition_dropout
+        keep = torch.rand(total, 1, generator=rng) >= config.cond_drop_prob
         noise = torch.randn(total, *clean.shape[1:], generator=rng)
         timesteps = torch.randint(config.num_train_timesteps, (total,), generator=rng)
         partner, ratio = torch.arange(size), torch.zeros(size, 1)

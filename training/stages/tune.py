@@ -52,7 +52,7 @@ class Episode:
     asked: torch.Tensor
 
 
-class Writer(nn.Module):
+class ParamsGenerator(nn.Module):
     """What of a text generator writes params from prompts, with gradients to the parts that are trained.
 
     Args:
@@ -70,7 +70,7 @@ class Writer(nn.Module):
             if part is not None:
                 part.requires_grad_(True)
 
-    def train(self, mode: bool = True) -> Writer:
+    def train(self, mode: bool = True) -> ParamsGenerator:
         """Norms stay as they are in use."""
         return super().train(False)
 
@@ -105,7 +105,7 @@ class TuneStage:
             "tasks": [task.name for task in tasks],
             "rows": self._sha256(),
         }
-        self.module: nn.Module = Writer(pipe, config)
+        self.module: nn.Module = ParamsGenerator(pipe, config)
 
     def _sha256(self) -> str:
         """Of all that episodes are drawn from."""

@@ -125,13 +125,13 @@ class Task(ZooTask):
         return rows
 
     @property
-    def report_split(self) -> str:
+    def test_split(self) -> str:
         """The split that numbers are reported on: test where there is one, else validation. Nothing is selected on it."""
         return "test" if any(path.exists() for path in self._files("test")) else "validation"
 
-    def report_rows(self, limit: int | None) -> list[Row]:
-        """Up to `limit` rows of the reported split, a fixed random choice."""
-        return sample_rows(self.rows(self.report_split), limit, f"{self.name}/report")
+    def test_rows(self, limit: int | None) -> list[Row]:
+        """Up to `limit` rows of the test split, a fixed random choice."""
+        return sample_rows(self.rows(self.test_split), limit, f"{self.name}/report")
 
     def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
         """The task as a condition, with `num_examples` training rows as examples, of as many classes as possible.

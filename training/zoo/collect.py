@@ -27,10 +27,10 @@ from cond_pdiff.families.family import family_named
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, same_base, target_linears, update_shape
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.finetuning.fine_tuning import FineTuning
 from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.stages.loop import rate_factor
 from cond_pdiff.training.tasks.task import ZooTask
-from cond_pdiff.training.tuning.tuning import Tuning
 from cond_pdiff.training.zoo.zoo import MULTITASK, Job, Zoo, write_run
 
 
@@ -62,7 +62,7 @@ def collect(
         raise TrainingError(f"together must be at least 1, and 1 with modules_to_save or lora_dropout, got {together}")
     family = family_named(config.family)
     found: Sequence[ZooTask] = family.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)
-    tuning: Tuning = family.tuning(config, found)
+    fine_tuning: FineTuning = family.fine_tuning(config, found)
     tasks = {task.name: task for task in found}
     if not config.tasks:
         kept_out = set(config.unseen)  # and what was made from it
@@ -72,20 +72,20 @@ def collect(
         raise TrainingError(f"{both[0]!r} is named both as a task to train on and as unseen")
     if missing := sorted(set(config.unseen) - set(tasks)):
         raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
-    zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), tuning)
+    zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), fine_tuning)
     order = {name: place for place, name in enumerate((*config.tasks, *config.unseen))}  # the recipe's; a zoo sorts its tasks
     jobs, left = zoo.jobs, set(zoo.missing)
     jobs.sort(key=lambda job: (-1 if config.from_multitask else config.runs, 0) if job[0] == MULTITASK else (job[1], order[job[0]]))
     mine = jobs[shard[0] :: shard[1]]
-    tuner = _Tuner(tuning, config, zoo, lora_a)
+    fine_tuner = _FineTuner(fine_tuning, config, zoo, lora_a)
     todo = [job for job in mine if job in left]
     with tqdm(initial=len(mine) - len(todo), total=len(mine), desc="collect", unit="adapter") as bar:
         for group in _side_by_side(todo, together):
             if together == 1 or group[0][0] == MULTITASK:
                 name, _ = group[0]
-                tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], group[0])
+                fine_tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], group[0])
             else:
-                tuner.finetune_together([tasks[name] for name, _ in group], group[0][1])
+                fine_tuner.finetune_together([tasks[name] for name, _ in group], group[0][1])
             bar.update(len(group))
     zoo.write_manifest()
     return zoo
@@ -106,21 +106,23 @@ def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
             yield group[start : start + most]
 
 
-def _open_zoo(config: CollectConfig, tasks: dict[str, ZooTask], folder: Path, tuning: Tuning) -> tuple[Zoo, dict[str, torch.Tensor]]:
+def _open_zoo(
+    config: CollectConfig, tasks: dict[str, ZooTask], folder: Path, fine_tuning: FineTuning
+) -> tuple[Zoo, dict[str, torch.Tensor]]:
     """Create the zoo's settings and its `lora_A`, or check that they are the ones asked for."""
     spec = LoraSpec(
         str(config.base["repo_id"]),
         config.rank,
         config.alpha,
         config.target_modules,
-        tuning.task_type,
+        fine_tuning.task_type,
         modules_to_save=config.modules_to_save,
         fan_in_fan_out=config.fan_in_fan_out,
     )
     family = family_named(config.family)
-    if not family.claims(spec, list(target_linears(tuning.model, spec))):
+    if not family.claims(spec, list(target_linears(fine_tuning.model, spec))):
         spec = dataclasses.replace(spec, family=family.name)
-    spec = dataclasses.replace(spec, base_fingerprint=family.fingerprint(tuning.model, spec))
+    spec = dataclasses.replace(spec, base_fingerprint=family.fingerprint(fine_tuning.model, spec))
     facts = {
         "base": config.base,
         "lora": spec.to_json(),
@@ -140,7 +142,7 @@ def _open_zoo(config: CollectConfig, tasks: dict[str, ZooTask], folder: Path, tu
         check_output_folder(folder, ("lora_a.safetensors", "zoo.json", *temporary), overwrite=True)
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        model = get_peft_model(tuning.model, _peft_config(config, tuning.task_type))
+        model = get_peft_model(fine_tuning.model, _peft_config(config, fine_tuning.task_type))
         lora_a = {key: value for key, value in get_peft_model_state_dict(model).items() if ".lora_B." not in key}
         write_bytes(folder / "lora_a.safetensors", save({key: value.contiguous() for key, value in lora_a.items()}))
         model.unload()
@@ -167,11 +169,11 @@ def _peft_config(config: CollectConfig, task_type: str | None) -> LoraConfig:
     )
 
 
-class _Tuner:
+class _FineTuner:
     """Fine-tunes adapters on one base model, one after another or side by side."""
 
-    def __init__(self, tuning: Tuning, config: CollectConfig, zoo: Zoo, lora_a: dict[str, torch.Tensor]) -> None:
-        self.tuning, self.config, self.zoo, self.lora_a = tuning, config, zoo, lora_a
+    def __init__(self, fine_tuning: FineTuning, config: CollectConfig, zoo: Zoo, lora_a: dict[str, torch.Tensor]) -> None:
+        self.fine_tuning, self.config, self.zoo, self.lora_a = fine_tuning, config, zoo, lora_a
         self.spec = LoraSpec.from_json(zoo.facts["lora"])
 
     def finetune(self, tasks: Sequence[Any], job: Job) -> None:
@@ -182,7 +184,7 @@ class _Tuner:
         if name == MULTITASK:
             steps, rate = config.multitask_steps, config.multitask_rate
         torch.manual_seed(seed)
-        model = get_peft_model(self.tuning.model, _peft_config(config, self.tuning.task_type))
+        model = get_peft_model(self.fine_tuning.model, _peft_config(config, self.fine_tuning.task_type))
         try:
             set_peft_model_state_dict(model, self._start(name))
             parts = self._trained(name)
@@ -197,14 +199,14 @@ class _Tuner:
                 if self._keeps(step, steps):
                     kept[step] = {key: value.detach().to("cpu", copy=True) for key, value in get_peft_model_state_dict(model).items()}
 
-            loss = optimise(self.tuning, config, trained, one_of(self.tuning, tasks, seed), steps, rate, keep)[0]
+            loss = optimise(self.fine_tuning, config, trained, one_of(self.fine_tuning, tasks, seed), steps, rate, keep)[0]
         finally:
             model.unload()
         self._write(None if name == MULTITASK else tasks[0], job, kept, steps, rate, loss, time.monotonic() - started)
 
     def finetune_together(self, tasks: Sequence[Any], run: int) -> None:
         """Train an adapter on each of several tasks, all in one batch, and save them."""
-        config, started, model = self.config, time.monotonic(), self.tuning.model.requires_grad_(False)
+        config, started, model = self.config, time.monotonic(), self.fine_tuning.model.requires_grad_(False)
         jobs = [(task.name, run) for task in tasks]
         parts, device = self._trained(tasks[0].name), next(model.parameters()).device
         start = self._start(tasks[0].name)
@@ -212,7 +214,7 @@ class _Tuner:
             start.setdefault(f"{KEY_PREFIX}{name}.lora_B.weight", torch.zeros(update_shape(linear, self.spec)[0], self.spec.rank))
         stacked = {key: torch.stack([value] * len(tasks)).to(device) for key, value in start.items()}
         trained = [value.requires_grad_() for key, value in stacked.items() if any(part in key for part in parts)]
-        streams = [one_of(self.tuning, [task], self._seed(job)) for job, task in zip(jobs, tasks, strict=True)]
+        streams = [one_of(self.fine_tuning, [task], self._seed(job)) for job, task in zip(jobs, tasks, strict=True)]
         rate = config.learning_rates[run % len(config.learning_rates)]
         kept: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -222,7 +224,7 @@ class _Tuner:
 
         drawn = (([batch for (batch,), _ in each], tasks) for each in zip(*streams, strict=True))
         with attached_to_groups(model, self.spec, stacked):
-            losses = optimise(self.tuning, config, trained, drawn, config.steps, rate, keep)
+            losses = optimise(self.fine_tuning, config, trained, drawn, config.steps, rate, keep)
         seconds = (time.monotonic() - started) / len(tasks)
         for index, (job, task) in enumerate(zip(jobs, tasks, strict=True)):
             own = {step: {key: value[index].clone() for key, value in tensors.items()} for step, tensors in kept.items()}
@@ -236,10 +238,10 @@ class _Tuner:
         adapter = LoraAdapter(self.spec, kept.pop(steps), {"base": self.config.base, "max_length": self.config.max_length, "task": name})
         facts: dict[str, Any] = {"task": name, "run": run, "seed": self._seed(job), "steps": steps, "learning_rate": rate}
         facts |= {"loss": round(loss, 4), "train_lora_a": ".lora_A." in self._trained(name)}
-        facts["machine"] = machine_facts(next(self.tuning.model.parameters()).device)
+        facts["machine"] = machine_facts(next(self.fine_tuning.model.parameters()).device)
         if task is not None:
             adapter = dataclasses.replace(adapter, metadata={**adapter.metadata, **task.adapter_facts()})
-            facts.update(self.tuning.metrics(adapter, task))
+            facts.update(self.fine_tuning.metrics(adapter, task))
         facts["seconds"] = round(seconds + time.monotonic() - started, 1)
         write_run(self.zoo.job_folder(job), adapter, facts, kept)
 
@@ -269,17 +271,17 @@ class _Tuner:
         return dict(start.adapter().tensors)
 
 
-def one_of(tuning: Tuning, tasks: Sequence[Any], seed: int) -> Iterator[tuple[list[Any], list[Any]]]:
+def one_of(fine_tuning: FineTuning, tasks: Sequence[Any], seed: int) -> Iterator[tuple[list[Any], list[Any]]]:
     """Endless batches, each of one of the tasks, drawn at random; as lists of a batch and its task."""
     rng = random.Random(seed)
-    streams = [(task, tuning.batches(task, rng)) for task in tasks]
+    streams = [(task, fine_tuning.batches(task, rng)) for task in tasks]
     while True:
         task, batches = streams[0] if len(streams) == 1 else rng.choice(streams)
         yield [next(batches)], [task]
 
 
 def optimise(
-    tuning: Tuning,
+    fine_tuning: FineTuning,
     config: CollectConfig,
     parameters: Sequence[torch.Tensor],
     drawn: Iterator[tuple[Sequence[Any], Sequence[Any]]],
@@ -290,7 +292,7 @@ def optimise(
     """Train parameters of the base model, or of what is attached to it, with the settings of a run.
 
     Args:
-        tuning: the base model and how it learns a task.
+        fine_tuning: the base model and how it learns a task.
         config: precision, warm-up and weight decay.
         parameters: what moves. Of several adapters side by side, shape `(adapters, …)`.
         drawn: for every step a batch for each adapter, and their tasks.
@@ -309,7 +311,7 @@ def optimise(
     recent: list[list[float]] = []
     for step, (batches, tasks) in enumerate(itertools.islice(drawn, steps)):
         with mixed_precision(config.precision, parameters[0].device):
-            losses = tuning.losses(batches, tasks)
+            losses = fine_tuning.losses(batches, tasks)
         values = losses.tolist()
         for task, value in zip(tasks, values, strict=True):
             if not math.isfinite(value):

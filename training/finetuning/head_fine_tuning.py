@@ -14,12 +14,12 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.finetuning.text_fine_tuning import TextTaskFineTuning
 from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.tasks.tasks import Task
-from cond_pdiff.training.tuning.text_tuning import TaskTuning
 
 
-class HeadTuning(TaskTuning):
+class HeadFineTuning(TextTaskFineTuning):
     """A sequence classifier learns its tasks; all of them have as many labels, so that their heads have one shape.
 
     Raises:

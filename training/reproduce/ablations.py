@@ -22,7 +22,7 @@ from cond_pdiff.models.prompt_encoders import PromptReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.evaluate.baselines import KernelRegression
-from cond_pdiff.training.reproduce.lab import Lab, spread
+from cond_pdiff.training.reproduce.experiment import Experiment, spread
 from cond_pdiff.training.reproduce.principal_code import PrincipalCode
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
@@ -40,12 +40,12 @@ RIDGE = 0.1
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class Variant:
+class Ablation:
     """One row of table 3."""
 
     group: str = Field(description="what is varied")
     name: str = Field(description="of the row")
-    way: str = Field(default="runs", description="of collecting the zoo")
+    zoo: str = Field(default="runs", description="of `reproduce`'s zoos: which it is trained on")
     adapters: Amount = Field(default=0, description="of each task that are trained on (paper: N), evenly spread; 0: all")
     autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage")
     unet: JsonObject = Field(default_factory=dict, description="changes of the stage")
@@ -92,99 +92,100 @@ class GivenCondition:
         return self.embedding.expand(len(conditions), -1), [PromptReport(0, 0)] * len(conditions)
 
 
-class Workshop:
-    """Trains variants, each once, and makes adapters with them.
+class AblationRunner:
+    """Trains ablations, each once, and makes adapters with them.
 
     Args:
-        lab: with the tasks; trained stages are kept in `out/variants`.
+        experiment: with the tasks; trained stages are kept in `out/ablations`.
     """
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab, self.config = lab, lab.settings.ablation
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.config = experiment, experiment.settings.ablation
         self._zoos: dict[str, ZooParams] = {}
         self._last: tuple[Path, CondPDiffPipeline] | None = None
 
-    def zoo(self, variant: Variant) -> ZooParams:
-        """The adapters that the variant is trained on."""
-        if variant.way not in self._zoos:
-            folder = self.lab.out / "params" / f"{variant.way}-{self.config.rank}"
-            self._zoos[variant.way] = ZooParams.load(self.lab.zoo(variant.way, self.config.rank), folder)
-        data = self._zoos[variant.way]
-        if not variant.adapters:
+    def zoo(self, ablation: Ablation) -> ZooParams:
+        """The adapters that the ablation is trained on."""
+        if ablation.zoo not in self._zoos:
+            folder = self.experiment.out / "params" / f"{ablation.zoo}-{self.config.rank}"
+            self._zoos[ablation.zoo] = ZooParams.load(self.experiment.zoo(ablation.zoo, self.config.rank), folder)
+        data = self._zoos[ablation.zoo]
+        if not ablation.adapters:
             return data
-        kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), variant.adapters)]
+        kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), ablation.adapters)]
         return data.part(kept)
 
     @cached_property
     def tasks(self) -> list[Task]:
         """All tasks in the order in which zoos number them, which is not the recipe's."""
-        return [self.lab.tasks[name] for name in self.lab.zoo(self.lab.config.table_ways[0], self.config.rank).task_names]
+        zoo = self.experiment.zoo(self.experiment.config.table_zoos[0], self.config.rank)
+        return [self.experiment.tasks[name] for name in zoo.task_names]
 
     @cached_property
     def bank(self) -> ConditionBank:
-        """Conditions of all tasks; the same for all variants, which read parts of them."""
-        return ConditionBank.build(self.tasks, self.lab.settings.unet(), self.lab.out)
+        """Conditions of all tasks; the same for all ablations, which read parts of them."""
+        return ConditionBank.build(self.tasks, self.experiment.settings.unet(), self.experiment.out)
 
-    def embedding(self, variant: Variant, inputs: torch.Tensor, task: int) -> torch.Tensor:
-        """What the variant reads of condition embeddings of the task of this index; same shape."""
-        if variant.condition == (ONE_HOT,):
+    def embedding(self, ablation: Ablation, inputs: torch.Tensor, task: int) -> torch.Tensor:
+        """What the ablation reads of condition embeddings of the task of this index; same shape."""
+        if ablation.condition == (ONE_HOT,):
             return torch.zeros_like(inputs).index_fill(-1, torch.tensor(task), 1.0)
-        read = torch.tensor([float(part in variant.condition) for part in PARTS])
+        read = torch.tensor([float(part in ablation.condition) for part in PARTS])
         return inputs * read.repeat_interleave(inputs.shape[-1] // len(PARTS))
 
-    def prompt_embedding(self, variant: Variant, task: Task) -> torch.Tensor:
+    def prompt_embedding(self, ablation: Ablation, task: Task) -> torch.Tensor:
         """The embedding of a prompt that was not trained on, shape `(condition_dim,)`."""
-        prompt = task.prompt(f"reproduce/{self.lab.config.seed}", self.lab.config.selection_rows)
+        prompt = task.prompt(f"reproduce/{self.experiment.config.seed}", self.experiment.config.selection_rows)
         encoded = self.bank.encoder.encode([prompt])[0][0].float()
-        return self.embedding(variant, encoded, self.bank.names.index(task.name))
+        return self.embedding(ablation, encoded, self.bank.names.index(task.name))
 
-    def pipeline(self, variant: Variant, seed: int) -> CondPDiffPipeline:
-        """The variant's generator, trained if need be."""
-        parts = ("way", "adapters", "autoencoder", "unet", "pca", "condition")
-        folder = self.lab.out / "variants" / f"{variant.key(*parts)}-{seed}"
+    def pipeline(self, ablation: Ablation, seed: int) -> CondPDiffPipeline:
+        """The ablation's generator, trained if need be."""
+        parts = ("zoo", "adapters", "autoencoder", "unet", "pca", "condition")
+        folder = self.experiment.out / "ablations" / f"{ablation.key(*parts)}-{seed}"
         if self._last is None or self._last[0] != folder:
-            self._last = folder, self._train(variant, seed, folder)
+            self._last = folder, self._train(ablation, seed, folder)
         return self._last[1]
 
-    def _train(self, variant: Variant, seed: int, folder: Path) -> CondPDiffPipeline:
-        settings, seeded = self.lab.settings, {"fit": {"seed": seed}}
-        data = self.zoo(variant)
-        stage = AutoencoderStage(data, settings.autoencoder(self.config.autoencoder, seeded, variant.autoencoder))
+    def _train(self, ablation: Ablation, seed: int, folder: Path) -> CondPDiffPipeline:
+        settings, seeded = self.experiment.settings, {"fit": {"seed": seed}}
+        data = self.zoo(ablation)
+        stage = AutoencoderStage(data, settings.autoencoder(self.config.autoencoder, seeded, ablation.autoencoder))
         codec, origin = stage.codec, stage.identity
-        if variant.pca:
+        if ablation.pca:
             code = PrincipalCode.fit(codec.normalizer, data.chunks(), stage.module.config.latent_dim)
             codec, origin = AdapterCodec(codec.template, codec.normalizer, code), {**origin, "pca": True}
         else:
             fit(stage, stage.config.fit, folder / stage.name)
-        inputs = torch.stack([self.embedding(variant, rows, index) for index, rows in enumerate(self.bank.embeddings())])
-        config = settings.unet(self.config.unet, seeded, variant.unet)
+        inputs = torch.stack([self.embedding(ablation, rows, index) for index, rows in enumerate(self.bank.embeddings())])
+        config = settings.unet(self.config.unet, seeded, ablation.unet)
         denoiser = DenoiserStage(codec, data, replace(self.bank, inputs=inputs), config, origin)
         fit(denoiser, config.fit, folder / denoiser.name)
         pipe = denoiser.pipeline()
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def params(self, variant: Variant, task: Task, seed: int) -> torch.Tensor:
-        """Params that the variant makes for a task, shape `(samples, num_params)`."""
-        data, count = self.zoo(variant), self.config.samples
+    def params(self, ablation: Ablation, task: Task, seed: int) -> torch.Tensor:
+        """Params that the ablation makes for a task, shape `(samples, num_params)`."""
+        data, count = self.zoo(ablation), self.config.samples
         seeds = [torch.Generator().manual_seed(1_000_003 * seed + index) for index in range(count)]
-        embedding = self.prompt_embedding(variant, task)
-        if variant.sampler == "diffusion":
-            pipe = copy.copy(self.pipeline(variant, seed))
+        embedding = self.prompt_embedding(ablation, task)
+        if ablation.sampler == "diffusion":
+            pipe = copy.copy(self.pipeline(ablation, seed))
             pipe.register_modules(condition_encoder=GivenCondition(embedding))
-            if variant.scheduler:
-                pipe.register_modules(scheduler=getattr(schedulers, variant.scheduler).from_config(pipe.scheduler.config))
-            steps, guidance = variant.num_inference_steps, variant.guidance_scale
+            if ablation.scheduler:
+                pipe.register_modules(scheduler=getattr(schedulers, ablation.scheduler).from_config(pipe.scheduler.config))
+            steps, guidance = ablation.num_inference_steps, ablation.guidance_scale
             made: torch.Tensor = pipe(task.description, count, steps, guidance, seeds, output_type="params")
             return made
         conditions = self.bank.embeddings()
-        if variant.sampler == "conditional mean":
+        if ablation.sampler == "conditional mean":
             soups = torch.stack([data[data.tasks == index].mean(0) for index in range(len(self.bank.names))])
             regression = KernelRegression(conditions.mean(1), soups, RIDGE)
             return regression.predict(embedding[None]).expand(count, -1)
         nearest = (conditions @ embedding).amax(1).argmax()  # the task with the condition that is most like the prompt
         own = data[data.tasks == nearest]
-        if variant.sampler == "retrieval":
+        if ablation.sampler == "retrieval":
             return own[[(seed + index) % len(own) for index in range(count)]]
         noise = torch.stack([torch.randn(own.shape[1], generator=rng) for rng in seeds])
         return own.mean(0) + own.std(0, correction=0) * noise

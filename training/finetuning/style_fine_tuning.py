@@ -39,8 +39,8 @@ class StyleBatch(NamedTuple):
     times: torch.Tensor
 
 
-class StyleTuning:
-    """See `cond_pdiff.training.tuning.tuning.Tuning`."""
+class StyleFineTuning:
+    """See `cond_pdiff.training.finetuning.fine_tuning.FineTuning`."""
 
     task_type = None
 

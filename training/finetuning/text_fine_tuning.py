@@ -23,8 +23,8 @@ from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
 from cond_pdiff.training.tasks.tasks import Row, Task
 
 
-class TaskTuning(ABC):
-    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.tuning.tuning.Tuning`."""
+class TextTaskFineTuning(ABC):
+    """What fine-tuning on text tasks shares, with a head or without; see `cond_pdiff.training.finetuning.fine_tuning.FineTuning`."""
 
     model: nn.Module
     task_type: str | None
@@ -51,12 +51,12 @@ class TaskTuning(ABC):
         return torch.stack([task_loss(*each) for each in zip(tasks, outputs, labels, strict=True)])
 
     def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
-        """Accuracy on rows of the reported split; of a regression task its own metric."""
-        rows = task.report_rows(self.config.metric_rows)
+        """Accuracy on rows of the test split; of a regression task its own metric."""
+        rows = task.test_rows(self.config.metric_rows)
         predicted = predictions(task, self.outputs(adapter, task, [text for text, _ in rows]))
         labels = torch.tensor([label for _, label in rows])
         names = ("accuracy",) if task.label_range is None else metric_names(task)
-        return {**{name: round(measure(name, predicted, labels), 4) for name in names}, "split": task.report_split}
+        return {**{name: round(measure(name, predicted, labels), 4) for name in names}, "split": task.test_split}
 
     @abstractmethod
     def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
@@ -71,7 +71,7 @@ class TaskTuning(ABC):
         """Those of any number of texts by the base model with an adapter, without gradients, on the CPU."""
 
 
-class TextTuning(TaskTuning):
+class TextFineTuning(TextTaskFineTuning):
     """Class prototypes are the label names' embeddings: no head is trained."""
 
     task_type: str | None = "FEATURE_EXTRACTION"

@@ -30,9 +30,10 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, LoraSpec, head_linears, target_linears, update_shape
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
-from cond_pdiff.training.config import CollectConfig, parse, read_recipe
+from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.stages.tune import tune
 from cond_pdiff.training.tasks.tasks import Task
@@ -126,7 +127,7 @@ def test_a_zoo_of_heads(bert_zoo: Zoo, config: CollectConfig, tasks_folder: Path
         weights += [adapter.tensors[f"{KEY_PREFIX}classifier.weight"] for adapter in adapters]
         task = Task.load(tasks_folder / name)
         base = HeadBackbone.load(bert_zoo.base, 2, ["classifier"])
-        rows = task.report_rows(8)
+        rows = task.test_rows(8)
         with adapters[0].attached(base.model):
             predicted = base.logits([text for text, _ in rows], 16).argmax(1).tolist()
         right = sum(guess == label for guess, (_, label) in zip(predicted, rows, strict=True))

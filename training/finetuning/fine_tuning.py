@@ -1,4 +1,4 @@
-"""Tuning: how an adapter for a base model learns a task."""
+"""FineTuning: how an adapter for a base model learns a task."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 
 
-class Tuning(Protocol):
-    """A base model, and how an adapter for it learns a kind of task; what `Family.tuning` gives."""
+class FineTuning(Protocol):
+    """A base model, and how an adapter for it learns a kind of task; what `Family.fine_tuning` gives."""
 
     model: nn.Module
     """What adapters are attached to, on the device that trains."""

@@ -1,4 +1,4 @@
-"""The house keeps its shape: dependencies point one way, optional packages stay in their place, no pickles, no rag-bag modules.
+"""The architecture keeps its shape: dependencies point one way, optional packages stay in their place, no pickles, no rag-bag modules.
 
 Every checker is a plain function over source text or a folder, and each is also shown something that it must refuse.
 """
@@ -74,7 +74,8 @@ BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
 KINDS_HOME = ("cond_pdiff.conditions", "cond_pdiff.families", "cond_pdiff.training.config")
 KINDS = (
     *("TaskPrompt", "StyleImage", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
-    *("SentenceBackbone", "HeadBackbone", "Task", "Style", "PromptReport", "StyleReport", "TextTuning", "HeadTuning", "StyleTuning"),
+    *("SentenceBackbone", "HeadBackbone", "Task", "Style", "PromptReport", "StyleReport"),
+    *("TextFineTuning", "HeadFineTuning", "StyleFineTuning"),
     *("SentenceConditionEncoder", "ClipConditionEncoder", "StyleCnnConditionEncoder", "BackboneStyleConditionEncoder"),
 )
 KIND_NAMES = (

@@ -1,4 +1,4 @@
-"""Lab: what all reproductions work with: tasks, zoos, generators, and how an adapter is measured. Everything is made once."""
+"""Experiment: what all reproductions work with: tasks, zoos, generators, and how an adapter is measured. Everything is made once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning, task_loss
 from cond_pdiff.training.reproduce.config import Settings
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
 from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks, sample_rows
-from cond_pdiff.training.tuning.text_tuning import TextTuning, task_loss
 from cond_pdiff.training.zoo.collect import collected, one_of, optimise
 from cond_pdiff.training.zoo.zoo import Zoo, soup
 
@@ -27,7 +27,7 @@ ROUTING_PROMPTS = 5
 ROUTING_EXAMPLES = 4
 
 
-class Lab:
+class Experiment:
     """The tasks and the base model of a recipe, and what was made of them below `out`.
 
     Args:
@@ -41,15 +41,15 @@ class Lab:
     def __init__(self, settings: Settings, tasks_folder: Path, out: Path) -> None:
         self.settings, self.config = settings, settings.reproduce
         self.tasks_folder, self.out = tasks_folder, out
-        self.collect = settings.collect(self.config.table_ways[0], self.config.ranks[0])
+        self.collect = settings.collect(self.config.table_zoos[0], self.config.ranks[0])
         self.tasks = {task.name: task for task in load_tasks(tasks_folder, self.collect.tasks)}
         self._rows: dict[tuple[str, int], list[Row]] = {}
-        self._bench: Bench | None = None
+        self._trained_on: TrainedZoo | None = None
 
     @cached_property
-    def tuning(self) -> TextTuning:
+    def fine_tuning(self) -> TextFineTuning:
         """The base model, and how it is trained and asked."""
-        return TextTuning(self.collect)
+        return TextFineTuning(self.collect)
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class Lab:
         """The rows that numbers are reported on, all or a fixed random choice; nothing is selected on them."""
         limit = limit or self.config.max_rows
         if (task.name, limit) not in self._rows:
-            self._rows[task.name, limit] = task.report_rows(limit or None)
+            self._rows[task.name, limit] = task.test_rows(limit or None)
         return self._rows[task.name, limit]
 
     def labels(self, task: Task, limit: int = 0) -> torch.Tensor:
@@ -66,7 +66,7 @@ class Lab:
 
     def predict(self, task: Task, adapter: LoraAdapter | None, limit: int = 0) -> torch.Tensor:
         """Class indices or scores of `rows`, shape `(rows,)`; None: the base model."""
-        return predictions(task, self.tuning.outputs(adapter, task, [text for text, _ in self.rows(task, limit)]))
+        return predictions(task, self.fine_tuning.outputs(adapter, task, [text for text, _ in self.rows(task, limit)]))
 
     def score(self, task: Task, predicted: torch.Tensor, limit: int = 0) -> dict[str, float]:
         """The task's metrics of predictions for `rows`."""
@@ -75,39 +75,39 @@ class Lab:
     def training_loss(self, task: Task, adapter: LoraAdapter) -> float:
         """The loss on a few training rows: what the best of several adapters is chosen by."""
         rows = sample_rows(task.rows("train"), self.config.selection_rows, f"{task.name}/selection")
-        return float(task_loss(task, self.tuning.outputs(adapter, task, [text for text, _ in rows]), [label for _, label in rows]))
+        return float(task_loss(task, self.fine_tuning.outputs(adapter, task, [text for text, _ in rows]), [label for _, label in rows]))
 
     def full_fine_tuning(self, task: Task) -> dict[str, float]:
         """The metrics after all weights of the base model were trained like an adapter: same objective, data and steps."""
-        lab = Lab(self.settings, self.tasks_folder, self.out)  # its own base model, which is changed here
-        parameters = list(lab.tuning.model.requires_grad_(True).parameters())
-        drawn = one_of(lab.tuning, [task], self.config.seed)
-        optimise(lab.tuning, lab.collect, parameters, drawn, lab.collect.steps, self.config.full_learning_rate)
-        return lab.score(task, lab.predict(task, None))
+        experiment = Experiment(self.settings, self.tasks_folder, self.out)  # its own base model, which is changed here
+        parameters = list(experiment.fine_tuning.model.requires_grad_(True).parameters())
+        drawn = one_of(experiment.fine_tuning, [task], self.config.seed)
+        optimise(experiment.fine_tuning, experiment.collect, parameters, drawn, experiment.collect.steps, self.config.full_learning_rate)
+        return experiment.score(task, experiment.predict(task, None))
 
     # --- making -------------------------------------------------------------------------------------------------
 
-    def zoo(self, way: str, rank: int) -> Zoo:
-        """The zoo of one way of collecting, at one rank; collected if need be."""
-        return collected(self.settings.collect(way, rank), self.tasks_folder, self.out / "zoos" / f"{way}-{rank}")
+    def zoo(self, name: str, rank: int) -> Zoo:
+        """One of the recipe's zoos, at one rank; collected if need be."""
+        return collected(self.settings.collect(name, rank), self.tasks_folder, self.out / "zoos" / f"{name}-{rank}")
 
-    def bench(self, way: str, rank: int) -> Bench:
+    def with_generator(self, name: str, rank: int) -> TrainedZoo:
         """A zoo with its generator, trained if need be; only the last one is kept in memory."""
-        if self._bench is None or (self._bench.way, self._bench.rank) != (way, rank):
-            self._bench = None
-            zoo, folder = self.zoo(way, rank), self.out / "generators" / f"{way}-{rank}"
+        if self._trained_on is None or (self._trained_on.name, self._trained_on.rank) != (name, rank):
+            self._trained_on = None
+            zoo, folder = self.zoo(name, rank), self.out / "generators" / f"{name}-{rank}"
             if not (folder / "generator" / "model_index.json").exists():
                 stages = {name: self.settings.recipe.get(name, {}) for name in ("autoencoder", "unet")}
                 train(stages, zoo.folder, self.tasks_folder, folder)
-            self._bench = Bench(self, way, rank, zoo, CondPDiffPipeline.from_pretrained(folder / "generator"))
-        return self._bench
+            self._trained_on = TrainedZoo(self, name, rank, zoo, CondPDiffPipeline.from_pretrained(folder / "generator"))
+        return self._trained_on
 
 
-class Bench:
+class TrainedZoo:
     """A zoo beside its generator."""
 
-    def __init__(self, lab: Lab, way: str, rank: int, zoo: Zoo, pipe: CondPDiffPipeline) -> None:
-        self.lab, self.way, self.rank, self.pipe = lab, way, rank, pipe
+    def __init__(self, experiment: Experiment, name: str, rank: int, zoo: Zoo, pipe: CondPDiffPipeline) -> None:
+        self.experiment, self.name, self.rank, self.pipe = experiment, name, rank, pipe
         pipe.set_progress_bar_config(disable=True)
         self.trained = {name: [adapter for run in zoo.runs(name) for adapter in run.adapters()] for name in zoo.task_names}
         self.soups = {name: soup(adapters) for name, adapters in self.trained.items()}
@@ -119,11 +119,11 @@ class Bench:
 
     def prompt(self, task: Task) -> TaskPrompt:
         """What the task's adapters are generated from: a description and examples that the generator has not been trained with."""
-        return task.prompt(f"reproduce/{self.lab.config.seed}", self.lab.config.selection_rows)
+        return task.prompt(f"reproduce/{self.experiment.config.seed}", self.experiment.config.selection_rows)
 
     def generate(self, prompt: TaskPrompt, count: int, offset: int = 0, **options: Any) -> list[LoraAdapter]:
         """Adapters from one prompt; the seed of the i-th depends on the settings' seed and `offset` + i."""
-        config = self.lab.config
+        config = self.experiment.config
         seeds = [torch.Generator().manual_seed(config.seed * 1_000_003 + offset + index) for index in range(count)]
         params = self.pipe(
             prompt,
