@@ -123,7 +123,7 @@ class LoraAdapter:
         """One line, without the numbers."""
         known = {name: self.metadata.get(name) for name in ("task", "labels", "seed")}
         facts = "".join(f", {name}={value!r:.60}" for name, value in known.items() if value is not None)
-        return f"LoraAdapter({self.spec.base_model!r}, rank={self.spec.rank}, {self.layout.num_adapter_params:,} numbers{facts})"
+        return f"LoraAdapter({self.spec.base_model!r}, rank={self.spec.rank}, {self.layout.num_adapter_params:,} parameters{facts})"
 
     # --- disk ---------------------------------------------------------------------------------------------------
 

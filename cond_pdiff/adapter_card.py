@@ -83,7 +83,7 @@ def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
         yield "base model", f"`{_line(base.get('repo_id'))}`{revision}"
     targets = ", ".join(f"`{_line(name)}`" for name in spec.target_modules)
     heads = "".join(f", head `{_line(name)}`" for name in spec.modules_to_save)
-    yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}, on {targets}{heads}: {adapter.layout.num_adapter_params:,} numbers"
+    yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}, on {targets}{heads}: {adapter.layout.num_adapter_params:,} parameters"
     if isinstance(metadata.get("max_length"), int):
         yield "texts", f"read up to {metadata['max_length']} tokens, in training and in use"
     labels = metadata.get("labels")

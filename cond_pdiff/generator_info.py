@@ -115,7 +115,7 @@ class GeneratorInfo:
             f"makes      {self.condition.adapters} adapters for {self.base.repo_id}"
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
             f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*spec.target_modules, *heads])}: "
-            f"{layout.num_adapter_params:,} numbers in {len(layout.shapes)} tensors{modelled}",
+            f"{layout.num_adapter_params:,} parameters in {len(layout.shapes)} tensors{modelled}",
             textwrap.fill(", ".join(named), 120, initial_indent=title, subsequent_indent=" " * 11, break_on_hyphens=False),
         ]
         return "\n".join([*lines, *(["", self.measured] if self.measured else [])])

@@ -8,11 +8,23 @@ from typing import Any
 
 import torch
 
-from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.sampling import check_guidance, is_guided
 
 MAX_STEPS = 1000
-OUTPUT_TYPES = ("adapter", "params", "latent")
+OUTPUT_TYPES = ("adapter", "params", "pt", "latent")
+
+
+def only_condition(condition: Any, prompt: Any, image: Any) -> Any:
+    """The one of the three that was given.
+
+    Raises:
+        ConditionError: none, or several.
+    """
+    given = [value for value in (condition, prompt, image) if value is not None]
+    if len(given) != 1:
+        raise ConditionError(f"give a condition: a prompt or an image, got {len(given) or 'none'} of them")
+    return given[0]
 
 
 def check_schedule(timesteps: Any, sigmas: Any) -> None:
@@ -52,7 +64,7 @@ def check_generators(generator: Any, num_adapters: int) -> None:
 def check_output(output_type: Any, callback_tensors: Sequence[str], known_tensors: Sequence[str]) -> None:
     """Refuse another output than `OUTPUT_TYPES`, and names of tensors that callbacks cannot have."""
     if output_type not in OUTPUT_TYPES:
-        raise CondPDiffError(f"output_type must be 'adapter', 'params' or 'latent', got {output_type!r}")
+        raise CondPDiffError(f"output_type must be 'adapter', 'params' (or 'pt') or 'latent', got {output_type!r}")
     unknown = [name for name in callback_tensors if name not in known_tensors]
     if unknown:
         raise CondPDiffError(f"callbacks can have {list(known_tensors)}, not {unknown[0]!r}")

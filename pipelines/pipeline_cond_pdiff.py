@@ -12,6 +12,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.attach import adapted_names
 from cond_pdiff.codec import AdapterCodec, Autoencoder
 from cond_pdiff.conditions.condition import Condition
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.conditions.texts import Text
 from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError
@@ -24,7 +25,7 @@ from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
 from cond_pdiff.models.denoisers import Denoiser
 from cond_pdiff.normalization import ParamNormalizer
 from cond_pdiff.pipelines.generator_pipeline import GeneratorPipeline
-from cond_pdiff.pipelines.inputs import MAX_STEPS, check_generators, check_guided, check_output, check_schedule
+from cond_pdiff.pipelines.inputs import MAX_STEPS, check_generators, check_guided, check_output, check_schedule, only_condition
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
 from cond_pdiff.pipelines.provenance import generation_settings, recorded_seeds
 from cond_pdiff.sampling import OnStep, check_count, denoise, is_guided
@@ -141,18 +142,21 @@ class CondPDiffPipeline(GeneratorPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        condition: Any,
+        condition: Any = None,
         num_adapters: int = 1,
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
-        output_type: Literal["adapter", "params", "latent"] = "adapter",
+        output_type: Literal["adapter", "params", "pt", "latent"] = "adapter",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
+        *,
+        prompt: str | TaskPrompt | None = None,
+        image: Any = None,
     ) -> Any:
         """Generate adapters for one condition. Threads that share a pipeline take turns.
 
@@ -168,7 +172,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             generator: a `torch.Generator`, or one for each adapter: then each adapter depends on its own only. Default: a new one
                 from a seed that is drawn; adapters record it.
             latents: initial noise, shape `(num_adapters, channels, length)`, instead of drawing it.
-            output_type: "adapter"; or "params" / "latent" for the tensor, without adapters.
+            output_type: "adapter"; or "params" (also "pt", as in diffusers) / "latent" for the tensor, without adapters.
             return_dict: False gives the output as a tuple.
             callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after each step; may return changed
                 tensors.
@@ -176,6 +180,7 @@ class CondPDiffPipeline(GeneratorPipeline):
                 out-of-distribution style picture, `cond_pdiff.conditions.style_image.STYLE_VIEWS` of each for every adapter.
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
+            prompt, image: diffusers' words for `condition`; give one of the three.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -185,6 +190,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             ConditionError: the condition cannot be used.
             CondPDiffError: another argument is out of its range, or not for this generator's scheduler.
         """
+        condition = only_condition(condition, prompt, image)
         checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale

@@ -41,7 +41,7 @@ FACTS = """## How it was made
 | | |
 |---|---|
 | base model | `{base}` |
-| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 numbers |
+| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 parameters |
 | texts | read up to 16 tokens, in training and in use |
 | labels | `positive`, `negative` |
 | generator | `generator`, sha256 `{sha256}` |

@@ -374,7 +374,7 @@ def test_info_tells_layout_tasks_and_numbers(run: Any, tiny_generator: Path, sav
     text = "\n".join(done.out)
     assert (done.status, done.err) == (0, [])
     assert f"generator  {tiny_generator}" in text
-    assert "rank 2, alpha 8, on attention.output.dense, key, query, value: 1,024 numbers in 16 tensors, 512 of them modelled" in text
+    assert "rank 2, alpha 8, on attention.output.dense, key, query, value: 1,024 parameters in 16 tensors, 512 of them modelled" in text
     assert "tasks      2: animals, moods" in text
     bundled = run("info", "cond-pdiff/minilm-text-tasks")
     assert "| 16 unseen tasks |" in "\n".join(bundled.out)

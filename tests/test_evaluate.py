@@ -357,8 +357,8 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
         assert all(f" {TABLE.show(result['accuracy'][name])} |" in row for name in shown)
         assert ("CC0-1.0" if result["seen"] else f"{result['retrieved']} (") in row
     assert 'from_pretrained("cond-pdiff/tiny-text-tasks")' in text
-    assert "| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 numbers |" in text
-    assert "| modelled | 512 numbers (`lora_B` only" in text
+    assert "| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 parameters |" in text
+    assert "| modelled | 512 parameters (`lora_B` only" in text
     assert "4 adapters of 2 tasks (2 runs a task" in text
     assert "latents 1×8, normaliser `task`" in text
     assert "sampled with DPMSolverMultistepScheduler" in text

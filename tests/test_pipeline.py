@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import OTHER, PROMPT, quiet, same, seeds
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 
 from cond_pdiff import CondPDiffPipeline
 from cond_pdiff.errors import ConditionError, CondPDiffError
@@ -34,6 +35,17 @@ def test_saved_and_loaded_it_gives_the_same_bits(pipe: CondPDiffPipeline, tmp_pa
     for folder in (tmp_path / "copy", str(tmp_path / "copy")):
         assert torch.equal(params(quiet(CondPDiffPipeline.from_pretrained(folder))), expected)
     assert params(pipe).std() > 0
+
+
+def test_diffusers_words_are_understood(pipe: CondPDiffPipeline, picture: Path) -> None:
+    options = {"generator": seeds(0), "num_inference_steps": 1}
+    wanted = pipe(PROMPT, output_type="params", **options)
+    assert torch.equal(pipe(prompt=PROMPT, output_type="pt", **options), wanted)
+    with pytest.raises(ConditionError, match="this generator reads a task description"):
+        pipe(image=Image.open(picture), **options)
+    for given in ({}, {"condition": PROMPT, "prompt": PROMPT}, {"prompt": PROMPT, "image": picture}):
+        with pytest.raises(ConditionError, match=r"give a condition: a prompt or an image, got (none|2) of them"):
+            pipe(**given, **options)
 
 
 @pytest.mark.parametrize("output_type", ["adapter", "params", "latent"])
