@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import FitConfig, TuneConfig, parse
 from cond_pdiff.training.recipe import SECTIONS, read_recipe, recipe_names
-from cond_pdiff.training.recipe_help import SETTINGS, RecipeHelp, Section, expected, known_recipes
+from cond_pdiff.training.recipe_help import SETTINGS, RecipeHelp, Section, expected, known_recipes, settings_document
 
 
 def test_every_section_with_settings_is_told() -> None:
@@ -42,6 +42,12 @@ def test_every_key_stands_there_with_the_recipes_value(name: str) -> None:
         assert all(f"  {entry.key} = " in str(section) for entry in section.entries)
     assert told.about == recipe["about"]
     assert json.loads(json.dumps(told.to_json()))["name"] == name
+
+
+def test_the_document_is_what_the_settings_say() -> None:
+    told = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert told == settings_document() + "\n"
+    assert "| `cond_drop_prob` | `0.1` | a number from 0 to 1 | share of samples trained without a condition" in told
 
 
 def test_lines_tell_value_range_default_and_meaning() -> None:

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, TuneConfig, UNetConfig, parse
 from cond_pdiff.training.recipe import read_recipe, recipe_names, recipe_variants
 from cond_pdiff.training.reproduce.config import AblationConfig, ReproduceConfig
@@ -165,6 +166,21 @@ class RecipeSummary:
 def known_recipes() -> list[RecipeSummary]:
     """The shipped recipes, in the order of their names."""
     return [RecipeSummary(name, read_recipe(name).get("about", ""), tuple(recipe_variants(name))) for name in recipe_names()]
+
+
+def settings_document() -> str:
+    """Render every section's keys with their defaults, ranges and meanings as Markdown: `docs/recipes.md`."""
+    parts = [
+        "# What a recipe can say",
+        "A recipe is a JSON file with a section a stage. Every key has a default; unknown keys and values out of their range are refused. "
+        "`cond-pdiff recipe list` names the shipped recipes, `cond-pdiff recipe show NAME` shows one with all that it could say, and "
+        "`cond-pdiff recipe settings > docs/recipes.md` wrote this page.",
+    ]
+    for name in SETTINGS:
+        section = Section.describe(name, {})
+        rows = [[f"`{entry.key}`", f"`{_json(entry.default)}`", expected(entry.schema), entry.meaning] for entry in section.entries]
+        parts += [f"## `{name}`", section.about, markdown_table(["key", "default", "allowed", "meaning"], rows)]
+    return "\n\n".join(parts)
 
 
 def expected(schema: Mapping[str, Any]) -> str:

@@ -22,6 +22,14 @@ def list_recipes(as_json: AsJson = False) -> None:
     report([asdict(recipe) for recipe in known], "\n".join(map(str, known)), as_json)
 
 
+@commands.command("settings")
+def show_settings(as_json: AsJson = False) -> None:
+    """Print all that recipes can say, as Markdown."""
+    from cond_pdiff.training.recipe_help import SETTINGS, Section, settings_document
+
+    report([asdict(Section.describe(name, {})) for name in SETTINGS], settings_document(), as_json)
+
+
 @commands.command("show")
 def show_recipe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Recipe name[+VARIANT] or JSON file.")],
