@@ -35,7 +35,7 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """A LoRA adapter in memory.
+    """A validated LoRA adapter in memory: its specification, its tensors, and the facts that are kept with it.
 
     Args:
         spec: rank, alpha, target modules, base model.
@@ -73,7 +73,7 @@ class LoraAdapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the adapted modules, sorted."""
+        """The names of the adapted modules, sorted."""
         names = set()
         for key in self.tensors:
             if self.spec.saves(key.removeprefix(KEY_PREFIX)):
@@ -93,7 +93,7 @@ class LoraAdapter:
 
     @property
     def family(self) -> Family | None:
-        """The family of base models that it is for; None if that cannot be told.
+        """The family of base models that the adapter is for; None if that cannot be told.
 
         Raises:
             CondPDiffError: it names one that is not known here.
@@ -107,20 +107,20 @@ class LoraAdapter:
 
     @property
     def layout(self) -> ParamLayout:
-        """Keys and shapes, sorted by key."""
+        """The keys and shapes of all tensors, sorted by key."""
         return ParamLayout.from_tensors(self.tensors)
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) of one module."""
+        """Return the factors (A, B) of one module."""
         return factors_of(self.tensors, module)
 
     def delta(self, module: str) -> torch.Tensor:
-        """ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
+        """Return ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
         lora_a, lora_b = self.factors(module)
         return self.spec.scaling * (lora_b.float() @ lora_a.float())
 
     def __repr__(self) -> str:
-        """One line, without the numbers."""
+        """Return one line that describes the adapter, without its numbers."""
         known = {name: self.metadata.get(name) for name in ("task", "labels", "seed")}
         facts = "".join(f", {name}={value!r:.60}" for name, value in known.items() if value is not None)
         return f"LoraAdapter({self.spec.base_model!r}, rank={self.spec.rank}, {self.layout.num_adapter_params:,} parameters{facts})"
@@ -211,7 +211,7 @@ class LoraAdapter:
             )
 
     def is_like(self, other: LoraAdapter) -> bool:
-        """Have both the same tensors by name and shape, the same specification, and the same base model, as far as they record it?"""
+        """Return whether both have equal tensor names and shapes, specifications and, as far as they record it, base models."""
         prints = (self.spec.base_fingerprint, other.spec.base_fingerprint)
         one_base = None in prints or same_base(*map(str, prints))
         return one_base and (self.layout, self.spec) == (other.layout, other.spec)
@@ -242,7 +242,7 @@ class LoraAdapter:
 
     @contextlib.contextmanager
     def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
-        """`with adapter.attached(model): …` — attached inside the block, detached after it, also on errors.
+        """Attach the adapter inside a block and detach it after that, also on errors: `with adapter.attached(model): …`.
 
         The thread has the model to itself inside the block: another one that comes to such a block of the same model, or runs the
         model through this package, waits. Code that calls a shared model itself takes `cond_pdiff.locks.lock_of(model)` for that.
@@ -259,7 +259,7 @@ class LoraAdapter:
     # --- arithmetic ---------------------------------------------------------------------------------------------
 
     def scaled(self, strength: float) -> LoraAdapter:
-        """The adapter with ΔW times `strength`, by its `lora_B`."""
+        """Return the adapter with ΔW multiplied by `strength`, by way of its `lora_B`."""
         tensors = {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in self.tensors.items()}
         return replace(self, tensors=tensors)
 
@@ -267,7 +267,7 @@ class LoraAdapter:
     def mean(
         cls, adapters: Sequence[LoraAdapter], weights: Sequence[float] | None = None, space: Literal["factors", "delta"] = "delta"
     ) -> LoraAdapter:
-        """The adapter whose ΔW is the weighted mean of those of `adapters`.
+        """Return the adapter whose ΔW is the weighted mean of those of `adapters`.
 
         It keeps the metadata that are the same in all of them, but for the seed: no single seed makes it.
 
@@ -299,5 +299,5 @@ class LoraAdapter:
         return cls(first.spec, tensors, shared)
 
     def interpolate(self, other: LoraAdapter, weight: float, space: Literal["factors", "delta"] = "delta") -> LoraAdapter:
-        """The adapter at `weight` on the way from this one (0) to `other` (1): the `mean` with the weights 1 - `weight` and `weight`."""
+        """Return the adapter at `weight` on the way from this one (0) to `other` (1): the `mean` with weights 1 - `weight` and `weight`."""
         return self.mean([self, other], [1 - weight, weight], space)

@@ -18,7 +18,9 @@ CARD_FILE = "README.md"
 
 
 def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
-    """Markdown with the Hub's YAML header; metadata that are missing, or not as this package writes them, are left out.
+    """Return the card as Markdown with the Hub's YAML header.
+
+    Metadata that are missing, or not as this package writes them, are left out.
 
     Args:
         preview: name of a picture in the repository that shows what the adapter does.
@@ -33,7 +35,7 @@ def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
 
 
 def merged_card(adapter: LoraAdapter, scale: float) -> str:
-    """The card of a base model with an adapter merged in.
+    """Return the card of a base model with an adapter merged in.
 
     Args:
         scale: the adapter's strength in it.
@@ -43,7 +45,7 @@ def merged_card(adapter: LoraAdapter, scale: float) -> str:
 
 
 def _fields(adapter: LoraAdapter) -> dict[str, Any]:
-    """What both cards tell."""
+    """Return the fields that both cards have."""
     base = adapter.spec.base_model or "an unknown base model"
     facts = (*_use(adapter), *_making(adapter.metadata), *_verdict(adapter.metadata))
     rows = [f"| {name} | {value} |" for name, value in facts if value]
@@ -56,7 +58,7 @@ def _fields(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def _story(metadata: Mapping[str, Any]) -> str:
-    """Where the adapter comes from."""
+    """Say where the adapter comes from."""
     condition = metadata.get("condition")
     if not isinstance(condition, Mapping):
         task = metadata.get("task")
@@ -66,7 +68,7 @@ def _story(metadata: Mapping[str, Any]) -> str:
 
 
 def _kind(metadata: Mapping[str, Any]) -> type[Condition] | None:
-    """Of the recorded condition; None where there is none that is known here."""
+    """Return the kind of the recorded condition; None where there is none that is known here."""
     condition = metadata.get("condition")
     try:
         return condition_kind(condition) if isinstance(condition, Mapping) else None
@@ -75,7 +77,7 @@ def _kind(metadata: Mapping[str, Any]) -> type[Condition] | None:
 
 
 def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
-    """What the adapter is, and how it is used."""
+    """Yield the names and values that say what the adapter is, and how it is used."""
     spec, metadata = adapter.spec, adapter.metadata
     base = metadata.get("base")
     if isinstance(base, Mapping):
@@ -92,7 +94,7 @@ def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
 
 
 def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """How it was made."""
+    """Yield the names and values that say how the adapter was made."""
     generator = metadata.get("generator")
     if isinstance(generator, Mapping):
         commit = f" at commit `{_line(generator['revision'])}`" if generator.get("revision") else ""
@@ -117,7 +119,7 @@ def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _verdict(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """How far the request was from what was trained, and where all that happened."""
+    """Yield the names and values that say how far the request was from what was trained, and where all that happened."""
     nearest = metadata.get("nearest")
     if isinstance(nearest, list):
         pairs = [pair for pair in nearest if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], (int, float))]
@@ -130,10 +132,10 @@ def _verdict(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(facts: Any) -> str:
-    """Names and values, nothing of what has none."""
+    """Join names and values in one line; it is empty for what has none."""
     return ", ".join(f"{_line(name)} {_line(value)}" for name, value in facts.items()) if isinstance(facts, Mapping) else ""
 
 
 def _line(value: Any) -> str:
-    """Something on one line of a table."""
+    """Put a value on one line of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")

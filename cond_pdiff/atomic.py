@@ -15,7 +15,7 @@ from cond_pdiff.errors import OutputExistsError
 
 
 def dump_json(data: Any) -> str:
-    """Sorted, indented JSON that is the same in every process; refuses NaN."""
+    """Return sorted, indented JSON that is the same in every process; NaN is refused."""
     return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 

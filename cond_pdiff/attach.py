@@ -48,12 +48,12 @@ def _check_head(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.M
 
 
 def adapted_names(keys: Iterable[str]) -> list[str]:
-    """Names of the modules that have an update, from the keys of an adapter's tensors; sorted."""
+    """Return the names of the modules that have an update, from the keys of an adapter's tensors; sorted."""
     return sorted(key.removeprefix(KEY_PREFIX).rpartition(".lora_A.")[0] for key in keys if ".lora_A." in key)
 
 
 def factors_of(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of one module among an adapter's tensors."""
+    """Return the factors (A, B) of one module from an adapter's tensors."""
     return tensors[f"{KEY_PREFIX}{module}.lora_A.weight"], tensors[f"{KEY_PREFIX}{module}.lora_B.weight"]
 
 
@@ -103,7 +103,7 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
 
 
 class Attachment:
-    """A live attachment; `detach` removes it. The base model's weights are never written to."""
+    """The attachment of an adapter to a model; `detach` removes it. The base model's weights are never written to."""
 
     def __init__(self, handles: list[RemovableHandle], lock: threading.RLock) -> None:
         self._handles, self._lock = handles, lock
@@ -117,19 +117,19 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class UpdateHook:
-    """Adds B · A · x to a linear layer's output."""
+    """A forward hook that adds B · A · x to a linear layer's output."""
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
+        """Return the layer's output with the update added."""
         return output + nn.functional.linear(nn.functional.linear(args[0], self.lora_a), self.lora_b)
 
 
 @dataclass(frozen=True, eq=False)
 class GroupedUpdateHook:
-    """Adds to each group of a batch the update of its own adapter.
+    """A forward hook that adds to each group of a batch the update of its own adapter.
 
     Args:
         lora_a: of each group, shape `(groups, rank, in)`.
@@ -142,23 +142,23 @@ class GroupedUpdateHook:
     scale: float
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
+        """Return the layer's output with every group's update added."""
         rows = args[0].reshape(len(self.lora_b), -1, args[0].shape[-1])
         return output + (self.scale * (rows @ self.lora_a.mT) @ self.lora_b.mT).reshape(output.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class HeadHook:
-    """Puts another layer's output in the place of a linear layer's."""
+    """A forward hook that puts another layer's output in the place of a linear layer's."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The forward hook."""
+        """Return the other layer's output for the same input."""
         return nn.functional.linear(args[0], self.weight, self.bias)
 
     @staticmethod
     def on(module: nn.Module) -> bool:
-        """Has the layer such a hook?"""
+        """Return whether the layer has such a hook."""
         return any(isinstance(hook, HeadHook) for hook in module._forward_hooks.values())

@@ -16,17 +16,17 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 LOGIT_SCALE = 20.0
-"""Cosine similarities are multiplied by this before the softmax, in training and in use."""
+"""The factor of cosine similarities in front of the softmax, in training and in use."""
 
 DEFAULT_MAX_LENGTH = 128
-"""Tokens of a text, where neither the caller nor the adapter says it."""
+"""The number of tokens at which a text is cut, where neither the caller nor the adapter says it."""
 
 NAME_WEIGHT = 2.0
-"""A class's name counts as much in its prototype as so many of its examples."""
+"""The weight of a class's name in its prototype: it counts as much as so many of the class's examples."""
 
 
 def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Scaled cosine similarities of examples to prototypes that do not hold them, nor one example of each other class.
+    """Return scaled cosine similarities of examples to prototypes that do not hold them, nor one example of each other class.
 
     Without the judged example alone, its own class would have fewer examples than the others: of classes that cannot be told apart
     by more than chance, every example would then be called wrong. So the first examples of all classes are held out together, then
@@ -49,13 +49,13 @@ def held_out_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.
 
 
 def place_in_class(targets: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """How many examples of its class stand before each, shape of `targets`."""
+    """Return how many examples of its class stand before each, shape of `targets`."""
     of_class = nn.functional.one_hot(targets, num_labels)
     return (of_class.cumsum(0) * of_class).sum(1) - 1
 
 
 def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Scaled cosine similarities of texts to prototypes of names and examples.
+    """Return scaled cosine similarities of texts to prototypes of names and examples.
 
     Args:
         names, examples, targets: see `held_out_logits`.
@@ -69,12 +69,12 @@ def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch
 
 
 def _summed(examples: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
-    """The sum of each group's examples, shape `(count, embedding_dim)`."""
+    """Return the sum of each group's examples, shape `(count, embedding_dim)`."""
     return examples.new_zeros(count, examples.shape[1]).index_add(0, groups, examples)
 
 
 def _prototypes(names: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Unit-length prototypes, shape of `sums`.
+    """Return unit-length prototypes, shape of `sums`.
 
     Texts are more like texts than like names, so that classes with examples would attract all texts: a class without examples gets
     the mean of the others' sums.
@@ -97,11 +97,11 @@ def _recorded_length(adapter: LoraAdapter | None) -> int:
 
 
 class PrototypeClassifier:
-    """Classify texts by the nearest class prototype in the embedding space of the adapted base model.
+    """A classifier of texts by the nearest class prototype in the embedding space of the adapted base model.
 
-    Each class's prototype is the embedding of its label name, under the same adapter as the texts; with labelled examples, the
-    direction of the sum of its examples' embeddings and `NAME_WEIGHT` times its name's. A class without examples, where others have
-    some, gets the mean over those others of their sums.
+    Zero-shot (names only), a class's prototype is the embedding of its label name, under the same adapter as the texts; k-shot (with
+    examples), it is the direction of the sum of its examples' embeddings and `NAME_WEIGHT` times its name's. A class without examples,
+    where others have some, gets the mean over those others of their sums.
 
     Args:
         backbone: the base model; adapters are attached only while it works.
@@ -145,7 +145,7 @@ class PrototypeClassifier:
         base: str | None = None,
         examples: Sequence[tuple[Text, str]] | None = None,
     ) -> PrototypeClassifier:
-        """A classifier from an adapter folder that this package wrote.
+        """Load a classifier from an adapter folder that this package wrote.
 
         Args:
             labels: default: the labels recorded with the adapter.
@@ -165,19 +165,19 @@ class PrototypeClassifier:
         return cls(backbone, labels, adapter, examples=examples)
 
     def with_adapter(self, adapter: LoraAdapter | None) -> PrototypeClassifier:
-        """The same classifier with another adapter of an already checked base; for going through many adapters."""
+        """Return the same classifier with another adapter of an already checked base; for going through many adapters."""
         other = PrototypeClassifier(self.backbone, self.labels, None, self.max_length, self.examples)
         other.adapter = adapter
         return other
 
     @property
     def targets(self) -> torch.Tensor:
-        """Index of each example's label, shape `(num_examples,)`."""
+        """The index of each example's label, shape `(num_examples,)`."""
         return torch.tensor([self.labels.index(label) for _, label in self.examples], dtype=torch.long)
 
     @torch.no_grad()
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities.
+        """Return scaled cosine similarities, shape `(len(texts), len(labels))`; softmax gives class probabilities.
 
         Raises:
             ConditionError: not a list of texts or pairs, or an empty one among them.
@@ -189,17 +189,17 @@ class PrototypeClassifier:
 
     @torch.no_grad()
     def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings of the label names and of the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
+        """Embed the label names and the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
         names, examples, _ = self._embed([])
         return names, examples
 
     def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
-        """Unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""
+        """Return unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""
         parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], texts)
         with self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext():
             embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
         return embeddings.split([len(part) for part in parts])
 
     def predict(self, texts: Sequence[Text]) -> list[str]:
-        """The label of each text."""
+        """Return the label of each text."""
         return [self.labels[index] for index in self.logits(texts).argmax(-1).tolist()]

@@ -14,35 +14,35 @@ from cond_pdiff.normalization import ParamNormalizer, extra_length, join_statist
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """What a codec needs of the network (or whatever else) between normalised params and a code; `ParamAutoencoder` is one.
+    """The part of a codec between normalised params and a code: a network, or whatever else does this; `ParamAutoencoder` is one.
 
     However many adapters it is given at once, it takes no more memory for its feature maps than a few of them need.
     """
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of its weights."""
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that its weights are on."""
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(channels, length) of the code of one adapter."""
+        """The shape (channels, length) of the code of one adapter."""
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalised params, shape `(batch, num_params)` → scaled code, shape `(batch, *latent_shape)`."""
+        """Encode normalised params, shape `(batch, num_params)`, into a scaled code, shape `(batch, *latent_shape)`."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`, up to what the code loses."""
+        """Decode a scaled code into normalised params: the inverse of `encode`, up to what the code loses."""
 
     def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
         """Change the code's scale so that `latents`, which were encoded, get unit variance; return those."""
 
 
 class AdapterCodec:
-    """Turns adapters and their params into latents, and back.
+    """The conversion of adapters and their params into latents, and back.
 
     The latents of an adapter are the autoencoder's code, and behind it, in as few columns as hold them, the adapter's statistics (mean and
     size, where the normaliser is of mode "task"): for a request that nobody has seen these are generated, too.
@@ -58,13 +58,13 @@ class AdapterCodec:
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(channels, length) of the latents of one adapter, with the columns of its statistics."""
+        """The shape (channels, length) of the latents of one adapter, with the columns of its statistics."""
         channels, length = self.autoencoder.latent_shape
         return channels, length + extra_length(self.normalizer.num_statistics, channels)
 
     @property
     def guided_length(self) -> int:
-        """How many of the first columns are code: guidance would scale what stands behind them, an update's size among it."""
+        """The number of first columns that are code: guidance would scale what stands behind them, an update's size among it."""
         return self.autoencoder.latent_shape[1]
 
     # --- what is measured, in the order of training: the normaliser, (the autoencoder is trained,) the latents' scale --------------
@@ -80,7 +80,7 @@ class AdapterCodec:
 
     @torch.no_grad()
     def reconstruction_error(self, chunks: Iterable[torch.Tensor]) -> float:
-        """Share of a zoo's energy (in normalised params) that a pass through the autoencoder loses; for its params in chunks."""
+        """Return the share of a zoo's energy (in normalised params) that a pass through the autoencoder loses; for its params in chunks."""
         lost = energy = 0.0
         for chunk in chunks:
             values, _ = self.normalizer.normalize(chunk.to(self.normalizer.device))
@@ -92,7 +92,7 @@ class AdapterCodec:
     # --- there and back -------------------------------------------------------------------------------------------
 
     def encode(self, params: torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
-        """Params → latents, float32 (equation 6a).
+        """Encode params into latents, float32 (equation 6a).
 
         Args:
             params: shape `(batch, num_params)`, on any device; or chunks of that shape, which need not fit into memory together.
@@ -108,7 +108,7 @@ class AdapterCodec:
         return join_statistics(code.to(statistics), statistics).to(params.device)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents, shape `(batch, *latent_shape)` → params, shape `(batch, num_params)`, float32 (equation 6b).
+        """Decode latents, shape `(batch, *latent_shape)`, into params, shape `(batch, num_params)`, float32 (equation 6b).
 
         All on the autoencoder's device. Gradients flow if they are wanted.
         """
@@ -117,9 +117,9 @@ class AdapterCodec:
         return self.normalizer.denormalize(values.float(), statistics.float())
 
     def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
-        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+        """Turn params, shape `(num_params,)`, into a validated adapter, float32, on the CPU."""
         return self.template.to_adapter(params, metadata)
 
     def to_params(self, adapter: LoraAdapter) -> torch.Tensor:
-        """An adapter of the codec's layout → params, shape `(num_params,)`."""
+        """Flatten an adapter of the codec's layout into params, shape `(num_params,)`."""
         return self.template.to_params(adapter)

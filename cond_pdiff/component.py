@@ -13,7 +13,7 @@ from cond_pdiff.errors import CondPDiffError, HubError
 from cond_pdiff.locks import LOADING
 
 COMPONENTS: dict[str, type] = {}
-"""What `register_component` was given, by name."""
+"""The classes that `register_component` was given, by name."""
 
 Class = TypeVar("Class", bound=type)
 
@@ -54,7 +54,7 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load as any diffusers model, from safetensors only.
+        """Load a component as any diffusers model, from safetensors only.
 
         Raises:
             HubError: a tensor is missing (diffusers would go on with random numbers), or there is one that does not belong.
@@ -77,7 +77,7 @@ class Component(ModelMixin, PathlessConfig):  # type: ignore[misc]  # both defin
         return (model, info) if report else model
 
     def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # diffusers wraps torch's, whose types are not to be had
-        """Move and cast as any diffusers model, without its warning at every cast: that of the modules that stay float32 none does."""
+        """Move and cast as any diffusers model, without its warning at every cast about modules to be kept in float32: there are none."""
         dtypes = [value for value in (*args, kwargs.pop("dtype", None)) if isinstance(value, torch.dtype)]
         if dtypes:
             torch.nn.Module.to(self, dtypes[0])
@@ -89,7 +89,7 @@ class ExactComponent(Component):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As `Component.from_pretrained`, in float32."""
+        """Load as `Component.from_pretrained` does, in float32."""
         kwargs.pop("torch_dtype", None)
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "dtype": torch.float32})
 

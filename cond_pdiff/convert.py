@@ -18,11 +18,11 @@ from cond_pdiff.lora import KEY_PREFIX
 from cond_pdiff.weights import weights_files
 
 COMFYUI_PREFIX = "transformer."
-"""What ComfyUI expects in front of a PixArt module's name."""
+"""The prefix that ComfyUI expects in front of a PixArt module's name."""
 
 
 def to_comfyui(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
-    """The adapter's tensors as `transformer.<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+    """Return the adapter's tensors as `transformer.<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
     The update that these tools apply is alpha / rank · up · down, as peft's (equation 1).
     """
@@ -36,7 +36,7 @@ def to_comfyui(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
 
 
 def from_comfyui(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors with peft's names again; alphas are left out.
+    """Return tensors with peft's names again; alphas are left out.
 
     Raises:
         AdapterError: a tensor has another name.

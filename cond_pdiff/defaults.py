@@ -1,4 +1,4 @@
-"""What holds where nobody says anything else: numbers and names that the command line tells and the library uses.
+"""Default numbers and names: what the command line tells and the library uses where nobody says anything else.
 
 They stand in a module of their own that imports nothing, so that help can name them at once.
 """
@@ -7,18 +7,18 @@ TEXT_GENERATOR = "cond-pdiff/minilm-text-tasks"
 STYLE_GENERATOR = "cond-pdiff/pixart-mini-styles"
 
 DEFAULT_STEPS = 20
-"""Denoising steps. Adapters of one task then vary as much as after 200 steps (`benchmarks/spread.py`): on the four narrowest tasks of the
-bundled text generator 0.98 as much; with exponential noise levels, which new generators have, a few hundredths more, and with those of the
-bundled styles, which vary by 0.03 only, 1.2 as much. After ten equal steps, the last of which begins at a noise of 0.34, it was 0.7 on
-those tasks, and 3 on the styles."""
+"""The number of denoising steps. Adapters of one task then vary as much as after 200 steps (`benchmarks/spread.py`): on the four narrowest
+tasks of the bundled text generator 0.98 as much; with exponential noise levels, which new generators have, a few hundredths more, and with
+those of the bundled styles, which vary by 0.03 only, 1.2 as much. After ten equal steps, the last of which begins at a noise of 0.34, it
+was 0.7 on those tasks, and 3 on the styles."""
 CHOOSE_FROM = 20
-"""Candidates where there are examples to choose on (the paper's number)."""
+"""The number of candidates where there are examples to choose on (the paper's number)."""
 
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0
 
 EVALUATED_SAMPLES = 20
-"""Adapters generated a task (the paper's number)."""
+"""The number of adapters generated per task (the paper's number)."""
 EVALUATED_ROWS = 200
 CALIBRATION_DRAWS = 3
 CALIBRATION_ROWS = 160

@@ -1,4 +1,4 @@
-"""The demo: an adapter for a task in words and two examples, and what it says of new sentences beside the base model."""
+"""The demo: an adapter for a task in words and two examples, and its answers to new sentences beside the base model's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a classifier says of a sentence.
+    """A classifier's answer to the question what a sentence is.
 
     Args:
         label: the likeliest.
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What came of the demo.
+    """The result of the demo.
 
     Args:
         report: what is known of the request and its candidates.
@@ -58,7 +58,7 @@ class Demonstration:
     adapted: tuple[Answer, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description."""
+        """Return a JSON-ready description."""
         rows = [
             {"text": text, "label": label, "base": asdict(base), "adapted": asdict(adapted)}
             for (text, label), base, adapted in zip(SENTENCES, self.base, self.adapted, strict=True)
@@ -66,7 +66,7 @@ class Demonstration:
         return {"description": DESCRIPTION, "examples": list(EXAMPLES), "report": self.report.to_json(), "sentences": rows}
 
     def __str__(self) -> str:
-        """For people."""
+        """Write the report, and both models' answers in columns, as text for people."""
         lines = [str(self.report), "", f"{'base model':<18} {'with the adapter':<18} sentence"]
         rows = zip(SENTENCES, self.base, self.adapted, strict=True)
         return "\n".join([*lines, *(f"{base!s:<18} {adapted!s:<18} {text}" for (text, _), base, adapted in rows)])
@@ -82,7 +82,7 @@ def demonstrate(pipe: CondPDiffPipeline) -> Demonstration:
 
 
 def _answers(classifier: PrototypeClassifier) -> tuple[Answer, ...]:
-    """What a classifier says of `SENTENCES`."""
+    """Return a classifier's answers for `SENTENCES`."""
     probabilities = classifier.logits([text for text, _ in SENTENCES]).softmax(1)
     best = [(classifier.labels[int(row.argmax())], float(row.max())) for row in probabilities]
     return tuple(Answer(label, share, label == right) for (label, share), (_, right) in zip(best, SENTENCES, strict=True))

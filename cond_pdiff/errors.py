@@ -2,7 +2,7 @@
 
 
 class CondPDiffError(Exception):
-    """Base class of every refusal of this package."""
+    """The base class of every refusal of this package."""
 
 
 class AdapterError(CondPDiffError):

@@ -1,4 +1,4 @@
-"""What a few labelled examples can do beside the condition: choose an adapter, or none, and gradient steps on them."""
+"""Use of a few labelled examples beside the condition (k-shot): to choose an adapter, or none, and for gradient steps on them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.head_backbone import HeadBackbone
 
 REFINE_EXAMPLES = 32
-"""Examples of a step at most: with more of them, each step draws anew."""
+"""The most examples in one step; of more, each step draws anew."""
 
 
 KNOWN_SIMILARITY = 0.92
-"""From which similarity of a request to a trained task they may be the same; between different tasks of one kind it is lower."""
+"""The similarity of a request to a trained task from which they may be the same; between different tasks of one kind it is lower."""
 
 
 @dataclass(frozen=True)
 class ExampleScore:
-    """How well an adapter tells the examples of a prompt apart.
+    """A score of how well an adapter tells the examples of a prompt apart.
 
     Args:
         accuracy: from 0 to 1.
         loss: cross-entropy in nats.
-        with_examples: of class prototypes of names and examples (judged by `held_out_logits`), or of names alone? For a known task it is
-            names: the adapter was made to put texts near these very names, each as often as its class is met, and examples undo that.
+        with_examples: whether prototypes are k-shot (of names and examples, judged by `held_out_logits`) or zero-shot (names only). For a
+            known task they are names only: the adapter was made to put texts near these very names, each as often as its class is met,
+            and examples undo that.
         separation: see `separation`; None where no class has two examples.
     """
 
@@ -46,25 +47,25 @@ class ExampleScore:
 
     @classmethod
     def measure(cls, classifier: PrototypeClassifier, with_examples: bool) -> ExampleScore:
-        """Of a classifier's own examples."""
+        """Measure a classifier on its own examples."""
         names, examples = classifier.example_embeddings()
         return cls.of_embeddings(names, examples, classifier.targets.to(names.device), with_examples)
 
     @classmethod
     def of_embeddings(cls, names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor, with_examples: bool) -> ExampleScore:
-        """From embeddings of the label names and the examples; see `held_out_logits`."""
+        """Make a score from embeddings of the label names and the examples; see `held_out_logits`."""
         logits = held_out_logits(names, examples, targets) if with_examples else LOGIT_SCALE * examples @ names.T
         return cls.of(logits, targets, with_examples, separation(examples, targets))
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor, with_examples: bool, separation: float | None = None) -> ExampleScore:
-        """From logits, shape `(num_examples, num_labels)`, and the right labels' indices, shape `(num_examples,)`."""
+        """Make a score from logits, shape `(num_examples, num_labels)`, and the right labels' indices, shape `(num_examples,)`."""
         accuracy = float((logits.argmax(1) == targets).float().mean())
         return cls(round(accuracy, 4), round(float(nn.functional.cross_entropy(logits, targets)), 6), with_examples, separation)
 
 
 def separation(examples: torch.Tensor, targets: torch.Tensor) -> float | None:
-    """How far apart embeddings keep classes: the mean cosine of two examples of one class, less that of two classes, in their spread.
+    """Return how far apart embeddings keep classes: the mean cosine within one class, less that between two classes, in their spread.
 
     All pairs of examples tell something, which makes it the surest sign of a good adapter among those that were tried (accuracy, losses,
     margins, Fisher's ratio, the area under the curve): on tasks outside the zoo it goes with the real gain with a rank correlation of 0.32,
@@ -88,7 +89,7 @@ def separation(examples: torch.Tensor, targets: torch.Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the examples of a prompt say of generated adapters.
+    """The choice that the examples of a prompt make among generated adapters and the base model.
 
     Args:
         index: of the adapter that does best on them.
@@ -110,14 +111,14 @@ class Choice:
 
     @property
     def predicted_gain(self) -> float | None:
-        """In accuracy, of what is returned: 0 for the base model; None for adapters that bring a head."""
+        """The predicted gain in accuracy of what is returned: 0 for the base model; None for adapters that bring a head."""
         if self.estimate is None:
             return None
         return self.estimate.gain if self.strength else 0.0
 
     @property
     def gain(self) -> str:
-        """What to expect, in words; nothing for adapters that bring a head."""
+        """The gain to expect, in words; empty for adapters that bring a head."""
         if self.estimate is None:
             return ""
         of_another = "" if self.calibrated else " (by another generator's numbers: `cond-pdiff calibrate` measures this one's)"
@@ -166,7 +167,7 @@ def choose(
 def weigh(
     base: ExampleScore, scores: Sequence[ExampleScore], count: int, num_labels: int, similarity: float, known: bool
 ) -> tuple[int, Evidence]:
-    """Index of the best of several adapters, and what is known of its gain over the base model.
+    """Return the index of the best of several adapters, and what is known of its gain over the base model.
 
     Args:
         base: the base model's score on `count` examples of `num_labels` classes.
@@ -209,9 +210,10 @@ def choose_with_head(
 
 
 def _best(scores: Sequence[ExampleScore]) -> int:
-    """Index of the one that separates the classes best, or has the least loss where prototypes are names or no class has two examples.
+    """Return the index of the best score.
 
-    On few examples, candidates differ in accuracy by chance mostly.
+    It separates the classes best, or has the least loss where prototypes are names only or no class has two examples. On few examples,
+    candidates differ in accuracy by chance mostly.
     """
 
     def badness(place: int) -> float:

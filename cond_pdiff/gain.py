@@ -1,4 +1,4 @@
-"""What a generated adapter gains over the base model: a probability model of the two accuracies, with few examples or none.
+"""A probability model of what a generated adapter gains in accuracy over the base model, with few examples (k-shot) or none (zero-shot).
 
 The base model's accuracy on texts of a task is sigmoid(β), the adapter's sigmoid(β + δ): both lie between 0 and 1 whatever is expected.
 Tasks that a generator has not seen say what β and δ are before an example is looked at; the examples move them. Fitted by
@@ -17,12 +17,12 @@ import torch
 from cond_pdiff.errors import CondPDiffError
 
 POINTS = 32
-"""On each of the two axes of a distribution, all equally likely."""
+"""The number of points on each of the two axes of a distribution, all equally likely."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a request when its gain is to be predicted.
+    """The facts of a request from which its gain is predicted.
 
     Args:
         labels: classes of the task.
@@ -71,7 +71,7 @@ class GainEstimate:
         return self.low < 0 < self.high
 
     def __str__(self) -> str:
-        """For people."""
+        """Write the gain, its interval and the prior's share as text for people."""
         return (
             f"{100 * self.gain:+.0f} points of accuracy (80 %: {100 * self.low:+.0f} to {100 * self.high:+.0f}; "
             f"{self.prior_share:.0%} prior)"
@@ -80,7 +80,7 @@ class GainEstimate:
 
 @dataclass(frozen=True)
 class GainModel:
-    """The fitted numbers; the defaults are those of `cond-pdiff/minilm-text-tasks`.
+    """The fitted numbers of the gain's prediction; the defaults are those of `cond-pdiff/minilm-text-tasks`.
 
     With n examples, w = n / (n + base_examples) and v = n / (n + gain_examples), in units of the logit:
 
@@ -119,7 +119,7 @@ class GainModel:
             raise CondPDiffError(f"gain model: take must be a probability between 0 and 1, got {self.take}")
 
     def to_json(self) -> dict[str, float]:
-        """A JSON-ready description; `from_json` reads it back."""
+        """Return a JSON-ready description; `from_json` reads it back."""
         return asdict(self)
 
     @classmethod
@@ -131,11 +131,11 @@ class GainModel:
         return cls(**data)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The numbers as `moments` takes them."""
+        """Return the numbers as `moments` takes them."""
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in self.to_json().items()}
 
     def predict(self, evidence: Evidence) -> GainEstimate:
-        """The gain of an adapter over the base model with the same examples."""
+        """Predict the gain of an adapter over the base model with the same examples."""
         facts, numbers = stacked([evidence]), self.tensors()
         _, _, gain, deviation = moments(numbers, facts)
         accuracies, gains = distribution(numbers, facts)
@@ -149,13 +149,13 @@ class GainModel:
 
 
 def stacked(requests: Sequence[Evidence]) -> dict[str, torch.Tensor]:
-    """The entries of several requests as `moments` takes them, each of shape `(requests,)`."""
+    """Stack the entries of several requests as `moments` takes them, each of shape `(requests,)`."""
     names = [entry.name for entry in fields(Evidence)]
     return {name: torch.tensor([float(getattr(request, name)) for request in requests], dtype=torch.float64) for name in names}
 
 
 def moments(model: Mapping[str, torch.Tensor], evidence: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation of β, and of δ; see `GainModel`.
+    """Return the mean and standard deviation of β, and of δ; see `GainModel`.
 
     Args:
         model: its numbers (`GainModel.tensors`).
@@ -180,7 +180,7 @@ def moments(model: Mapping[str, torch.Tensor], evidence: Mapping[str, torch.Tens
 def distribution(
     model: Mapping[str, torch.Tensor], evidence: Mapping[str, torch.Tensor], num_points: int = POINTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equally likely accuracies of the base model, shape `(requests, points, 1)`, and gains, shape `(requests, points, points)`.
+    """Return equally likely accuracies of the base model, shape `(requests, points, 1)`, and gains, shape `(requests, points, points)`.
 
     Args:
         model, evidence: see `moments`.

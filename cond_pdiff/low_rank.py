@@ -9,7 +9,10 @@ from torch import nn
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Σ wᵢ tᵢ of tensors of one shape and dtype, added up in single precision at least. The sum of the weights is 1: equal ones stay."""
+    """Return Σ wᵢ tᵢ of tensors of one shape and dtype, added up in single precision at least.
+
+    The sum of the weights is 1: equal tensors stay as they are.
+    """
     first = tensors[0]
     if all(torch.equal(tensor, first) for tensor in tensors):
         return first
@@ -22,7 +25,7 @@ def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
 def weighted_product(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]], weights: Sequence[float], rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of the best approximation of a rank to Σ wᵢ Bᵢ Aᵢ, in the dtypes of the given factors.
+    """Return (A, B) of the best approximation of a given rank to Σ wᵢ Bᵢ Aᵢ, in the dtypes of the given factors.
 
     Args:
         factors: Aᵢ, shape `(rᵢ, in)`, and Bᵢ, shape `(out, rᵢ)`.
@@ -37,7 +40,7 @@ def weighted_product(
 
 
 def truncate(lora_a: torch.Tensor, lora_b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of the best approximation of a rank to B · A (Eckart and Young).
+    """Return (A, B) of the best approximation of a given rank to B · A (Eckart and Young).
 
     With B = Q_B R_B and Aᵀ = Q_A R_A, the singular values of B · A are those of the small R_B R_Aᵀ = U S Vᵀ. Half of each goes
     into either factor: B' = Q_B U √S and A' = √S Vᵀ Q_Aᵀ. The largest entry of each column of B' is positive, so that equal updates

@@ -18,7 +18,7 @@ NUM_TASK_STATISTICS = 2
 
 @register_component
 class ParamNormalizer(ExactComponent):
-    """Z-score normalisation of params (paper, section 3.2 and table 3a).
+    """The z-score normalisation of params (paper, section 3.2 and table 3a).
 
     - `none`: values are params.
     - `batch`: one mean and one standard deviation for the whole zoo.
@@ -52,7 +52,7 @@ class ParamNormalizer(ExactComponent):
 
     @property
     def num_statistics(self) -> int:
-        """How many numbers an adapter has besides its values: 2 in mode `task`, else 0."""
+        """The number of statistics that an adapter has besides its values: 2 in mode `task`, else 0."""
         return NUM_TASK_STATISTICS if self.config.mode == "task" else 0
 
     def fit(self, params: torch.Tensor | Iterable[torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ class ParamNormalizer(ExactComponent):
         self.fitted.fill_(1)
 
     def normalize(self, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Params, shape `(batch, num_params)` → values of the same shape and statistics, shape `(batch, num_statistics)`."""
+        """Turn params, shape `(batch, num_params)`, into values of the same shape and statistics, shape `(batch, num_statistics)`."""
         self._check(params)
         if self.config.mode != "task":
             mean, std = self._per_value(params)
@@ -88,7 +88,7 @@ class ParamNormalizer(ExactComponent):
         return values, (raw - self.mean) / (self.std + EPSILON)
 
     def denormalize(self, values: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-        """The inverse of `normalize`.
+        """Turn values and statistics into params again: the inverse of `normalize`.
 
         In mode `task`, values have mean 0 and variance 1 by definition, so a lossy decoder's output is brought back to that
         first: the update's size then comes from the statistics alone. (Halving an update costs 8 to 15 points of accuracy.)
@@ -121,19 +121,19 @@ class ParamNormalizer(ExactComponent):
 
     @staticmethod
     def _raw_statistics(params: torch.Tensor) -> torch.Tensor:
-        """Mean and logarithm of the standard deviation of each adapter, shape `(batch, 2)`."""
+        """Return mean and logarithm of the standard deviation of each adapter, shape `(batch, 2)`."""
         return torch.stack([params.mean(1), (params.std(1, correction=0) + EPSILON).log()], dim=1)
 
 
 class _Moments:
-    """Mean and variance of columns whose rows come in parts (Chan, Golub and LeVeque, 1979), in double precision."""
+    """The mean and variance of columns whose rows come in parts (Chan, Golub and LeVeque, 1979), in double precision."""
 
     count: int = 0
     mean: torch.Tensor
     variance: torch.Tensor
 
     def add(self, rows: torch.Tensor) -> None:
-        """Rows, shape `(n, columns)`."""
+        """Add rows, shape `(n, columns)`."""
         rows = rows.double()
         mean, variance, new = rows.mean(0), rows.var(0, correction=0), len(rows) / (self.count + len(rows))
         if self.count:
@@ -158,12 +158,12 @@ def join_statistics(code: torch.Tensor, statistics: torch.Tensor) -> torch.Tenso
 
 
 def split_statistics(latents: torch.Tensor, num_statistics: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `join_statistics`: (code, statistics)."""
+    """Split latents into (code, statistics): the inverse of `join_statistics`."""
     extra = extra_length(num_statistics, latents.shape[1])
     length = latents.shape[2] - extra
     return latents[..., :length], latents[..., length:].reshape(len(latents), -1)[:, :num_statistics]
 
 
 def extra_length(num_statistics: int, channels: int) -> int:
-    """Columns that `join_statistics` adds."""
+    """Return the number of columns that `join_statistics` adds."""
     return -(-num_statistics // channels)

@@ -1,4 +1,4 @@
-"""How texts, pairs of texts and labelled examples are written on one line."""
+"""The notation of texts, pairs of texts and labelled examples on one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAIR_SEPARATOR = "|||"
 
 
 def parse_text(text: str) -> Text:
-    """A text, or a pair written 'A ||| B'; its parts are stripped where they are checked.
+    """Read a text, or a pair written 'A ||| B'; its parts are stripped where they are checked.
 
     Raises:
         ConditionError: more than two parts.
@@ -25,7 +25,7 @@ def parse_text(text: str) -> Text:
 
 
 def parse_example(example: str) -> tuple[Text, str]:
-    """A labelled example written 'TEXT=LABEL'; the last = counts.
+    """Read a labelled example written 'TEXT=LABEL'; the last = counts.
 
     Raises:
         ConditionError: there is no =, or see `parse_text`.

@@ -20,17 +20,17 @@ UNSUPPORTED_OPTIONS = (
     *("use_dora", "use_rslora", "use_qalora", "lora_bias", "exclude_modules", "target_parameters"),
     *("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
 )
-"""Entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
+"""The entries of peft's configuration that change what an adapter computes; any of them is refused, never ignored."""
 
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways in which peft begins an adapter that leave the base model as it is."""
+"""The ways in which peft begins an adapter that leave the base model as it is."""
 
 PEFT_HEADS = ("classifier", "score")
-"""What peft adds to `modules_to_save` of every sequence classifier, whether or not the model has it."""
+"""The names that peft adds to `modules_to_save` of every sequence classifier, whether or not the model has them."""
 
 
 def peft_config(spec: LoraSpec) -> dict[str, Any]:
-    """Every field that stock peft needs to rebuild an adapter, and only fields that all its versions know."""
+    """Return every field that stock peft needs to rebuild an adapter, and only fields that all its versions know."""
     return {
         "peft_type": "LORA",
         "task_type": spec.task_type,
@@ -48,7 +48,7 @@ def peft_config(spec: LoraSpec) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of an adapter; `AdapterError` names the file."""
+    """Read a JSON object from a file of an adapter; `AdapterError` names the file."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise AdapterError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are accepted")
@@ -63,7 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def spec_from_peft(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torch.Tensor]) -> LoraSpec:
-    """What peft's configuration says of an adapter with these tensors; `AdapterError` for what would make it another than plain LoRA."""
+    """Read from peft's configuration the specification of an adapter with these tensors.
+
+    Raises:
+        AdapterError: something in it would make the adapter another than plain LoRA.
+    """
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     for name in UNSUPPORTED_OPTIONS:
@@ -99,7 +103,7 @@ def spec_from_peft(config: Mapping[str, Any], path: Path, tensors: Mapping[str, 
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; `AdapterError` names the file."""
+    """Read the tensors of a safetensors file; `AdapterError` names the file."""
     try:
         return load_file(path)
     except FileNotFoundError as error:

@@ -15,7 +15,7 @@ INTERPOLATION_STEPS = 6
 
 
 def load_base(adapter: LoraAdapter, folder: str | None = None) -> PixArtAlphaPipeline:
-    """The base model that an adapter records, or the one in a folder (see `load_text_to_image`)."""
+    """Load the base model that an adapter records, or the one in a folder (see `load_text_to_image`)."""
     return load_text_to_image(Backbone(folder) if folder else adapter.base)
 
 
@@ -27,7 +27,7 @@ def comparison_sheet(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Image.Image:
-    """Two rows of pictures from the same noise, of the base model and with the adapters; a column a prompt.
+    """Make two rows of pictures from the same noise, of the base model and with the adapters; a column per prompt.
 
     Args:
         adapters: (name, adapter, strength); their updates add up.
@@ -54,7 +54,7 @@ def interpolation_sheet(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Image.Image:
-    """The way from one adapter to another in six steps (see `LoraAdapter.interpolate`), a column each; a row a prompt.
+    """Show the way from one adapter to another in six steps (see `LoraAdapter.interpolate`), a column each; a row per prompt.
 
     Args:
         scale: strength of all of them.

@@ -30,7 +30,7 @@ def denoise(
     timesteps: list[int] | None = None,
     sigmas: list[float] | None = None,
 ) -> torch.Tensor:
-    """Latents from noise in some steps of a diffusers scheduler; gradients flow if they are wanted.
+    """Make latents from noise in some steps of a diffusers scheduler; gradients flow if they are wanted.
 
     Args:
         denoiser: predicts what the scheduler's `prediction_type` asks for.
@@ -81,7 +81,7 @@ def guided_prediction(
     guidance_scale: float,
     condition_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A denoiser's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
+    """Return a denoiser's prediction under classifier-free guidance, shape of `latents`; a guidance of 1 is none.
 
     Args:
         denoiser: its `config.guided_length` says how many of the latents' first columns are guided. Behind them stand the statistics of the
@@ -106,7 +106,7 @@ def guided_prediction(
 
 
 def is_guided(guidance_scale: float) -> bool:
-    """Does this guidance ask the denoiser twice a step, with the condition and without it? A scale below 1 does, too."""
+    """Return whether this guidance asks the denoiser twice a step, with the condition and without it. A scale below 1 does, too."""
     return guidance_scale != 1
 
 
@@ -123,5 +123,5 @@ def check_guidance(scale: object) -> None:
 
 
 def seeded(seed: int, count: int) -> list[torch.Generator]:
-    """A random generator for each of `count` candidates; that of candidate i has the seed `seed + i`."""
+    """Make a random generator for each of `count` candidates; that of candidate i has the seed `seed + i`."""
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]

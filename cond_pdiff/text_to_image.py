@@ -28,11 +28,11 @@ PIXART_MINI = Backbone("cond-pdiff/pixart-mini", sha256="5f89b7aa30578d55254cdf1
 
 
 BROKEN_BASE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError)
-"""What diffusers and torch raise on files that are not a base model's."""
+"""The errors that diffusers and torch raise on files that are not a base model's."""
 
 
 def load_transformer(base: Backbone) -> PixArtTransformer2DModel:
-    """What adapters are attached to, without the rest of the pipeline, in the precision of its files.
+    """Load the transformer that adapters are attached to, without the rest of the pipeline, in the precision of its files.
 
     Raises:
         HubError: see `load_text_to_image`.
@@ -47,7 +47,7 @@ def load_transformer(base: Backbone) -> PixArtTransformer2DModel:
 
 
 def load_text_to_image(base: Backbone = PIXART_MINI) -> PixArtAlphaPipeline:
-    """A PixArt pipeline in float32, from safetensors only; the transformer's weights are checked against `base.sha256`.
+    """Load a PixArt pipeline in float32, from safetensors only; the transformer's weights are checked against `base.sha256`.
 
     Raises:
         HubError: not to be had, incomplete, or not the expected weights.
@@ -73,7 +73,7 @@ def make_pictures(
     num_inference_steps: int = PICTURE_STEPS,
     guidance_scale: float = PICTURE_GUIDANCE,
 ) -> list[Image.Image]:
-    """One picture a prompt, at the base's own size, from the noise of its seed.
+    """Make one picture per prompt, at the base's own size, from the noise of its seed.
 
     Threads that share a pipeline take turns, as its scheduler and the adapters on it are state.
 
@@ -117,14 +117,14 @@ def check_picture_settings(prompts: Sequence[str], scales: Sequence[float], num_
 
 
 def unknown_words(pipe: PixArtAlphaPipeline, prompt: str) -> list[str]:
-    """Words of a prompt that the base model's tokenizer has never seen: they make no difference to the picture."""
+    """Return the words of a prompt that the base model's tokenizer has never seen: they make no difference to the picture."""
     tokenizer = pipe.tokenizer
     with lock_of(adapted_module(pipe)):
         return [word for word in prompt.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
 def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[str] = (), side: int = 192) -> Image.Image:
-    """Rows of pictures, each with its title above it, and a caption below every column.
+    """Lay out rows of pictures, each with its title above it, and a caption below every column.
 
     Args:
         rows: title → pictures, as many in every row.
@@ -151,12 +151,12 @@ def picture_sheet(rows: Mapping[str, Sequence[Image.Image]], captions: Sequence[
 
 
 def stack_pictures(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as uint8 of shape `(count, height, width, 3)`."""
+    """Stack pictures of one size as uint8 of shape `(count, height, width, 3)`."""
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
 
 
 def encode_png(picture: Image.Image) -> bytes:
-    """The bytes of a PNG file."""
+    """Return the bytes of a picture as a PNG file."""
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
     return encoded.getvalue()

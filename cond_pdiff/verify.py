@@ -1,4 +1,4 @@
-"""Make a generated adapter again from what it records of its making, and compare."""
+"""Verification of a generated adapter: it is made again from what it records of its making, and compared."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 ROUNDING = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}
-"""Up to what difference, in units of an adapter's largest number, rounding explains it in each dtype: about ten times the most that was
+"""The largest difference that rounding explains in each dtype, in units of an adapter's largest number: about ten times the most that was
 seen with one to four threads and with the plainest instruction set (1.2e-6, 1.2e-3, 4.4e-3). GPUs convolve float32 about as exactly as
 float16."""
 MAX_THREADS = 256
-"""A recorded number of CPU threads that is larger than this is not tried."""
+"""The largest recorded number of CPU threads that is tried."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of it.
+    """The result of making an adapter again.
 
     Args:
         same: every bit of every tensor is the same.
@@ -54,11 +54,11 @@ class Verification:
 
     @property
     def only_rounding(self) -> bool:
-        """Is the adapter what its generator makes, but for rounding (or to the bit)?"""
+        """Whether the adapter is what its generator makes, but for rounding (or to the bit)."""
         return self.largest_difference <= self.rounding
 
     def __str__(self) -> str:
-        """For people."""
+        """Write the result as text for people."""
         if self.same:
             told = "the same bytes: the adapter is what its generator makes of its condition and seed"
         else:
@@ -139,7 +139,7 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Sums are taken by so many threads inside the block; by as many as ever if that is not known, or too many."""
+    """Take sums by so many threads inside the block; by as many as ever if that is not known, or too many."""
     before = torch.get_num_threads()
     torch.set_num_threads(count if count is not None and count <= MAX_THREADS else before)
     try:
@@ -149,7 +149,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's class and settings in one."""
+    """Join a scheduler's class and settings in one mapping."""
     return {"class": settings["scheduler"], **settings["scheduler_config"]}
 
 

@@ -14,11 +14,11 @@ from cond_pdiff.errors import HubError
 
 INDEX_SUFFIX = ".index.json"
 OWN_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "open_clip_model.safetensors")
-"""What loaders look for: a file of such a name holds what that loader loads, and is not taken for another's."""
+"""The names that loaders look for: a file of such a name holds what that loader loads, and is not taken for another's."""
 
 
 def weights_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files that the weights are in, whatever their names.
+    """Find the safetensors files that the weights are in, whatever their names.
 
     Args:
         name: of the file that the loaders of transformers and diffusers look for, below `folder`.
@@ -51,7 +51,7 @@ def weights_files(folder: Path, name: str) -> list[Path]:
 
 
 def weights_sha256(files: list[Path]) -> str:
-    """Of the bytes of all files, one after the other."""
+    """Return the sha256 of the bytes of all files, one after the other."""
     return _sha256(tuple((path, path.stat().st_mtime_ns) for path in files))
 
 
@@ -70,7 +70,7 @@ def _sha256(files: tuple[tuple[Path, int], ...]) -> str:
 
 @contextlib.contextmanager
 def loadable(folder: Path, name: str) -> Iterator[Path]:
-    """A folder from which `from_pretrained` loads: `folder` itself, or links to its files in which the weights have the expected name."""
+    """Yield a folder that `from_pretrained` loads from: `folder`, or links to its files in which the weights have the expected name."""
     (first, *shards) = weights_files(folder, name)
     if shards or first == folder / name or (folder / (name + INDEX_SUFFIX)).is_file():
         yield folder

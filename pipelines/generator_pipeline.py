@@ -20,7 +20,7 @@ BROKEN_GENERATOR = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError, AssertionError),
     SafetensorError,
 )
-"""What diffusers and torch raise on settings and weights that make no sense."""
+"""The errors that diffusers and torch raise on settings and weights that make no sense."""
 
 REFUSED_OPTIONS = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_safetensors")
 
@@ -37,7 +37,7 @@ class GeneratorPipeline(PathlessConfig, DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """The local folder of a generator: bundled, cached, or fetched (only JSON, safetensors, text; never code)."""
+        """Return the local folder of a generator: bundled, cached, or fetched (only JSON, safetensors, text; never code)."""
         options = {
             name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only", "force_download") if name in kwargs
         }

@@ -1,4 +1,4 @@
-"""What a call of the pipeline may be given: checked before anything is computed."""
+"""Checks of what a call of the pipeline is given, before anything is computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUTPUT_TYPES = ("adapter", "params", "pt", "latent")
 
 
 def only_condition(condition: Any, prompt: Any, image: Any) -> Any:
-    """The one of the three that was given.
+    """Return the one of the three that was given.
 
     Raises:
         ConditionError: none, or several.
@@ -28,7 +28,7 @@ def only_condition(condition: Any, prompt: Any, image: Any) -> Any:
 
 
 def check_schedule(timesteps: Any, sigmas: Any) -> None:
-    """Refuse both, and what is no list of numbers from 0; whether the scheduler takes them, it says itself."""
+    """Refuse `timesteps` and `sigmas` together, and what is no list of numbers from 0; whether the scheduler takes them, it says itself."""
     if timesteps is not None and sigmas is not None:
         raise CondPDiffError("timesteps and sigmas both say which steps to take; give one of them")
     for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):

@@ -35,7 +35,7 @@ MAX_ADAPTERS = 1000
 
 
 class CondPDiffPipeline(GeneratorPipeline):
-    """Generate LoRA adapters from a condition (paper, sections 3.3 and 4.1 "inference procedures").
+    """A diffusers pipeline that generates LoRA adapters from a condition (paper, sections 3.3 and 4.1 "inference procedures").
 
     Args:
         autoencoder: decodes latents to normalised params; a `ParamAutoencoder` or any other `Autoencoder`.
@@ -92,12 +92,12 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Does the call in progress ask the denoiser twice a step, with the condition and without it?"""
+        """Whether the call in progress asks the denoiser twice a step, with the condition and without it."""
         return is_guided(self._guidance_scale)
 
     @property
     def interrupt(self) -> bool:
-        """Is the call in progress to stop? `pipe.interrupt = True`, in a callback or another thread, ends denoising after that step.
+        """Whether the call in progress is to stop: `pipe.interrupt = True` in a callback or another thread ends denoising after that step.
 
         The call goes on from the latents as they are then. Each call begins with False.
         """
@@ -109,11 +109,11 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     @property
     def codec(self) -> AdapterCodec:
-        """Template, normaliser and autoencoder as one: params ↔ latents ↔ adapters."""
+        """The template, normaliser and autoencoder as one: params ↔ latents ↔ adapters."""
         return AdapterCodec(self.template, self.normalizer, self.autoencoder)
 
     def encode_condition(self, condition: Condition, num_adapters: int) -> tuple[torch.Tensor, EncoderReport]:
-        """Condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
+        """Return condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
         embeddings, reports = self.condition_encoder.encode([condition])
         views = () if self.nearest(embeddings[0])[1] else condition.views()
         if views:
@@ -123,7 +123,7 @@ class CondPDiffPipeline(GeneratorPipeline):
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
     ) -> torch.Tensor:
-        """Initial noise of unit variance, shape `(num_adapters, channels, length)`; drawn in float32 whatever the precision."""
+        """Return initial noise of unit variance, shape `(num_adapters, channels, length)`; drawn in float32 whatever the precision."""
         shape = (num_adapters, *self.codec.latent_shape)
         device, dtype = self._execution_device, self.unet.dtype
         if latents is None:
@@ -136,7 +136,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents, shape `(batch, channels, length)` → params, shape `(batch, num_params)`, float32; see `AdapterCodec.decode`."""
+        """Decode latents, shape `(batch, channels, length)`, into params, shape `(batch, num_params)`, float32 (`AdapterCodec.decode`)."""
         return self.codec.decode(latents)
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class CondPDiffPipeline(GeneratorPipeline):
     # --- internals ----------------------------------------------------------------------------------------------
 
     def _step_hook(self, bar: Any, callback: Callback | None, names: Sequence[str]) -> OnStep:
-        """What follows each step: the caller's callback, the progress bar, and whether to go on."""
+        """Return what follows each step: the caller's callback, the progress bar, and whether to go on."""
 
         def on_step(
             index: int, timestep: torch.Tensor, latents: torch.Tensor, embeddings: torch.Tensor
@@ -243,7 +243,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         on_step: OnStep,
         schedule: dict[str, Any],
     ) -> torch.Tensor:
-        """Latents of each adapter, shape of `noise`: the mean over the views of its condition, which all begin at the same noise."""
+        """Return each adapter's latents, shape of `noise`: the mean over the views of its condition, which all begin at the same noise."""
         views = len(embeddings) // len(noise)
         drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
         made = denoise(
@@ -260,7 +260,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         return made.unflatten(0, (len(noise), views)).mean(1)
 
     def nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
-        """The nearest trained tasks of a condition, and is it in-distribution?"""
+        """Return the nearest trained tasks of a condition, and whether it is in-distribution."""
         nearest = tuple(self.condition_index.nearest(embedding.to(self.condition_index.device, torch.float32)))
         return nearest, bool(nearest) and self.condition_index.in_distribution(nearest[0].similarity)
 
@@ -292,7 +292,7 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     @property
     def family(self) -> Family:
-        """The family of base models that its adapters are for.
+        """The family of base models that the generator's adapters are for.
 
         Raises:
             CondPDiffError: it is not known here.
@@ -303,7 +303,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         return found
 
     def base_model(self) -> Any:
-        """The frozen base model, as its family loads it; on first use. Never attach to it for longer than a call."""
+        """Return the frozen base model, as its family loads it; on first use. Never attach to it for longer than a call."""
         family, spec = self.family, self.template.spec
         labels = next(iter(self.condition_index.config.tasks.values())).get("labels", ())
         base = load_once(self._base, lambda: family.load(self.template.base, spec, len(labels)))
@@ -320,7 +320,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         return self.family.choose(self.base_model(), adapters, labels, examples, length, similarity, known, model)
 
     def knows(self, nearest: Sequence[Neighbour], labels: Sequence[str]) -> bool:
-        """Is a request with these neighbours and label names one of the trained tasks, in about its own words?"""
+        """Return whether a request with these neighbours and label names is one of the trained tasks, in about its own words."""
         near = [neighbour.task for neighbour in nearest if neighbour.similarity >= KNOWN_SIMILARITY]
         return any(set(self.condition_index.config.tasks[task].get("labels", ())) == set(labels) for task in near)
 

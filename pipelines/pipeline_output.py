@@ -1,4 +1,4 @@
-"""What CondPDiffPipeline returns."""
+"""The output of CondPDiffPipeline, and its report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cond_pdiff.models.condition_index import Neighbour
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What is known about a request and its candidates.
+    """A report of what is known about a request and its candidates.
 
     Args:
         nearest: the most similar trained tasks, most similar first.
@@ -38,7 +38,7 @@ class GenerationReport:
     choice: Choice | None
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description."""
+        """Return a JSON-ready description."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class GenerationReport:
 
 @dataclass
 class CondPDiffPipelineOutput(BaseOutput):
-    """Adapters generated from one condition.
+    """The adapters generated from one condition, with a report.
 
     Args:
         adapters: all candidates.

@@ -1,4 +1,4 @@
-"""What decides an adapter's bits beside generator, condition and arguments: recorded with it, so that it can be made again."""
+"""The facts that decide an adapter's bits beside generator, condition and arguments: recorded with it, so that it can be made again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cond_pdiff.hub import check_config_numbers
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that decide an adapter's bits."""
+    """Return the versions of the packages that decide an adapter's bits."""
     return {"cond_pdiff": version("cond-pdiff"), "diffusers": diffusers.__version__, "torch": torch.__version__}
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """In what order sums are taken depends on the device, the CPU threads of the calling thread and the instruction set."""
+    """Return what decides in which order sums are taken: the device, the calling thread's CPU threads and the instruction set."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
@@ -32,7 +32,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:
-    """Class and settings of a scheduler as adapters record them: JSON-ready, and those alone that are not the class's defaults."""
+    """Return class and settings of a scheduler as adapters record them: JSON-ready, only those that are not the class's defaults."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(scheduler)).parameters.items()}
     config = json.loads(scheduler.to_json_string())  # also of classes that the settings once were for
     changed = {name: value for name, value in sorted(config.items()) if name in defaults and value != defaults[name]}
@@ -46,7 +46,10 @@ def generation_settings(
     generator: torch.Generator | Sequence[torch.Generator],
     source: Mapping[str, str | None] | None,
 ) -> dict[str, Any]:
-    """How a call has made its adapters, beside its arguments: scheduler, precision, random generators, generator, machine and versions."""
+    """Return how a call has made its adapters, beside its arguments.
+
+    That is: scheduler, precision, random generators, generator, machine and versions.
+    """
     return {
         **scheduler_settings(scheduler),
         "dtype": str(dtype).removeprefix("torch."),
@@ -58,7 +61,7 @@ def generation_settings(
 
 
 def build_scheduler(name: str, config: Mapping[str, Any]) -> Any:
-    """The scheduler that `scheduler_settings` describes.
+    """Build the scheduler that `scheduler_settings` describes.
 
     Raises:
         AdapterError: diffusers has no such scheduler.
@@ -72,7 +75,7 @@ def build_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def recorded_seeds(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | None]:
-    """The seed behind each candidate; None where it is not known, as when the RNG has been used before."""
+    """Return the seed behind each candidate; None where it is not known, as when the RNG has been used before."""
     if generator is None:
         return [None] * count
     seeds = [_seed(rng) for rng in (generator if isinstance(generator, Sequence) else [generator])]

@@ -17,7 +17,7 @@ PROGRAM = "cond-pdiff"
 
 
 class Commands(TyperGroup):
-    """All commands; errors that a user can meet are printed on one line and give exit status 1."""
+    """The group of all commands: errors that a user can meet are printed on one line and give exit status 1."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""

@@ -1,4 +1,4 @@
-"""What else can be done with an adapter: `verify`, `convert`."""
+"""Commands for an adapter that is there already: `verify`, `convert`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring generators: `evaluate`, `calibrate`, `reproduce`, `make-continuum`, `evaluate-continuum`."""
+"""Commands that measure generators: `evaluate`, `calibrate`, `reproduce`, `make-continuum`, `evaluate-continuum`."""
 
 from __future__ import annotations
 

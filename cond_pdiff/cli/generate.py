@@ -1,4 +1,4 @@
-"""Making adapters and trying them: `generate`, `classify`, `preview`, `demo`."""
+"""Commands that make adapters and try them: `generate`, `classify`, `preview`, `demo`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _condition(description: str | None, image: Path | None, examples: list[str],
 
 
 def _check_refinement(condition: Condition, steps: int) -> None:
-    """Is there something to refine on?"""
+    """Refuse to refine on no examples, or with a number of steps that is out of its range."""
     if not condition.examples:
         raise ConditionError("--refine takes its steps on labelled examples; give some with --example")
 
@@ -114,7 +114,7 @@ def _check_generation(count: int, steps: int, guidance_scale: float | None, out:
 
 
 def _load(generator: str) -> CondPDiffPipeline:
-    """A generator that says nothing while it is loaded and used."""
+    """Load a generator so that it prints nothing while it is loaded and used."""
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 
     hide_loading_bars()
@@ -124,7 +124,7 @@ def _load(generator: str) -> CondPDiffPipeline:
 
 
 def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, steps: int) -> LoraAdapter:
-    """An adapter after some steps on the prompt's examples."""
+    """Return an adapter after some steps on the prompt's examples."""
     from cond_pdiff.classifier import PrototypeClassifier
     from cond_pdiff.few_shot import refine
 

@@ -1,4 +1,4 @@
-"""What generators there are: `list`, `info`."""
+"""Commands that say what generators there are: `list`, `info`."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ DEFAULT_RECIPE = "minilm-text-tasks"
 
 
 class Shard(NamedTuple):
-    """Every `step`-th job, beginning with number `first`."""
+    """A share of all jobs: every `step`-th one, beginning with number `first`."""
 
     first: int
     step: int
 
 
 def parse_shard(text: str) -> Shard:
-    """A shard written I/N."""
+    """Read a shard that is written I/N."""
     try:
         shard = Shard(*(int(part) for part in text.split("/")))
     except (TypeError, ValueError):
@@ -32,7 +32,7 @@ def parse_shard(text: str) -> Shard:
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if a thousand seeds from it on are ones of torch's."""
+    """Return the seed, if a thousand seeds from it on are ones of torch's."""
     if not 0 <= seed < 2**63 - 1001:
         raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
     return seed

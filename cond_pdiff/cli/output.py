@@ -19,18 +19,18 @@ def report(facts: Any, text: object, as_json: bool, write: Callable[[str], None]
 
 
 def note(text: str) -> None:
-    """Say something beside the result."""
+    """Print something beside the result."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns, the first row being their titles."""
+    """Lay out rows of text in columns, the first row being their titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def hide_loading_bars(of_transformers: bool = False) -> None:
-    """Diffusers shows none of its bars for components that are loaded, nor does transformers if that is wanted: they are no news."""
+    """Hide diffusers' bars for components that are loaded, and transformers' ones too if that is wanted: they are no news."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -40,7 +40,7 @@ def hide_loading_bars(of_transformers: bool = False) -> None:
 
 
 def hide_peft_warning() -> None:
-    """Peft reads every attribute of a transformers model while looking for modules, a deprecated one included; that is not told."""
+    """Hide a warning that peft causes: looking for modules, it reads every attribute of a transformers model, a deprecated one included."""
     import warnings
 
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

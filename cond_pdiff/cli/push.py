@@ -1,4 +1,4 @@
-"""Sharing on the Hub: `push`, `push-zoo`, `push-space`."""
+"""Commands that share on the Hub: `push`, `push-zoo`, `push-space`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def push_space(
 
 
 def _options(private: bool, revision: str | None, message: str | None, dry_run: bool) -> dict[str, Any]:
-    """What `push_folder` takes; not private leaves a repository as it is, and no message is the library's own."""
+    """Return what `push_folder` takes; not private leaves a repository as it is, and no message is the library's own."""
     options = {"private": private or None, "revision": revision, "dry_run": dry_run}
     return options | ({"commit_message": message} if message else {})
 

@@ -1,4 +1,4 @@
-"""What recipes there are and what they say: `recipe list`, `recipe show`."""
+"""Commands that say what recipes there are, and what stands in them: `recipe list`, `recipe show`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Making generators, and what they are made from: `collect`, `train`, `tune`, `train-base`, `make-styles`, `import-task`."""
+"""Commands that make generators and what they are made from: `collect`, `train`, `tune`, `train-base`, `make-styles`, `import-task`."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""What a person gives: conditions of several kinds, each in a module of its own, and the register of them."""
+"""Conditions, what a person gives for an adapter: each kind in a module of its own, and the register of the kinds."""
 
 from cond_pdiff.conditions import style_image, task_prompt  # noqa: F401  # registers them

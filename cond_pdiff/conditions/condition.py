@@ -11,7 +11,7 @@ from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import ConditionError
 
 Labels = tuple[tuple[str, ...], str]
-"""Label names, and where they are from."""
+"""The label names of an adapter, and where they are from."""
 
 
 class Condition(ABC):
@@ -21,17 +21,17 @@ class Condition(ABC):
     """
 
     name: ClassVar[str]
-    """In recipes, zoos and records, such as "task-prompt"."""
+    """The kind's name in recipes, zoos and records, such as "task-prompt"."""
     noun: ClassVar[str]
-    """What one trained condition of the kind is called in reports, in the singular."""
+    """The word for one trained condition of the kind in reports, in the singular."""
     adapters: ClassVar[str]
     """The word in front of "adapters" for what is made from it, and in the name of the demo's variable (`publish.push_space`)."""
     names_classes: ClassVar[bool] = False
-    """Can it name classes, and hold labelled examples of them?"""
+    """Whether it can name classes, and hold labelled examples of them."""
     own_key: ClassVar[str | None] = None
-    """Of the kinds that came first, whose records do not say their `type`: an entry of theirs that no other has."""
+    """An entry that no other kind's records have; for the kinds that came first, whose records do not say their `type`."""
     file_option: ClassVar[str] = ""
-    """What `cond-pdiff verify` has to be told beside the adapter, where the record does not hold the whole condition."""
+    """The option that `cond-pdiff verify` needs beside the adapter, where the record does not hold the whole condition."""
 
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
@@ -39,11 +39,11 @@ class Condition(ABC):
     @classmethod
     @abstractmethod
     def of(cls, given: Any) -> Condition:
-        """A condition from what people pass in its place, or from itself; `ConditionError` says what is read."""
+        """Make a condition from what people pass in its place, or from itself; `ConditionError` says what is read."""
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready facts, kept with the adapters that are made from it; `type` is the kind's name."""
+        """Return JSON-ready facts, kept with the adapters that are made from it; `type` is the kind's name."""
 
     @classmethod
     @abstractmethod
@@ -60,14 +60,14 @@ class Condition(ABC):
     @classmethod
     @abstractmethod
     def describe(cls, record: Mapping[str, Any]) -> str:
-        """Where an adapter comes from, as its card tells it, in Markdown; a record that is malformed gives what it has."""
+        """Say where an adapter comes from, in Markdown, as its card tells it; a record that is malformed gives what it has."""
 
     def views(self) -> Sequence[Condition]:
-        """Further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
+        """Return further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
         return ()
 
     def classes(self, trained: Sequence[str], in_trained_order: bool) -> Labels | None:
-        """The label names that go with an adapter, and where they are from; None for a kind that names no classes.
+        """Return the label names that go with an adapter, and where they are from; None for a kind that names no classes.
 
         Args:
             trained: those of the nearest trained task, if the request is in distribution.
@@ -77,7 +77,7 @@ class Condition(ABC):
 
 
 CONDITIONS: dict[str, type[Condition]] = {}
-"""Every kind by its name."""
+"""The registered kinds of conditions, by name."""
 
 Kind = TypeVar("Kind", bound=type[Condition])
 
@@ -89,7 +89,7 @@ def register_condition(kind: Kind) -> Kind:
 
 
 def condition_kind(record: Mapping[str, Any]) -> type[Condition]:
-    """The kind of a recorded condition.
+    """Return the kind of a recorded condition.
 
     Raises:
         ConditionError: it is of no kind that is known here.

@@ -14,23 +14,24 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_IMAGE_BYTES = 10_000_000
 MAX_IMAGE_PIXELS = 32_000_000
 MAX_DECODED_PIXELS = {"JPEG": 10_000_000, "PNG": 10_000_000, "WEBP": 3_000_000}
-"""Where an image must be decoded whole, at most 64 MB are spent on it. (A baseline JPEG is decoded at a fraction of its size.)"""
+"""The most pixels of an image that must be decoded whole, so that at most 64 MB are spent on it. (A baseline JPEG is decoded at a
+fraction of its size.)"""
 MIN_IMAGE_SIDE = 16
 SMALLEST_CROP = 0.4
-"""Of a style picture's shorter side, where a crop stands for the picture."""
+"""The smallest side of a crop that stands for a style picture, as a share of the picture's shorter side."""
 STYLE_IMAGE_SIDE = 512
-"""Longer side of a style image as it is kept; encoders read far less."""
+"""The longer side of a style image as it is kept, in pixels; encoders read far less."""
 
 
 def square_crop(image: Image.Image, share: float, rng: random.Random) -> Image.Image:
-    """A square somewhere in a picture, its side that `share` of the picture's shorter one."""
+    """Cut a square out of a picture at a random place; its side is that `share` of the picture's shorter one."""
     side = max(MIN_IMAGE_SIDE, round(min(image.size) * share))
     left, top = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
     return image.crop((left, top, left + side, top + side))
 
 
 def size_of(image: Image.Image) -> str:
-    """Width and height in words."""
+    """Write the width and height of a picture as text."""
     return f"{image.width}×{image.height}"
 
 
@@ -61,7 +62,7 @@ def _check_header(image: Image.Image) -> None:
 
 
 def open_picture(source: str | Path | bytes) -> Image.Image:
-    """A PNG, JPEG or WebP file, or its bytes, whose header has been checked and of which no pixel is decoded yet.
+    """Open a PNG, JPEG or WebP file, or its bytes: the header is checked, and no pixel is decoded yet.
 
     Raises:
         ConditionError: no such file, more than 10 MB or 32 megapixels, animated, or another format.
@@ -83,7 +84,7 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
 
 
 def small_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB, upright (EXIF), over white where it was transparent, its longer side at most `STYLE_IMAGE_SIDE` pixels.
+    """Return a picture in RGB, upright (EXIF), over white where it was transparent, its longer side at most `STYLE_IMAGE_SIDE` pixels.
 
     Raises:
         ConditionError: too small, or not decodable.
@@ -97,7 +98,7 @@ def small_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A small upright RGB copy of `image`, made strip by strip: converting it as a whole would need several times its memory."""
+    """Make a small upright RGB copy of `image` strip by strip: converting it as a whole would need several times its memory."""
     factor = max(1, max(image.size) // (2 * STYLE_IMAGE_SIDE))
     rows = 64 * factor
     small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
@@ -111,7 +112,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """`image` in RGB, over white."""
+    """Return `image` in RGB, over white."""
     if image.mode.startswith("I;16"):  # Pillow would cut, not scale
         return image.convert("I").point(lambda value: value / 257).convert("RGB")
     if image.has_transparency_data:

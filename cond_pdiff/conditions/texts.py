@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from cond_pdiff.errors import ConditionError
 
 Text = str | tuple[str, str]
-"""A text, or a pair of texts (premise and hypothesis, question and answer …)."""
+"""A single text, or a pair of texts (premise and hypothesis, question and answer …)."""
 
 MAX_TEXT_CHARS = 200_000
-"""Beyond this a single text is surely a mistake (a whole file); encoders have far smaller limits and report them."""
+"""The most characters of a single text: more are surely a mistake (a whole file); encoders have far smaller limits and report them."""
 
 
 def check_text(text: object, what: str) -> Text:
-    """`text` as a `str` or a pair of `str`, stripped; `ConditionError` naming `what` otherwise."""
+    """Return `text` as a `str` or a pair of `str`, stripped; raise `ConditionError` naming `what` otherwise."""
     if isinstance(text, str):
         return check_string(text, what)
     if isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text):
@@ -23,7 +23,7 @@ def check_text(text: object, what: str) -> Text:
 
 
 def check_string(text: object, what: str) -> str:
-    """`text`, stripped, if it is one string of an acceptable length; `ConditionError` naming `what` otherwise."""
+    """Return `text`, stripped, if it is one string of an acceptable length; raise `ConditionError` naming `what` otherwise."""
     if not isinstance(text, str):
         raise ConditionError(f"{what} must be one string, got {type(text).__name__}")
     stripped = text.strip()
@@ -39,7 +39,7 @@ def check_string(text: object, what: str) -> str:
 
 
 def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Label names, stripped, at least two and all different; `ConditionError` otherwise."""
+    """Return label names, stripped, at least two and all different; raise `ConditionError` otherwise."""
     if isinstance(labels, str):
         raise ConditionError(f"labels must be a list of names, got the single string {labels!r}")
     if not isinstance(labels, Iterable):
@@ -54,12 +54,12 @@ def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_text(label: str) -> str:
-    """A label name as words: `not_paraphrase` → `not paraphrase`."""
+    """Write a label name as words: `not_paraphrase` → `not paraphrase`."""
     return label.replace("_", " ").replace("-", " ").strip()
 
 
 def check_examples(examples: Iterable[tuple[Text, str]], labels: Sequence[str] | None = None) -> tuple[tuple[Text, str], ...]:
-    """Labelled examples, stripped, all single texts or all pairs, of the given labels; `ConditionError` otherwise."""
+    """Return labelled examples, stripped, all single texts or all pairs, of the given labels; raise `ConditionError` otherwise."""
     if not isinstance(examples, Iterable):
         raise ConditionError(f"examples must be a list of (text, label) pairs, got {type(examples).__name__}")
     checked = tuple(_check_example(example, index) for index, example in enumerate(examples, 1))

@@ -1,4 +1,4 @@
-"""Family: what a family of base models has to know, and the register of families."""
+"""Family: what each family of base models has to know, and the register of families."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """Base models of one kind: how one is loaded, what is adapted in it, how adapters for it are trained, judged and used.
+    """A family of base models: how one is loaded, what is adapted in it, how adapters for it are trained, judged and used.
 
     A family is a subclass of which `register_family` is given an instance; zoos name it, and adapters and generators say it in their
     `LoraSpec.family`, unless `claims` knows them.
     """
 
     name: ClassVar[str]
-    """In recipes and zoos, such as "sentence-encoder"."""
+    """The family's name in recipes and zoos, such as "sentence-encoder"."""
     brings_head: ClassVar[bool] = False
-    """Do adapters bring whole modules (`modules_to_save`) beside their updates?"""
+    """Whether adapters bring whole modules (`modules_to_save`) beside their updates."""
     has_prototypes: ClassVar[bool] = False
-    """Does a `PrototypeClassifier` work with it? Then gains can be predicted (`calibrate`) and generators tuned by task loss."""
+    """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
     paints: ClassVar[bool] = False
-    """Does it make pictures? Then previews show an adapter, and other tools read it as a file."""
+    """Whether it makes pictures: then previews show an adapter, and other tools read it as a file."""
     weights_file: ClassVar[str] = "model.safetensors"
-    """Of the base model's folder: where the adapted weights are."""
+    """The file in the base model's folder that holds the adapted weights."""
     adapter_card: ClassVar[str] = "adapter.md"
-    """Template of its adapters' cards."""
+    """The template of its adapters' cards."""
     generator_card: ClassVar[str | None] = None
-    """Template of an evaluated generator's card, where there is an evaluation."""
+    """The template of an evaluated generator's card, where there is an evaluation."""
     merged_card: ClassVar[tuple[str, str]] = ("feature-extraction", "transformers")
     """The Hub's pipeline tag and library of a base model with an adapter merged in."""
     recipe: ClassVar[str] = ""
-    """A shipped recipe that collects adapters for it."""
+    """The shipped recipe that collects adapters for it."""
     fewest_judged: ClassVar[int] = 1
-    """Candidates from which on `choose` compares them."""
+    """The number of candidates from which on `choose` compares them."""
 
     # --- the base model -----------------------------------------------------------------------------------------
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """Are adapters with this specification and these modules of this family, though they do not name it?"""
+        """Return whether adapters with this specification and these modules are of this family, though they do not name it."""
         return False
 
     @abstractmethod
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
-        """A frozen base model as it is used, float32, on the CPU; it has `to(device)`.
+        """Load a frozen base model as it is used, float32, on the CPU; it has `to(device)`.
 
         Args:
             num_labels: of the head that adapters bring.
@@ -68,14 +68,14 @@ class Family(ABC):
 
     @abstractmethod
     def load_adapted(self, base: Backbone) -> nn.Module:
-        """The module alone that adapters are attached to, in the precision of its files."""
+        """Load the module alone that adapters are attached to, in the precision of its files."""
 
     def adapted_module(self, model: Any) -> nn.Module:
-        """What of a base model, as people pass it, adapters are attached to."""
+        """Return the module of a base model, as people pass it, that adapters are attached to."""
         return adapted_module(model)
 
     def fingerprint(self, model: nn.Module, spec: LoraSpec) -> str:
-        """What tells a base model from others of its shape."""
+        """Return the fingerprint that tells a base model from others of its shape."""
         return base_fingerprint(model, spec)
 
     # --- using adapters -----------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Family(ABC):
         known: bool = False,
         model: GainModel | None = None,
     ) -> Choice | None:
-        """The best of at least `fewest_judged` candidates by labelled examples, or the base model; None: they tell nothing.
+        """Choose the best of at least `fewest_judged` candidates by labelled examples, or the base model; None: they tell nothing.
 
         Args:
             base: from `load`.
@@ -104,14 +104,14 @@ class Family(ABC):
 
     @abstractmethod
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> Sequence[Any]:
-        """The named tasks of a collection, or all: `cond_pdiff.training.tasks.task.ZooTask`."""
+        """Load the named tasks of a collection, or all: `cond_pdiff.training.tasks.task.ZooTask`."""
 
     @abstractmethod
     def fine_tuning(self, config: Any, tasks: Sequence[Any]) -> Any:
-        """How adapters are fine-tuned on tasks: a `cond_pdiff.training.finetuning.fine_tuning.FineTuning` for a `CollectConfig`."""
+        """Return how adapters are fine-tuned on tasks: a `cond_pdiff.training.finetuning.fine_tuning.FineTuning` for a `CollectConfig`."""
 
     def evaluation(self) -> tuple[Any, Any] | None:
-        """How a generator is measured, and how that is told: a class of `ZooEvaluator` and an `EvaluationTable`; None: not yet."""
+        """Return how a generator is measured and how that is told: a class of `ZooEvaluator` and an `EvaluationTable`; None: not yet."""
         return None
 
 
@@ -120,10 +120,10 @@ BUILT_IN = {
     "text-to-image": "cond_pdiff.families.text_to_image",
     "sentence-encoder": "cond_pdiff.families.sentence_encoder",
 }
-"""Where they are; imported when families are asked for, in the order in which they claim adapters."""
+"""The modules of the shipped families; imported when families are asked for, in the order in which they claim adapters."""
 
 FAMILIES: dict[str, Family] = {}
-"""What `register_family` was given, by name."""
+"""The families that `register_family` was given, by name."""
 
 Kind = TypeVar("Kind", bound=type[Family])
 
@@ -135,14 +135,14 @@ def register_family(kind: Kind) -> Kind:
 
 
 def families() -> dict[str, Family]:
-    """All families that are known, by name."""
+    """Return all families that are known, by name."""
     for module in BUILT_IN.values():
         importlib.import_module(module)
     return FAMILIES
 
 
 def family_named(name: str) -> Family:
-    """A family by its name.
+    """Return a family by its name.
 
     Raises:
         CondPDiffError: there is none of that name.
@@ -154,7 +154,7 @@ def family_named(name: str) -> Family:
 
 
 def family_of(spec: LoraSpec, modules: Iterable[str]) -> Family | None:
-    """The family that adapters are for, by what they record or by what they look like; None if that says nothing.
+    """Return the family that adapters are for, by what they record or by what they look like; None if that says nothing.
 
     Args:
         modules: names of the adapted modules.

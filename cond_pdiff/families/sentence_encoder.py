@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @register_family
 class SentenceEncoder(Family):
-    """transformers encoders with mean pooling, as sentence-transformers uses them."""
+    """The family of transformers encoders with mean pooling, as sentence-transformers uses them."""
 
     name = "sentence-encoder"
     has_prototypes = True
@@ -36,15 +36,15 @@ class SentenceEncoder(Family):
     recipe = "minilm-text-tasks"
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """By peft's task type, which not everybody sets."""
+        """Claim adapters by peft's task type, which not everybody sets."""
         return spec.task_type in ("FEATURE_EXTRACTION", None)
 
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> SentenceBackbone:
-        """See `SentenceBackbone.load`."""
+        """Load an encoder with its tokenizer; see `SentenceBackbone.load`."""
         return SentenceBackbone.load(base)
 
     def load_adapted(self, base: Backbone) -> nn.Module:
-        """The transformers model."""
+        """Load the transformers model alone."""
         return SentenceBackbone.load(base).model
 
     def choose(
@@ -58,23 +58,23 @@ class SentenceEncoder(Family):
         known: bool = False,
         model: GainModel | None = None,
     ) -> Choice:
-        """See `cond_pdiff.few_shot.choose`."""
+        """Choose an adapter, or the base model, by labelled examples; see `cond_pdiff.few_shot.choose`."""
         return choose(PrototypeClassifier(base, labels, adapters[0], max_length, examples), adapters, similarity, known, model)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
-        """Text tasks."""
+        """Load text tasks from a folder."""
         from cond_pdiff.training.tasks.tasks import load_tasks
 
         return load_tasks(folder, names)
 
     def fine_tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> TextFineTuning:
-        """Class prototypes are the label names' embeddings."""
+        """Return the fine-tuning for class prototypes that are the label names' embeddings."""
         from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
 
         return TextFineTuning(config)
 
     def evaluation(self) -> tuple[Any, Any]:
-        """Accuracy, or a task's own metric."""
+        """Return the evaluation by accuracy, or a task's own metric."""
         from cond_pdiff.training.evaluate.text_table import TextTable
         from cond_pdiff.training.evaluate.texts import TextEvaluator
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @register_family
 class SequenceClassifier(Family):
-    """What transformers' `AutoModelForSequenceClassification` loads."""
+    """The family of what transformers' `AutoModelForSequenceClassification` loads."""
 
     name = "sequence-classifier"
     brings_head = True
@@ -35,17 +35,17 @@ class SequenceClassifier(Family):
     fewest_judged = 2  # a new base has a random head: there is nothing to compare a single adapter with
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """By peft's task type."""
+        """Claim adapters by peft's task type."""
         return spec.task_type == HEAD_TASK
 
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> HeadBackbone:
-        """See `HeadBackbone.load`."""
+        """Load a model with new heads; see `HeadBackbone.load`."""
         if num_labels is None:
             raise AdapterError("a sequence classifier is loaded for a number of labels; give num_labels")
         return HeadBackbone.load(base, num_labels, spec.modules_to_save)
 
     def load_adapted(self, base: Backbone) -> nn.Module:
-        """Refused: a head has its labels' number of outputs, which a reference does not tell."""
+        """Refuse to load one: a head has its labels' number of outputs, which a reference does not tell."""
         raise AdapterError("adapters with a head are attached to a base that was loaded for their number of labels")
 
     def choose(
@@ -59,17 +59,17 @@ class SequenceClassifier(Family):
         known: bool = False,
         model: GainModel | None = None,
     ) -> Choice:
-        """See `cond_pdiff.few_shot.choose_with_head`."""
+        """Choose an adapter by labelled examples; see `cond_pdiff.few_shot.choose_with_head`."""
         return choose_with_head(base, labels, examples, adapters, max_length)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
-        """Text tasks."""
+        """Load text tasks from a folder."""
         from cond_pdiff.training.tasks.tasks import load_tasks
 
         return load_tasks(folder, names)
 
     def fine_tuning(self, config: CollectConfig, tasks: Sequence[Task]) -> HeadFineTuning:
-        """The head's cross-entropy; all tasks have as many labels."""
+        """Return the fine-tuning by the head's cross-entropy, for tasks that all have as many labels."""
         from cond_pdiff.training.finetuning.head_fine_tuning import HeadFineTuning
 
         return HeadFineTuning(config, tasks)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @register_family
 class TextToImage(Family):
-    """diffusers' PixArt pipelines, adapted in the attention layers of their transformer."""
+    """The family of diffusers' PixArt pipelines, adapted in the attention layers of their transformer."""
 
     name = "text-to-image"
     paints = True
@@ -32,31 +32,31 @@ class TextToImage(Family):
     recipe = "pixart-mini-styles"
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """By the names of diffusers' attention layers."""
+        """Claim adapters by the names of diffusers' attention layers."""
         return all(".attn1." in module or ".attn2." in module for module in modules)
 
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
-        """The pipeline; see `load_text_to_image`."""
+        """Load the pipeline; see `load_text_to_image`."""
         return load_text_to_image(base)
 
     def load_adapted(self, base: Backbone) -> nn.Module:
-        """The transformer."""
+        """Load the transformer alone."""
         return load_transformer(base)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
-        """Styles."""
+        """Load styles from a folder."""
         from cond_pdiff.training.tasks.styles import load_styles
 
         return load_styles(folder, names)
 
     def fine_tuning(self, config: CollectConfig, tasks: Sequence[Style]) -> StyleFineTuning:
-        """The base model's own objective, on pictures in a style."""
+        """Return the fine-tuning by the base model's own objective, on pictures in a style."""
         from cond_pdiff.training.finetuning.style_fine_tuning import StyleFineTuning
 
         return StyleFineTuning(config)
 
     def evaluation(self) -> tuple[Any, Any]:
-        """Distances of pictures to held-out ones in the style."""
+        """Return the evaluation by distances of pictures to held-out ones in the style."""
         from cond_pdiff.training.evaluate.style_table import StyleTable
         from cond_pdiff.training.evaluate.styles import StyleEvaluator
 

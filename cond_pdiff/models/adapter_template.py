@@ -18,7 +18,7 @@ from cond_pdiff.lora import LoraSpec
 
 @register_component
 class AdapterTemplate(Component):
-    """The layout, the LoRA settings, the base model, and the tensors that are constant throughout a zoo.
+    """The template of a generator's adapters: layout, LoRA settings, base model, and the tensors that are constant throughout a zoo.
 
     Args:
         layout: `ParamLayout.to_json()`.
@@ -41,7 +41,7 @@ class AdapterTemplate(Component):
 
     @classmethod
     def from_adapters(cls, adapters: Iterable[LoraAdapter], base: Backbone, max_length: int) -> AdapterTemplate:
-        """The template of a zoo: tensors that are equal in all `adapters`, which are gone through once, become constants.
+        """Make the template of a zoo: tensors that are equal in all `adapters`, which are gone through once, become constants.
 
         Raises:
             AdapterError: the adapters differ in layout, rank, alpha or base model, or do not differ at all.
@@ -70,7 +70,7 @@ class AdapterTemplate(Component):
         return template
 
     def to_tensors(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Params, shape `(num_params,)` → an adapter's tensors, of the params' type and on their device, with their gradients."""
+        """Turn params, shape `(num_params,)`, into an adapter's tensors, of the params' type and on their device, with their gradients."""
         constants, offset = {}, 0
         values = self.constant_bits.view(torch.float32).to(params)
         for key in self.layout.constants:
@@ -81,11 +81,11 @@ class AdapterTemplate(Component):
         return self.layout.unflatten(params, constants)
 
     def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
-        """Params, shape `(num_params,)` → a validated adapter, float32, on the CPU."""
+        """Turn params, shape `(num_params,)`, into a validated adapter, float32, on the CPU."""
         tensors = self.to_tensors(params.detach().to("cpu", torch.float32))
         facts = {"base": self.base.to_json(), "max_length": self.config.max_length, **(metadata or {})}
         return LoraAdapter(self.spec, tensors, facts)
 
     def to_params(self, adapter: LoraAdapter) -> torch.Tensor:
-        """An adapter of the same layout → params, shape `(num_params,)`."""
+        """Flatten an adapter of the same layout into params, shape `(num_params,)`."""
         return self.layout.flatten(adapter.tensors)

@@ -14,31 +14,31 @@ from cond_pdiff.conditions.condition import Condition
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """What an encoder read of a condition."""
+    """A report of what an encoder read of a condition."""
 
     condition_kind: ClassVar[type[Condition]]
 
     def to_json(self) -> dict[str, int]:
-        """A JSON-ready description."""
+        """Return a JSON-ready description."""
         return asdict(self)
 
     @property
     def cuts(self) -> str:
-        """What was left out for want of room, in words; empty if nothing was."""
+        """The parts that were left out for want of room, in words; empty if nothing was."""
         return ""
 
 
 class ConditionEncoder(Component):
-    """Conditions of one kind → condition embeddings (paper, section 3.3).
+    """An encoder that turns conditions of one kind into condition embeddings (paper, section 3.3).
 
     A subclass is made known by `register_component`; recipes and saved generators then name it.
     """
 
     condition_kind: ClassVar[type[Condition]]
     index_options: Mapping[str, Any] = {}
-    """How a `ConditionIndex` compares its embeddings."""
+    """The arguments of `ConditionIndex` that say how it compares the encoder's embeddings."""
     is_trained: ClassVar[bool] = False
-    """Is it trained together with the denoiser? Then it has a `forward` over what `read` gives."""
+    """Whether it is trained together with the denoiser: then it has a `forward` over what `read` gives."""
 
     @property
     def condition_dim(self) -> int:
@@ -46,7 +46,7 @@ class ConditionEncoder(Component):
         return int(self.config.condition_dim)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
-        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+        """Return condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
             ConditionError: a condition of another kind, or one that is too long.
@@ -54,15 +54,15 @@ class ConditionEncoder(Component):
         raise NotImplementedError
 
     def fit_center(self, conditions: Sequence[Any]) -> None:
-        """Measure what it needs to know of the training conditions, one of each task; most need nothing."""
+        """Measure what the encoder needs to know of the training conditions, one of each task; most need nothing."""
 
     def read(self, condition: Any) -> torch.Tensor:
-        """A condition as numbers, uint8 of one shape for all; the encoder's `forward` takes a batch of them as floats from 0 to 1."""
+        """Read a condition as numbers, uint8 of one shape for all; the encoder's `forward` takes a batch of them as floats from 0 to 1."""
         raise NotImplementedError
 
 
 def condition_encoders() -> dict[str, type[ConditionEncoder]]:
-    """Every condition encoder that is known, by name."""
+    """Return every condition encoder that is known, by name."""
     from cond_pdiff.models import prompt_encoders, style_encoders  # noqa: F401  # registers them
 
     return {name: kind for name, kind in COMPONENTS.items() if issubclass(kind, ConditionEncoder)}

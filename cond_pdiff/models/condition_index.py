@@ -27,7 +27,7 @@ class Neighbour:
 
 @register_component
 class ConditionIndex(ExactComponent):
-    """Condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
+    """The condition embeddings of the trained tasks, and the similarity below which a request is out of distribution.
 
     Args:
         tasks: name → facts (`description`, `labels`, …) of every trained task.
@@ -65,13 +65,13 @@ class ConditionIndex(ExactComponent):
 
     @property
     def names(self) -> list[str]:
-        """Names of the trained tasks, in the order of the embeddings."""
+        """The names of the trained tasks, in the order of the embeddings."""
         return list(self.config.names)
 
     def similarities(self, conditions: torch.Tensor) -> torch.Tensor:
-        """Similarity of each condition to each trained task, shape `(batch, num_tasks)`.
+        """Return the similarity of each condition to each trained task, shape `(batch, num_tasks)`.
 
-        The mean cosine over the parts that the condition has; with `last_is_evidence`, without the last part where that is more.
+        It is the mean cosine over the parts that the condition has; with `last_is_evidence`, without the last part where that is more.
         """
         parts = conditions.unflatten(1, (self.config.num_parts, -1))
         cosines = torch.einsum("bpd,tpd->btp", parts, self.embeddings.to(parts).unflatten(1, (self.config.num_parts, -1)))
@@ -83,7 +83,7 @@ class ConditionIndex(ExactComponent):
         return similarities
 
     def nearest(self, condition: torch.Tensor, count: int = 3) -> list[Neighbour]:
-        """The `count` most similar trained tasks of one condition, shape `(condition_dim,)`, most similar first."""
+        """Return the `count` most similar trained tasks of one condition, shape `(condition_dim,)`, most similar first."""
         values, order = self.similarities(condition[None])[0].float().sort(descending=True, stable=True)
         return [
             Neighbour(self.names[index], round(value, 4))
@@ -91,11 +91,11 @@ class ConditionIndex(ExactComponent):
         ]
 
     def in_distribution(self, similarity: float) -> bool:
-        """Is a request whose nearest task has this similarity like what was trained?"""
+        """Return whether a request whose nearest task has this similarity is like what was trained."""
         return similarity > float(self.threshold)
 
     def preview(self, task: str) -> Image.Image | None:
-        """A picture that stands for a trained task, if the generator has such."""
+        """Return a picture that stands for a trained task, if the generator has such."""
         sizes, place = list(self.config.preview_sizes), self.names.index(task)
         if not sizes:
             return None
@@ -137,5 +137,5 @@ class ConditionIndex(ExactComponent):
 
 
 def _quantile(values: torch.Tensor, share: float) -> float:
-    """Of all values, with linear interpolation; `torch.quantile` takes 16 million at most."""
+    """Return a quantile of all values, with linear interpolation; `torch.quantile` takes 16 million at most."""
     return float(np.quantile(values.numpy(), share))

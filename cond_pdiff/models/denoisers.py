@@ -1,4 +1,4 @@
-"""Denoisers: what a generator's second network is, and which classes recipes may name."""
+"""Denoisers: the protocol of a generator's second network, and the register of the classes that recipes may name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cond_pdiff.models.param_unet_1d import ParamUNet1D
 
 DEFAULT_DENOISER = ParamUNet1D.__name__
 SIZES = ("sample_channels", "sample_length", "condition_dim")
-"""Of latents and condition: a denoiser's first arguments, in this order."""
+"""The sizes of latents and condition: a denoiser's first arguments, in this order."""
 GUIDANCE = ("unconditional", "guidance_scale", "guided_length")
-"""Entries of a denoiser's config, which training sets and sampling reads."""
+"""The entries of a denoiser's config that training sets and sampling reads."""
 
 
 @runtime_checkable
@@ -32,15 +32,15 @@ class Denoiser(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of its weights."""
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that its weights are on."""
 
     @property
     def at_once(self) -> int:
-        """How many samples should go through it together in training, for memory's sake."""
+        """The number of samples that should go through it together in training, for memory's sake."""
 
     def __call__(self, sample: torch.Tensor, timestep: Any, condition: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Predict what the scheduler's `prediction_type` asks for.
@@ -59,7 +59,7 @@ class Denoiser(Protocol):
 
 AnyDenoiser = TypeVar("AnyDenoiser", bound=type[Component])
 DENOISERS: dict[str, type[Component]] = {DEFAULT_DENOISER: ParamUNet1D}
-"""By the name that recipes give as `type`."""
+"""The registered classes of denoisers, by the name that recipes give as `type`."""
 
 
 def register_denoiser(denoiser: AnyDenoiser) -> AnyDenoiser:

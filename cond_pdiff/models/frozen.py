@@ -1,4 +1,4 @@
-"""Frozen transformers models, from safetensors only."""
+"""Loading of frozen transformers models, from safetensors only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from cond_pdiff.weights import loadable
 
 WEIGHTS_NAME = "model.safetensors"
 BROKEN_MODEL = (OSError, ValueError, RuntimeError, SafetensorError)
-"""What transformers and torch raise on files that make no sense."""
+"""The errors that transformers and torch raise on files that make no sense."""
 
 
 def load_frozen(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, Path, set[str]]:
-    """A model in evaluation mode, float32, on the CPU, its folder, and the names of weights that the files lack.
+    """Load a model in evaluation mode, float32, on the CPU, and return it, its folder, and the names of weights that the files lack.
 
     Args:
         auto_model: one of transformers' `AutoModel…`.

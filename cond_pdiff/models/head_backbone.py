@@ -15,7 +15,7 @@ from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
 
 
 class HeadBackbone(TextBackbone):
-    """Texts (or pairs of texts) → logits.
+    """A frozen model that turns texts (or pairs of texts) into logits.
 
     Args:
         model: an `AutoModelForSequenceClassification`.
@@ -52,10 +52,10 @@ class HeadBackbone(TextBackbone):
         return cls(model, tokenizer)
 
     def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
-        """Logits of one batch, with gradients if any are wanted, shape `(len(texts), num_labels)`."""
+        """Return the logits of one batch, with gradients if any are wanted, shape `(len(texts), num_labels)`."""
         logits: torch.Tensor = self.run(self.tokenize(texts, max_length)).logits
         return logits
 
     def logits(self, texts: Sequence[Text], max_length: int, batch_size: int = 32) -> torch.Tensor:
-        """Logits of one text or more, without gradients, shape `(len(texts), num_labels)`."""
+        """Return the logits of one text or more, without gradients, shape `(len(texts), num_labels)`."""
         return self.rows(texts, max_length, batch_size)

@@ -18,12 +18,12 @@ from cond_pdiff.errors import CondPDiffError
 Norm = Literal["batch", "instance", "none"]
 NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "instance": nn.InstanceNorm1d, "none": nn.Identity}
 NUMBERS_AT_ONCE = 2**25
-"""Of the widest feature map of the adapters that go through the network together: 134 MB in float32, of which a few are alive."""
+"""The most numbers in the widest feature maps of adapters that go through the network together: 134 MB in float32; a few are alive."""
 ACTIVATIONS = {"leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "tanh": nn.Tanh}
 
 
 def activation(name: str) -> nn.Module:
-    """An activation by name: the paper's own, else any that diffusers knows."""
+    """Return an activation by name: the paper's own, else any that diffusers knows."""
     try:
         return ACTIVATIONS[name]() if name in ACTIVATIONS else get_activation(name)
     except ValueError as error:
@@ -32,7 +32,7 @@ def activation(name: str) -> nn.Module:
 
 @register_component
 class ParamAutoencoder(Component):
-    """Strided 1D convolutions down to a code, transposed convolutions back up.
+    """An autoencoder of strided 1D convolutions down to a code, and transposed convolutions back up.
 
     Two families, after the paper's two halves:
 
@@ -121,14 +121,14 @@ class ParamAutoencoder(Component):
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(channels, length) of the latents of one adapter."""
+        """The shape (channels, length) of the latents of one adapter."""
         if self.config.latent_dim:
             return 1, self.config.latent_dim
         return self.config.encoder_channels[-1], self.bottom_length
 
     @apply_forward_hook
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalised params, shape `(batch, num_params)` → scaled latents, shape `(batch, *latent_shape)` (equation 6a)."""
+        """Encode normalised params, shape `(batch, num_params)`, into scaled latents, shape `(batch, *latent_shape)` (equation 6a)."""
         if values.ndim != 2 or values.shape[1] != self.config.num_params:
             raise CondPDiffError(f"expected values of shape (batch, {self.config.num_params}), got {tuple(values.shape)}")
         return self._in_parts(self._encode, values)
@@ -141,7 +141,7 @@ class ParamAutoencoder(Component):
 
     @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents, shape `(batch, *latent_shape)` → normalised params, shape `(batch, num_params)` (equation 6b)."""
+        """Decode scaled latents, shape `(batch, *latent_shape)`, into normalised params, shape `(batch, num_params)` (equation 6b)."""
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise CondPDiffError(
                 f"expected latents of shape (batch, {self.latent_shape[0]}, {self.latent_shape[1]}), got {tuple(latents.shape)}"
@@ -155,7 +155,7 @@ class ParamAutoencoder(Component):
         return self.decoder(hidden)[:, 0]
 
     def _in_parts(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        """The function of a batch. In use, where adapters do not see each other, `at_once` of them go through the network together."""
+        """Apply a function to a batch; in use, where adapters do not see each other, to `at_once` of them together."""
         if self.training or len(batch) <= self.at_once:
             return function(batch)
         return torch.cat([function(part) for part in batch.split(self.at_once)])

@@ -21,7 +21,7 @@ ConditionMode = Literal["add", "concat"]
 
 @register_component
 class ParamUNet1D(Component):
-    """Unstrided 1D convolutions with additive skips and a linear layer over the flattened bottom.
+    """A U-Net of unstrided 1D convolutions with additive skips and a linear layer over the flattened bottom.
 
     The paper's networks change the number of channels, not the length: neighbouring latents have no spatial meaning, and the
     linear bottom is what mixes positions.

@@ -1,4 +1,4 @@
-"""Condition encoders: a task prompt → a condition embedding, shape `(batch, condition_dim)` (paper, section 3.3).
+"""Condition encoders for task prompts: a prompt → a condition embedding, shape `(batch, condition_dim)` (paper, section 3.3).
 
 Both encoders report how many tokens a condition has and what did not fit; nothing is cut without a word. The frozen backbone
 is referenced (id, revision, sha256) and never saved with the encoder.
@@ -27,7 +27,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 @dataclass(frozen=True)
 class PromptReport(EncoderReport):
-    """What an encoder read of a prompt.
+    """A report of what an encoder read of a prompt.
 
     Args:
         tokens: of the longest text that was encoded, special tokens included.
@@ -45,7 +45,7 @@ class PromptReport(EncoderReport):
 
     @property
     def cuts(self) -> str:
-        """Examples and texts that did not fit."""
+        """The examples and texts that did not fit, in words; empty if all did."""
         if not self.examples_dropped and not self.texts_cut:
             return ""
         return f"{self.examples_dropped} examples dropped, {self.texts_cut} texts cut at {self.token_limit} tokens"
@@ -89,7 +89,7 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         return backbone
 
     def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
-        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+        """Return condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
             ConditionError: not a prompt, or a description of more than `max_tokens` tokens.
@@ -107,7 +107,7 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         self.center.copy_(self._parts(prompts).mean(0))
 
     def _parts(self, prompts: Sequence[TaskPrompt]) -> torch.Tensor:
-        """Unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
+        """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
         groups: list[list[Text]] = []
         for prompt in prompts:
             groups += [[prompt.description], [label_text(label) for label in prompt.labels], [text for text, _ in prompt.examples]]
@@ -156,7 +156,7 @@ class ClipConditionEncoder(ConditionEncoder):
 
     @property
     def backbone(self) -> tuple[nn.Module, Any]:
-        """(open_clip model, tokenizer), on this module's device."""
+        """The open_clip model and its tokenizer, on this module's device."""
         model, tokenizer = load_once(self._loaded, self._load)
         return model.to(self.anchor.device), tokenizer
 
@@ -175,7 +175,7 @@ class ClipConditionEncoder(ConditionEncoder):
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
-        """Unit-length text features, shape `(len(conditions), condition_dim)`, and a report for each.
+        """Return unit-length text features, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
             ConditionError: not a prompt, or a description that alone is too long.
@@ -198,7 +198,7 @@ class ClipConditionEncoder(ConditionEncoder):
 
 
 def prompt_text(prompt: TaskPrompt, num_examples: int) -> str:
-    """Description and the first `num_examples` examples as one text."""
+    """Join description and the first `num_examples` examples into one text."""
     parts = [prompt.description]
     for text, label in prompt.examples[:num_examples]:
         parts.append(f"{text if isinstance(text, str) else ' / '.join(text)} → {label}")

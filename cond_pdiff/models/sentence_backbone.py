@@ -14,7 +14,7 @@ from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
 
 
 class SentenceBackbone(TextBackbone):
-    """Texts (or pairs of texts) → unit-length embeddings.
+    """A frozen encoder that turns texts (or pairs of texts) into unit-length embeddings.
 
     Args:
         model: a transformers encoder that returns `last_hidden_state`.
@@ -23,7 +23,7 @@ class SentenceBackbone(TextBackbone):
 
     @classmethod
     def load(cls, backbone: Backbone) -> SentenceBackbone:
-        """Load a frozen backbone in evaluation mode, float32, on the CPU; `HubError` if that fails."""
+        """Load a frozen backbone in evaluation mode, float32, on the CPU; raise `HubError` if that fails."""
         model, tokenizer, _ = load_text_model(backbone, AutoModel)
         return cls(model, tokenizer)
 
@@ -45,7 +45,7 @@ class SentenceBackbone(TextBackbone):
         return nn.functional.normalize(pooled, dim=-1)
 
     def forward_groups(self, groups: Sequence[Sequence[Text]], max_length: int) -> list[torch.Tensor]:
-        """`forward` of several groups in one batch, in which every group has as many rows, as adapters `attached_to_groups` need it.
+        """Run `forward` on several groups in one batch, in which every group has as many rows, as adapters `attached_to_groups` need it.
 
         Returns:
             for each group, shape `(its number of texts, embedding_dim)`.

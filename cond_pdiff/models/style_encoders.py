@@ -25,13 +25,13 @@ from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
 from cond_pdiff.models.frozen import load_frozen
 
 MAX_ASPECT = 3
-"""Of a picture that is longer than this, the middle is read."""
+"""The largest aspect ratio of a picture that is read whole; of a longer one, the middle is read."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class StyleReport(EncoderReport):
-    """What an encoder read of a style image.
+    """A report of what an encoder read of a style image.
 
     Args:
         width: of the picture as it was read, in pixels.
@@ -45,7 +45,7 @@ class StyleReport(EncoderReport):
 
 
 def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
-    """The picture with its shorter side at `side` pixels, shape `(3, height, width)`, from 0 to 1."""
+    """Return the picture with its shorter side at `side` pixels, shape `(3, height, width)`, from 0 to 1."""
     width, height = style.image.size
     crop_width, crop_height = min(width, MAX_ASPECT * height), min(height, MAX_ASPECT * width)
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
@@ -81,17 +81,17 @@ class StyleCnnConditionEncoder(ConditionEncoder):
         self.project = nn.Linear(channels[1], condition_dim)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels from 0 to 1, shape `(batch, 3, height, width)` → unit-length embeddings, shape `(batch, condition_dim)`."""
+        """Turn pixels from 0 to 1, shape `(batch, 3, height, width)`, into unit-length embeddings, shape `(batch, condition_dim)`."""
         features = self.convolutions(2 * pixels - 1).mean((2, 3))
         return nn.functional.normalize(self.project(features), dim=1)
 
     def read(self, condition: Any) -> torch.Tensor:
-        """The picture as it is read, uint8, shape `(3, height, width)`; square pictures have one shape."""
+        """Return the picture as it is read, uint8, shape `(3, height, width)`; square pictures have one shape."""
         return (255 * style_pixels(StyleImage.of(condition), self.config.image_side)).round().to(torch.uint8)
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
-        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+        """Return condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
             ConditionError: not a style image.
@@ -103,7 +103,7 @@ class StyleCnnConditionEncoder(ConditionEncoder):
 
 @register_component
 class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignore[misc]  # as in `Component`
-    """Channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
+    """An encoder of channel means and standard deviations of a frozen image backbone's feature maps: what style transfer calls a style.
 
     The embedding is one unit vector a stage, each with the training pictures' mean taken away.
 
@@ -137,7 +137,7 @@ class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: 
 
     @property
     def index_options(self) -> Mapping[str, Any]:  # type: ignore[override]  # a constant of most encoders
-        """How a `ConditionIndex` compares its embeddings."""
+        """The arguments of `ConditionIndex` that say how it compares the encoder's embeddings."""
         return {"num_parts": len(self.config.stages)}
 
     @property
@@ -146,7 +146,7 @@ class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: 
         return load_once(self._loaded, lambda: load_frozen(Backbone.from_json(self.config.backbone), AutoModel)[0]).to(self.center.device)
 
     def encode(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
-        """Condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
+        """Return condition embeddings, shape `(len(conditions), condition_dim)`, and a report for each.
 
         Raises:
             ConditionError: not a style image.
@@ -166,7 +166,7 @@ class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: 
 
     @torch.no_grad()
     def _statistics(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Unit-length (means, standard deviations) of each stage side by side, shape `(len(pictures), condition_dim)`."""
+        """Return the unit-length (means, standard deviations) of each stage side by side, shape `(len(pictures), condition_dim)`."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         rows = []
         for picture in pictures:

@@ -18,7 +18,7 @@ from cond_pdiff.models.frozen import BROKEN_MODEL, load_frozen
 
 
 def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
-    """`load_frozen`, with the tokenizer instead of the folder."""
+    """Load a model as `load_frozen` does, with its tokenizer instead of its folder."""
     model, folder, missing = load_frozen(backbone, auto_model, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -28,7 +28,7 @@ def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tupl
 
 
 class TextBackbone(ABC):
-    """Texts (or pairs of texts) → one row of numbers each.
+    """A frozen model that turns texts (or pairs of texts) into one row of numbers each.
 
     Args:
         model: a transformers model.
@@ -45,12 +45,12 @@ class TextBackbone(ABC):
         return min(int(self.model.config.max_position_embeddings), self.tokenizer.model_max_length)  # type: ignore[union-attr, arg-type]
 
     def count_tokens(self, text: Text) -> int:
-        """The number of tokens of one text or pair, special tokens included, before any cut."""
+        """Count the tokens of one text or pair, special tokens included, before any cut."""
         with lock_of(self.tokenizer):  # a call sets how it cuts and pads
             return len(self.tokenizer([text], verbose=False)["input_ids"][0])
 
     def tokenize(self, texts: Sequence[Text], max_length: int) -> BatchEncoding:
-        """A padded batch on the model's device. Longer texts are cut at `max_length` tokens."""
+        """Make a padded batch of texts on the model's device. Longer texts are cut at `max_length` tokens."""
         # A pair is cut at its longer half first ("longest_first"), so the shorter text of a pair is never lost.
         cut = min(max_length, self.max_tokens)
         with lock_of(self.tokenizer):
@@ -58,7 +58,7 @@ class TextBackbone(ABC):
         return batch.to(next(self.model.parameters()).device)
 
     def run(self, batch: BatchEncoding) -> Any:
-        """What the model makes of a batch, with the adapters that this thread has attached, and no other thread's."""
+        """Run the model on a batch, with the adapters that this thread has attached, and no other thread's."""
         with lock_of(self.model):
             return self.model(**batch)
 
@@ -69,11 +69,11 @@ class TextBackbone(ABC):
 
     @abstractmethod
     def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
-        """One batch, with gradients if any are wanted, shape `(len(texts), size of a row)`."""
+        """Turn one batch into rows, with gradients if any are wanted, shape `(len(texts), size of a row)`."""
 
     @torch.no_grad()
     def rows(self, texts: Sequence[Text], max_length: int, batch_size: int) -> torch.Tensor:
-        """At least one text, without gradients; batches are formed by length, the order is kept."""
+        """Turn at least one text into rows, without gradients; batches are formed by length, the order is kept."""
         order = sorted(range(len(texts)), key=lambda index: -text_length(texts[index]))
         pieces = [
             self.forward([texts[index] for index in order[start : start + batch_size]], max_length)
@@ -84,5 +84,5 @@ class TextBackbone(ABC):
 
 
 def text_length(text: Text) -> int:
-    """Characters of a text or a pair, for sorting by length."""
+    """Count the characters of a text or a pair, for sorting by length."""
     return len(text) if isinstance(text, str) else sum(map(len, text))
