@@ -91,7 +91,7 @@ class TextEvaluator(ZooEvaluator):
         }
 
     def _best(self, task: Task, adapters: Sequence[LoraAdapter]) -> int:
-        """Return the index of the adapter that does best on the prompt's examples with the prototypes that all columns are measured with."""
+        """Return the index of the adapter that does best on the prompt's examples with the prototypes of all columns."""
         max_length, examples = self.pipe.template.config.max_length, self.condition(task).examples
         classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, adapters[0], max_length, examples)
         losses = [ExampleScore.measure(classifier.with_adapter(adapter), with_examples=False).loss for adapter in adapters]
