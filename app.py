@@ -1,4 +1,4 @@
-"""The demo, interface only: `python app.py`, then open the address that it prints; the same runs as a Hugging Face Space."""
+"""The demo's web page, interface only: run `python app.py` and open the address that it prints; the same runs as a Hugging Face Space."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _generator(name: str) -> CondPDiffPipeline:
 
 
 def _friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """What a user can mend becomes a message on the page."""
+    """Wrap an event handler so that what a user can mend becomes a message on the page."""
 
     @functools.wraps(handler)
     def handle(*arguments: Any, **options: Any) -> Any:
@@ -62,7 +62,7 @@ def _friendly(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _picture(label: str) -> gr.Image:
-    """An upload that only the library opens, which looks at the header first: gradio's own way would open it before."""
+    """Return a field for an upload that only the library opens, which looks at the header first: gradio's own way would open it before."""
     picture = gr.Image(type="filepath", sources=["upload", "clipboard"], height=220, label=label)
     picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
     return picture
@@ -73,7 +73,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _badge(report: Any, index: Any) -> str:
-    """How near the request is to what was trained, with a small picture of each neighbour where the generator has one."""
+    """Say how near the request is to what was trained, with a small picture of each neighbour where the generator has one."""
     sign = ("near", "in distribution") if report.in_distribution else ("far", "out of distribution: expect less")
     lines = [f'<span class="badge {sign[0]}">{sign[1]}</span> nearest (threshold {report.threshold:.2f}):<br>']
     for neighbour in report.nearest:
@@ -86,7 +86,7 @@ def _badge(report: Any, index: Any) -> str:
 
 
 def _folder() -> Path:
-    """A new folder in the cache. Files there are written once: gradio would write pictures anew while others download them."""
+    """Make a new folder in the cache. Files there are written once: gradio would write pictures anew while others download them."""
     CACHE.mkdir(parents=True, exist_ok=True)
     for old in CACHE.iterdir():
         if time.time() - old.stat().st_mtime > KEEP_SECONDS:
@@ -95,7 +95,7 @@ def _folder() -> Path:
 
 
 def _pack(adapter: LoraAdapter) -> str:
-    """A zip with the adapter and its card, which says how to load it."""
+    """Write a zip with the adapter and its card, which says how to load it, and return its path."""
     folder = _folder()
     adapter.save(folder / "zip" / "adapter")
     return shutil.make_archive(str(folder / "adapter"), "zip", folder / "zip")
@@ -108,7 +108,7 @@ def _generate(name: str, condition: Any, count: int, seed: int, progress: Any) -
 
 @_friendly
 def make_style(image: str | None, other: str | None, mix: float, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
-    """Style image, perhaps a second one to mix with → adapter."""
+    """Make an adapter from a style image, perhaps mixed with that of a second one."""
     if not image:
         raise gr.Error("Drop a style picture first (PNG, JPEG or WebP).", print_exception=False)
     out = _generate(STYLES, StyleImage.open(image), 1, seed, progress)
@@ -120,7 +120,7 @@ def make_style(image: str | None, other: str | None, mix: float, seed: int, prog
 
 @_friendly
 def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: int) -> list[tuple[str, str]]:
-    """A picture a prompt, from the same noise whatever the adapter; without one, the base model's."""
+    """Draw a picture a prompt, from the same noise whatever the adapter; without one, the base model's."""
     asked = _lines(prompts)[:MAX_PROMPTS]
     base, adapters = _generator(STYLES).template.base, [(adapter, strength)] if adapter else []
     pictures = make_pictures(_text_to_image(base), asked, adapters, int(seed))
@@ -132,7 +132,7 @@ def preview(adapter: LoraAdapter | None, prompts: str, strength: float, seed: in
 
 @_friendly
 def make_task(description: str, examples: str, sentences: str, seed: int, progress: Any = PROGRESS) -> tuple[Any, ...]:
-    """Description and examples → adapter, and what it says of the sentences beside what the base model says."""
+    """Make an adapter from description and examples, and tell what it says of the sentences beside what the base model says."""
     pairs = [parse_example(line) for line in _lines(examples)]
     out = _generate(TASKS, TaskPrompt(description, pairs), 8 if pairs else 1, seed, progress)
     rows: list[Any] = []
@@ -145,7 +145,7 @@ def make_task(description: str, examples: str, sentences: str, seed: int, progre
 
 
 def build() -> gr.Blocks:
-    """The page."""
+    """Build the page."""
     with gr.Blocks(title="cond-pdiff", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown("# cond-pdiff\nShow a style, or describe a task: a diffusion model over network weights writes the LoRA adapter.")
         with gr.Tab("Style → PixArt adapter"):

@@ -1,4 +1,4 @@
-"""The demo under load: hostile uploads, and many clients at once.
+"""Put the demo under load: hostile uploads, and many clients at once.
 
     python benchmarks/demo.py uploads                                  # 40 files; time and memory of the server for each
     python benchmarks/demo.py clients [--clients 100] [--requests 500]  # every client's adapter is compared by sha256
@@ -47,7 +47,7 @@ def serve(styles: str | None, tasks: str | None, pipe: Any) -> None:
 
 
 def hostile_files() -> dict[str, bytes]:
-    """Forty files: bombs, fragments, other formats under a picture's name, and some that are merely unusual."""
+    """Make forty files: bombs, fragments, other formats under a picture's name, and some that are merely unusual."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (400, 600, 3), dtype=np.uint8))
     good = {kind: _encoded(noise, kind) for kind in ("PNG", "JPEG", "WEBP")}
@@ -96,7 +96,7 @@ def _chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _bomb(width: int, height: int, bits: int = 8, color: int = 2) -> bytes:
-    """A flat PNG, whose rows compress to nothing."""
+    """Return a flat PNG, whose rows compress to nothing."""
     row = b"\x00" * (1 + (width * bits * (3 if color == 2 else 1) + 7) // 8)
     packer = zlib.compressobj(9)
     data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
@@ -112,14 +112,14 @@ def _zip() -> bytes:
 
 
 def peak_memory(pid: int) -> int:
-    """Peak resident memory of a process since the last call, in bytes (Linux)."""
+    """Return the peak resident memory of a process since the last call, in bytes (Linux)."""
     peak = next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return peak
 
 
 def resident_memory(pid: int) -> int:
-    """Resident memory of a process now, in bytes (Linux)."""
+    """Return the resident memory of a process now, in bytes (Linux)."""
     return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
 
 
@@ -153,7 +153,7 @@ def uploads(address: str, pid: int, folder: Path) -> None:
 
 
 def clients(address: str, folder: Path, num_clients: int, num_requests: int) -> None:
-    """Many clients ask at once, each for its own seed; the same seed must always give the same bytes."""
+    """Let many clients ask at once, each for its own seed; the same seed must always give the same bytes."""
     picture = folder / "picture.png"
     Image.new("RGB", (300, 200), "orange").save(picture)
     expected: dict[int, set[str]] = {}
@@ -187,7 +187,7 @@ def clients(address: str, folder: Path, num_clients: int, num_requests: int) -> 
 
 
 def previews(styles: str, count: int) -> None:
-    """Previews with one or two random adapters, of which about half fail inside the transformer."""
+    """Make previews with one or two random adapters, of which about half fail inside the transformer."""
     import torch
     from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 

@@ -1,4 +1,4 @@
-"""Five tasks far from all that the bundled generator has seen, written by hand: is what it returns at least as good as the base model?
+"""Measure five hand-written tasks far from all that the bundled generator has seen: is what it returns at least as good as the base?
 
     python benchmarks/far_tasks.py [--generator cond-pdiff/minilm-text-tasks] [--num-adapters 20]
 
@@ -20,7 +20,7 @@ Rows = list[tuple[str, str]]
 
 
 def rows(**classes: str) -> Rows:
-    """Lines of each class; an underscore in its name is a space."""
+    """Return (text, class name) for each line of each class; an underscore in a class's name is a space."""
     return [(line.strip(), name.replace("_", " ")) for name, lines in classes.items() for line in lines.strip().splitlines()]
 
 

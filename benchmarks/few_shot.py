@@ -1,4 +1,4 @@
-"""Tasks that the generator has never seen: what each way of using a few labelled examples reaches, and how long it takes.
+"""Measure, on tasks that the generator has never seen, what each way of using a few labelled examples reaches, and how long it takes.
 
     python benchmarks/few_shot.py --tasks tasks --zoo zoo --out results [--seeds 3] [--shots 8] [--task scicite …]
 
@@ -61,12 +61,12 @@ class Bench:
 
     @functools.cached_property
     def baselines(self) -> ZooBaselines:
-        """Of the tasks that the generator was trained on."""
+        """The baselines made of the tasks that the generator was trained on."""
         names = self.pipe.condition_index.names
         return ZooBaselines(self.pipe, self.zoo, {name: [run.adapter() for run in self.zoo.runs(name)] for name in names})
 
     def fixed(self, task: Task, prompt: TaskPrompt) -> dict[str, LoraAdapter | None]:
-        """Adapters that are not the generator's: column → adapter, None for the base model.
+        """Return the adapters that are not the generator's: column → adapter, None for the base model.
 
         Args:
             prompt: the task's, which kernel regression reads as the generator does.
@@ -85,7 +85,7 @@ class Bench:
         }
 
     def names_only(self, task: Task, other: Task) -> dict[str, float]:
-        """Accuracies without examples.
+        """Measure the accuracies without examples.
 
         Args:
             other: whose prompt the shuffled adapter is generated from.
@@ -96,7 +96,7 @@ class Bench:
         return {name: self.accuracy(task, adapter) for name, adapter in adapters.items()}
 
     def with_examples(self, task: Task, other: Task, shots: int, seed: int) -> dict[str, Any]:
-        """Accuracies and seconds with a draw of examples, and what the pipeline predicted."""
+        """Measure accuracies and seconds with a draw of examples, and return them with what the pipeline predicted."""
         prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
         values: dict[str, float] = {}
         seconds: dict[str, float] = {}
@@ -127,8 +127,8 @@ class Bench:
         return {"accuracy": values, "seconds": {name: round(value, 2) for name, value in seconds.items()}, "report": report_facts(single)}
 
     def setfit(self, task: Task, shots: int, seed: int) -> dict[str, dict[str, float]]:
-        """Accuracy and seconds of SetFit, and of the quickest refined adapter, with the same examples."""
-        texts, targets = map(list, zip(*reported(task), strict=True))
+        """Measure accuracy and seconds of SetFit, and of the quickest refined adapter, with the same examples."""
+        texts, targets = map(list, zip(*test_rows(task), strict=True))
         prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
         classes = [task.labels.index(label) for _, label in prompt.examples]
         folder, given = str(self.base.model.name_or_path), [text for text, _ in prompt.examples]
@@ -142,37 +142,37 @@ class Bench:
         }
 
     def generate(self, prompt: TaskPrompt, count: int) -> Any:
-        """Candidates with the seeds 0, 1, 2 …"""
+        """Generate candidates with the seeds 0, 1, 2 …"""
         return self.pipe(prompt, num_adapters=count, generator=[torch.Generator().manual_seed(seed) for seed in range(count)])
 
     def classifier(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> PrototypeClassifier:
-        """Of a task, with a prompt's examples in its prototypes; every text is read at the generator's length."""
+        """Return a task's classifier, with a prompt's examples in its prototypes; every text is read at the generator's length."""
         max_length = self.pipe.template.config.max_length
         return PrototypeClassifier(self.base, task.labels, adapter, max_length, prompt.examples if prompt else ())
 
     def accuracy(self, task: Task, adapter: LoraAdapter | None, prompt: TaskPrompt | None = None) -> float:
-        """On rows of the task's test split, with a prompt's examples in the prototypes."""
+        """Measure the accuracy on rows of the task's test split, with a prompt's examples in the prototypes."""
         return hits(task, self.classifier(task, adapter, prompt).logits(texts_of(task)).argmax(1))
 
     def logistic(self, task: Task, prompt: TaskPrompt) -> float:
-        """Accuracy of `logistic_regression` on the same rows."""
+        """Measure the accuracy of `logistic_regression` on the same rows."""
         return hits(task, logistic_regression(self.classifier(task, None, prompt), texts_of(task)))
 
 
 @functools.cache
-def reported(task: Task) -> list[Row]:
-    """The rows that everything is measured on."""
+def test_rows(task: Task) -> list[Row]:
+    """Return the rows of a task's test split that everything is measured on."""
     return task.test_rows(ROWS)
 
 
 def texts_of(task: Task) -> list[Text]:
-    """Of these rows."""
-    return [text for text, _ in reported(task)]
+    """Return the texts of these rows."""
+    return [text for text, _ in test_rows(task)]
 
 
 def hits(task: Task, predicted: torch.Tensor) -> float:
-    """Share of these rows of which a prediction, shape `(rows,)`, is right."""
-    return round(float((predicted == torch.tensor([label for _, label in reported(task)])).float().mean()), 4)
+    """Return the share of these rows of which a prediction, shape `(rows,)`, is right."""
+    return round(float((predicted == torch.tensor([label for _, label in test_rows(task)])).float().mean()), 4)
 
 
 def report_facts(output: Any) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def report_facts(output: Any) -> dict[str, Any]:
 
 
 def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], targets: list[int]) -> tuple[float, float]:
-    """Accuracy and seconds of SetFit with its defaults; the texts of a pair are joined."""
+    """Train SetFit with its defaults, and return its accuracy and seconds; the texts of a pair are joined."""
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
@@ -204,7 +204,7 @@ def setfit(base: str, given: list[Any], classes: list[int], texts: list[Any], ta
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each half every task's accuracies (means over the draws of examples), means over the tasks, and the generated minus each column.
+    """Gather of each half every task's accuracies (means over draws of examples), means over tasks, and the generated minus each column.
 
     A column that not all tasks have has neither a mean nor a difference.
     """
@@ -232,7 +232,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """What `summarize` says, and the rank correlation of predicted and real gains."""
+    """Return what `summarize` says as a table, and the rank correlation of predicted and real gains."""
     summary = summarize(results)
 
     def line(title: str, cells: Mapping[str, str], columns: Sequence[str] = WITH_EXAMPLES) -> str:
@@ -264,7 +264,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def gains(results: list[dict[str, Any]]) -> str:
-    """How well the gain of one adapter over the base model was predicted, and on which tasks it is worse than that."""
+    """Say how well the gain of one adapter over the base model was predicted, and on which tasks it is worse than that."""
     from scipy.stats import spearmanr
 
     real, predicted, worse = [], [], []
@@ -283,7 +283,7 @@ def gains(results: list[dict[str, Any]]) -> str:
 
 
 def once(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, measured if it is not there."""
+    """Return what a file holds, measured if it is not there."""
     if not path.exists():
         write_text(path, dump_json(measure()))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What hostile or broken files and connections do to loading: every load must give an error of ours, or be right.
+"""Measure what hostile or broken files and connections do to loading: every load must give an error of ours, or be right.
 
     python benchmarks/hostile.py files [--weights 100000] [--json 10000]  # mutated files of an adapter and of a generator
     python benchmarks/hostile.py moves [--trials 100]                     # the branch moves during the download
@@ -41,7 +41,7 @@ WEIRD = (b"", b"\x00", b"null", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"x"', b
 
 
 def small_adapter(folder: Path) -> Path:
-    """An adapter of a few kilobytes."""
+    """Save an adapter of a few kilobytes."""
     rng = torch.Generator().manual_seed(0)
     shapes = {"lora_A": (2, 16), "lora_B": (16, 2)}
     modules = [f"layer.{index}.{name}" for index in range(2) for name in ("query", "value")]
@@ -54,7 +54,7 @@ def small_adapter(folder: Path) -> Path:
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Bytes changed, cut out, doubled or replaced at random places; often near the beginning, where headers are."""
+    """Change, cut out, double or replace bytes at random places; often near the beginning, where headers are."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
         place = rng.randrange(min(len(changed), rng.choice((8, 600, 1 << 30))) or 1)
@@ -74,7 +74,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
-    """As `mutate`, or a value somewhere in the tree exchanged for another kind."""
+    """Mutate JSON as `mutate` does, or exchange a value somewhere in the tree for another kind."""
     if rng.random() < 0.4:
         return mutate(data, rng)
     tree = json.loads(data)
@@ -96,7 +96,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def outcomes(trials: int, trial: Callable[[int], str]) -> None:
-    """Run, count, and print."""
+    """Run the trials, count how they end, and print it."""
     counts: Counter[str] = Counter()
     slowest = 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,7 +109,7 @@ def outcomes(trials: int, trial: Callable[[int], str]) -> None:
 
 
 def files(weights: int, json_files: int) -> None:
-    """Mutated weights and configurations."""
+    """Load mutated weights and configurations."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as parent:
         adapter = small_adapter(Path(parent) / "adapter")
@@ -147,12 +147,12 @@ def files(weights: int, json_files: int) -> None:
 
 
 def read_generator(folder: Path) -> None:
-    """Load it as users do."""
+    """Load a generator from a folder as users do."""
     CondPDiffPipeline.from_pretrained(folder)
 
 
 def fetched(hub: Any, cache: Path) -> dict[str, str] | None:
-    """Name → sha256 of what a fetch leaves, or None where it is refused."""
+    """Fetch the repository, and return name → sha256 of what that leaves, or None where it is refused."""
     try:
         folder = fetch("owner/x", endpoint=hub.endpoint, cache_dir=cache)
     except CondPDiffError:
@@ -161,19 +161,19 @@ def fetched(hub: Any, cache: Path) -> dict[str, str] | None:
 
 
 def digest(data: bytes) -> str:
-    """sha256."""
+    """Return the sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def contents(mark: bytes) -> dict[str, bytes]:
-    """A repository of nine files, each different for every mark."""
+    """Return a repository of nine files, each different for every mark."""
     rng = random.Random(mark)
     names = [f"part-{index}/{kind}" for index in range(3) for kind in ("config.json", "weights.safetensors", "notes.txt")]
     return {name: mark + rng.randbytes(rng.randrange(10, 60_000)) for name in names}
 
 
 def moves(trials: int) -> None:
-    """A branch that moves at a random request."""
+    """Fetch from a branch that moves at a random request."""
     from loopback_hub import LoopbackHub
 
     rng = random.Random(0)
@@ -199,7 +199,7 @@ def moves(trials: int) -> None:
 
 
 def cuts(trials: int) -> None:
-    """A connection that breaks at a random byte of a random file; then the fetch is made again without."""
+    """Fetch over a connection that breaks at a random byte of a random file; then again without a break."""
     from loopback_hub import LoopbackHub
 
     rng = random.Random(0)
@@ -224,7 +224,7 @@ def cuts(trials: int) -> None:
 
 
 def main() -> None:
-    """See above."""
+    """Run the trials that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
     mutated = commands.add_parser("files")

@@ -1,4 +1,4 @@
-"""Peak memory of training on `paper-language-half+bert+rank16`: 750 adapters of 1,179,648 numbers, a few steps of each stage.
+"""Measure the peak memory of training on `paper-language-half+bert+rank16`: 750 adapters of 1,179,648 parameters, a few steps a stage.
 
     python benchmarks/memory.py [--recipe paper-language-half+bert+rank16] [--adapters 750] [--steps 1] [--batch 256] [--latents 256]
         [--passed 750]
@@ -39,7 +39,7 @@ MODULES = [f"bert.encoder.layer.{layer}.attention.{part}" for layer in range(12)
 
 
 def random_zoo(rank: int, count: int, folder: Path) -> ZooParams:
-    """Adapters of BERT-base's attention, one after the other to disk."""
+    """Write random adapters of BERT-base's attention to disk, one after the other."""
     rng = torch.Generator().manual_seed(0)
 
     def adapter() -> LoraAdapter:
@@ -55,7 +55,7 @@ def random_zoo(rank: int, count: int, folder: Path) -> ZooParams:
 
 
 def report(what: str, started: float) -> None:
-    """Seconds and the peak so far."""
+    """Print the seconds and the peak so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{time.monotonic() - started:7.1f} s  {peak:5.2f} GB  {what}", flush=True)
 

@@ -49,7 +49,7 @@ SMALL = {
 
 
 def synthetic_zoo(folder: Path) -> tuple[ZooParams, list[Task]]:
-    """Random `lora_B` for two tasks, on MiniLM's shapes."""
+    """Write a zoo of random `lora_B` for two tasks, on MiniLM's shapes."""
     spec = LoraSpec(MINILM.repo_id, 4, 16.0, ("attention.output.dense", "key", "query", "value"))
     modules = [
         f"encoder.layer.{layer}.attention.{name}" for layer in range(6) for name in ("self.query", "self.key", "self.value", "output.dense")
@@ -87,7 +87,7 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
 
 
 def run_children(data: ZooParams, tasks: list[Task], folder: Path, count: int, steps: int | None, rng: random.Random) -> bool:
-    """Train in forked children; kill them after so many steps of both stages. True if they were killed before they had finished."""
+    """Train in forked children; kill them after so many steps of both stages. Return whether they were killed before they had finished."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

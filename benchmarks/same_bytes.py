@@ -1,4 +1,4 @@
-"""The same seed in many fresh processes with random PYTHONHASHSEED: how many different adapters come out? (One.)
+"""Make the same seed's adapter in many fresh processes with random PYTHONHASHSEED: how many different ones come out? (One.)
 
 python benchmarks/same_bytes.py [--processes 20]
 """

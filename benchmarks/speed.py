@@ -1,4 +1,4 @@
-"""Time from a condition to a saved adapter, and the command line from a cold shell against its imports alone.
+"""Measure the time from a condition to a saved adapter, and the command line from a cold shell against its imports alone.
 
     python benchmarks/speed.py [--repeats 7]
 

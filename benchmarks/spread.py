@@ -1,4 +1,4 @@
-"""Do few steps of a generator's solver vary as much as many? The spread of the latents of one task, relative to that of 200 steps.
+"""Measure whether few steps of a generator's solver vary as much as many: the spread of one task's latents, relative to 200 steps'.
 
     python benchmarks/spread.py [--generator cond-pdiff/minilm-text-tasks] [--samples 48]
 
@@ -21,7 +21,7 @@ STEPS = (2, 5, 10, 16, 20, 30)
 
 @torch.no_grad()
 def latents(pipe: CondPDiffPipeline, conditions: torch.Tensor, steps: int, samples: int) -> torch.Tensor:
-    """Shape `(conditions, samples, channels, length)`; the same noises for every condition."""
+    """Sample latents, shape `(conditions, samples, channels, length)`; the same noises for every condition."""
     noise = pipe.prepare_latents(samples, torch.Generator().manual_seed(0), None).repeat(len(conditions), 1, 1)
     made = denoise(pipe.unet, pipe.scheduler, noise, conditions.repeat_interleave(samples, 0), steps, pipe.unet.config.guidance_scale)
     return made.unflatten(0, (len(conditions), samples))

@@ -1,4 +1,4 @@
-"""What can be said of the bundled style generator without a zoo: generated adapters beside no LoRA, and what noise alone makes.
+"""Measure what can be said of the bundled style generator without a zoo: generated adapters beside no LoRA, and what noise alone makes.
 
     cond-pdiff make-styles --images paintings --out styles
     python benchmarks/style_floor.py --tasks styles --out floor
@@ -44,14 +44,14 @@ class Bench:
         self._of_base: dict[tuple[str, ...], tuple[PictureSet, PictureSet]] = {}
 
     def of_base(self, captions: tuple[str, ...]) -> tuple[PictureSet, PictureSet]:
-        """The base's pictures from one noise and from another."""
+        """Draw the base's pictures from one noise and from another."""
         if captions not in self._of_base:
             one, other = (PictureSet(draw_pictures(self.base, None, captions, self.seed * 1_000_003 + noise)) for noise in (0, OTHER_NOISE))
             self._of_base[captions] = one, other
         return self._of_base[captions]
 
     def measure(self, style: Style) -> dict[str, Any]:
-        """By column and metric."""
+        """Measure a style: its distances by column and metric."""
         seen, (pixels, captions) = style.name in self.pipe.condition_index.names, style.pictures("test")
         true, (base, other) = PictureSet(pixels), self.of_base(tuple(captions))
         generators = [torch.Generator().manual_seed(self.seed * 1_000_003)]
@@ -62,7 +62,7 @@ class Bench:
 
 
 def to_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """Means over the styles that were trained on and over the unseen ones."""
+    """Return a table of means over the styles that were trained on and over the unseen ones."""
     rows = []
     for title, seen in (("trained styles", True), ("unseen styles", False)):
         part = [result for result in results if result["seen"] == seen]
@@ -79,7 +79,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Measure, and write `floor.json` and `floor.md`."""
+    """Measure every style, and write `floor.json` and `floor.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, type=Path, help="made by make-styles")
     parser.add_argument("--out", required=True, type=Path)

@@ -1,4 +1,4 @@
-"""A recipe for a part of the style zoo that is enough to evaluate the bundled generator on: a zoo of all its styles takes many hours.
+"""Write a recipe for a part of the style zoo that is enough to evaluate the bundled generator on: a zoo of all styles takes many hours.
 
     cond-pdiff make-styles --images paintings --out styles --recoloured 5
     python benchmarks/style_part.py --tasks styles --out part.json --trained 8     # says how to go on
@@ -25,7 +25,7 @@ RECIPE, GENERATOR = "pixart-mini-styles", "cond-pdiff/pixart-mini-styles"
 
 
 def choose_trained(names: Sequence[str], count: int, seed: int) -> tuple[list[str], list[str]]:
-    """The trained styles that are no recoloured forms, and a random choice of them."""
+    """Return the trained styles that are no recoloured forms, and a random choice of them."""
     originals = [name for name in names if "_recoloured_" not in name]
     return originals, sorted(random.Random(seed).sample(originals, count))
 

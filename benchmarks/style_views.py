@@ -1,4 +1,4 @@
-"""How many views of a style picture the bundled generator should look at: the choice of `STYLE_VIEWS`, on styles that are not reported.
+"""Measure how many views of a style picture the bundled generator should look at (`STYLE_VIEWS`), on styles that are not reported.
 
     python benchmarks/style_views.py --images paintings --out views
 
@@ -38,7 +38,7 @@ SCENES = 32
 
 
 def choose_forms(pipe: CondPDiffPipeline, images: Path, count: int, seed: int) -> Iterator[tuple[str, Image.Image]]:
-    """Names and pictures of recoloured forms that are new to the generator, and look so to it."""
+    """Yield names and pictures of recoloured forms that are new to the generator, and look so to it."""
     names = [name for name in pipe.condition_index.names if "_recoloured_" not in name]
     random.Random(seed).shuffle(names)
     for name in names:
@@ -62,7 +62,7 @@ class Bench:
         self.scenes, self.captions = draw_scenes(SCENES, 0, held_out=True)
 
     def measure(self, form: Image.Image) -> dict[str, Any]:
-        """Distances to the true pictures, by metric and number of views."""
+        """Measure the distances to the true pictures, by metric and number of views."""
         true = PictureSet(stylise(self.network, self.scenes, form))
         found: dict[str, dict[str, float]] = {metric: {} for metric in METRICS}
         for views in VIEWS:
@@ -76,7 +76,7 @@ class Bench:
 
 
 def to_markdown(results: Sequence[dict[str, Any]]) -> str:
-    """A row for each number of views: means, and differences to one view with 95 % intervals."""
+    """Return a table with a row for each number of views: means, and differences to one view with 95 % intervals."""
     rows = []
     for views in map(str, VIEWS):
         cells = [views]
@@ -89,7 +89,7 @@ def to_markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure, and write `views.json` and `views.md`."""
+    """Measure every form, and write `views.json` and `views.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path, help="the pictures that the generator's styles were made from")
     parser.add_argument("--out", required=True, type=Path)

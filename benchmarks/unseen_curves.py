@@ -1,4 +1,4 @@
-"""What it would take to serve tasks that the generator has never seen: curves over the examples, steps of refining, and the zoo's tasks.
+"""Measure what it would take to serve unseen tasks: curves over the examples, the steps of refining, and the zoo's tasks.
 
     python benchmarks/unseen_curves.py examples --tasks tasks --zoo zoo --out curves
     python benchmarks/unseen_curves.py steps    --tasks tasks --zoo zoo --out curves
@@ -58,7 +58,7 @@ LOOKS = {
 
 
 def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
-    """Accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
+    """Measure the accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", shots * len(task.labels))
     adapters = {
         "base": None,
@@ -75,7 +75,7 @@ def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
 
 
 def with_steps(bench: Bench, task: Task, steps: int) -> dict[str, float]:
-    """Accuracies after this many steps, with eight examples a class in the prototypes; of the trained adapter with names only."""
+    """Measure the accuracies after so many steps, with eight examples a class in the prototypes; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", 8 * len(task.labels))
     generated = bench.generate(prompt, 1).adapters[0]
     found = {"base": bench.accuracy(task, None, prompt), "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
@@ -86,7 +86,7 @@ def with_steps(bench: Bench, task: Task, steps: int) -> dict[str, float]:
 
 
 def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
-    """Accuracies of one sample, with eight examples a class and with none."""
+    """Measure the accuracies of one sample, with eight examples a class and with none."""
     prompts = {"": task.prompt("shots/0", 8 * len(task.labels)), ", names only": TaskPrompt(task.description, labels=task.labels)}
     found = {}
     for name, prompt in prompts.items():
@@ -96,7 +96,7 @@ def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
 
 
 def generator_of(zoo: Zoo, count: int, tasks_folder: Path, out: Path) -> Path:
-    """A generator trained on `count` tasks of the zoo, the first run of each."""
+    """Train a generator on `count` tasks of the zoo, the first run of each, and return its folder."""
     generator = out / "run" / "generator"
     if not (generator / "model_index.json").exists():
         names = sorted(random.Random(0).sample(zoo.task_names, len(zoo.task_names))[:count])
@@ -105,7 +105,7 @@ def generator_of(zoo: Zoo, count: int, tasks_folder: Path, out: Path) -> Path:
 
 
 def part_of(zoo: Zoo, names: Sequence[str], folder: Path) -> Zoo:
-    """A complete zoo of the first run of each of these tasks."""
+    """Make a complete zoo of the first run of each of these tasks."""
     for name in names:
         shutil.copytree(zoo.run_folder(name, 0), folder / "tasks" / name / "run-0", dirs_exist_ok=True)
     collect = {**zoo.facts["collect"], "runs": 1, "multitask_steps": 0}
@@ -115,7 +115,7 @@ def part_of(zoo: Zoo, names: Sequence[str], folder: Path) -> Zoo:
 
 
 def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tuple[int, Callable[[Task], dict[str, float]]]]:
-    """The numbers that a curve is over, and what measures a task there."""
+    """Yield the numbers that a curve is over, and what measures a task there."""
     if curve != "tasks":
         bench = Bench(f"cond-pdiff/{GENERATOR}", zoo)
         numbers, measured = (SHOTS, with_examples) if curve == "examples" else (STEPS, with_steps)
@@ -128,7 +128,7 @@ def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tupl
 
 
 def measure(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> None:
-    """Every point of a curve, a file a point and task."""
+    """Measure every point of a curve, a file a point and task."""
     tasks = [Task.load(tasks_folder / name) for name in zoo.unseen_names]
     for number, measured in points(curve, zoo, tasks_folder, out):
         for task in tasks:
@@ -137,7 +137,7 @@ def measure(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> None:
 
 
 def means(folder: Path) -> dict[int, dict[str, float]]:
-    """Number of examples or tasks → column → mean over tasks, in percent."""
+    """Return number of examples or tasks → column → mean over tasks, in percent."""
     found: dict[int, dict[str, float]] = {}
     for point in sorted(folder.iterdir(), key=lambda path: int(path.name)):
         rows: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(point.glob("*.json"))]
@@ -146,7 +146,7 @@ def means(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def draw(out: Path) -> None:
-    """All curves as a picture and as tables."""
+    """Draw all curves as a picture and as tables."""
     import matplotlib
 
     matplotlib.use("agg")

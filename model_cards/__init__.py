@@ -1,4 +1,4 @@
-"""Card templates of generators, adapters, zoos, base models and the Space, and how they are filled."""
+"""Templates of the cards of generators, adapters, zoos, base models and the Space, and the function that fills them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from typing import Any
 
 
 def fill_card(template: str, fields: Mapping[str, Any]) -> str:
-    """A template of this package with its `$fields`; every one of them must be there."""
+    """Return a template of this package with its `$fields` filled in; every one of them must be there."""
     return Template(files(__name__).joinpath(template).read_text(encoding="utf-8")).substitute(fields)

@@ -20,11 +20,11 @@ def write_card(folder: Path, template: str, fields: Mapping[str, Any]) -> Path:
 
 
 def millions(module: nn.Module) -> str:
-    """How many parameters a network has: 1.2 M, and below a million 0.12 M."""
+    """Say how many parameters a network has: 1.2 M, and below a million 0.12 M."""
     count = sum(parameter.numel() for parameter in module.parameters()) / 1e6
     return f"{count:.1f} M" if count >= 1 else f"{count:.2f} M"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table, one line a row."""
+    """Return a Markdown table, one line a row."""
     return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(row) + " |" for row in rows)])

@@ -23,7 +23,7 @@ from cond_pdiff.models.denoisers import DEFAULT_DENOISER
 from cond_pdiff.normalization import Mode
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-"""Of every section: nothing is converted, and nothing is ignored."""
+"""The pydantic settings of every section: nothing is converted, and nothing is ignored."""
 
 
 def _as_given(value: Any, check: Callable[[Any], Any]) -> Any:
@@ -64,15 +64,15 @@ PAIRS = {
     "head": ("task-prompt", "sequence-classifier"),
     "style": ("style-image", "text-to-image"),
 }
-"""The `kind` of recipes and zoos of 0.1.0 → kind of condition and family of base models."""
+"""The `kind` of recipes and zoos of 0.1.0 → its kind of condition and family of base models."""
 
 
 FORMER_WORDS = {"cond_drop_prob": "condition_dropout", "conditions_per_task": "variants_per_task"}
-"""Entries of the section `unet` → what recipes of 0.1.0 call them."""
+"""The entries of the section `unet` → what recipes of 0.1.0 call them."""
 
 
 def modern_collect(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `collect` of a recipe or a zoo, with a `family` in the place of the `kind` that those of 0.1.0 have, or leave out."""
+    """Return a recipe's or zoo's section `collect` with a `family` in the place of the `kind` that those of 0.1.0 have, or leave out."""
     kind = section.get("kind", "text")
     if kind not in PAIRS or "family" in section:
         return dict(section)
@@ -92,7 +92,7 @@ Share = Annotated[float, Field(ge=0, le=1), AS_GIVEN]
 GuidanceScale = Annotated[float, Field(ge=0, le=100), AS_GIVEN]
 Names = tuple[str, ...]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_finite)]
-"""Arguments of something else, which checks them when it is made."""
+"""The arguments of something else, which checks them when it is made."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -162,7 +162,7 @@ class CollectConfig:
         return self.multitask_learning_rate or self.learning_rates[0] * (1.0 if self.train_lora_a else 0.25)
 
     def record(self) -> dict[str, Any]:
-        """What a zoo keeps of these settings, beside its tasks and base.
+        """Return what a zoo keeps of these settings, beside its tasks and base.
 
         Words that came after the first zoos are left out where they say nothing, so that older zoos can be continued.
         """
@@ -246,7 +246,7 @@ class UNetConfig:
     )
 
     def record(self) -> dict[str, Any]:
-        """What a run keeps of these settings, to be continued with the same ones."""
+        """Return what a run keeps of these settings, to be continued with the same ones."""
         return as_recorded(asdict(self))
 
 
@@ -280,7 +280,7 @@ Network = TypeVar("Network")
 
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
-    """A checked section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
+    """Check a section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
     section = modern_collect(section) if config_class is CollectConfig else section
     try:
         return TypeAdapter(config_class).validate_json(json.dumps(section))
@@ -289,7 +289,7 @@ def parse(config_class: type[Config], section: Mapping[str, Any], where: str) ->
 
 
 def _explained(config_class: Any, error: ValidationError, where: str) -> str:
-    """The first of pydantic's complaints, in one line."""
+    """Return the first of pydantic's complaints, in one line."""
     first = error.errors(include_url=False)[0]
     path = [f"entry {part}" if isinstance(part, int) else part for part in first["loc"]]
     place = ", ".join([where, *path[:-1]])
@@ -306,7 +306,7 @@ def _explained(config_class: Any, error: ValidationError, where: str) -> str:
 
 
 def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:
-    """A section `unet` in the words of 0.1.0, in which runs record it: they can be continued, whichever words the recipe uses now."""
+    """Return a section `unet` in words of 0.1.0, in which runs record it: they can be continued, whichever words the recipe uses now."""
     section = {FORMER_WORDS.get(name, name): value for name, value in unet.items()}
     if "denoiser" in section:
         settings = _typed(section.pop("denoiser"))
@@ -319,7 +319,7 @@ def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:
 def build_typed(
     classes: Mapping[str, Callable[..., Network]], where: str, settings: Mapping[str, Any], /, *arguments: Any, **more: Any
 ) -> Network:
-    """`build` of the class that the settings name as `type`, with their other entries, too; `TrainingError` if there is none."""
+    """`build` the class that the settings name as `type`, with their other entries, too; raise `TrainingError` if there is none."""
     others = dict(settings)
     name = others.pop("type", None)
     if not isinstance(name, str) or name not in classes:
@@ -330,7 +330,7 @@ def build_typed(
 
 
 def build(network: Callable[..., Network], where: str, /, *arguments: Any, **settings: Any) -> Network:
-    """`network(*arguments, **settings)`; `TrainingError` if it has no such argument, or cannot be made with such a value."""
+    """Return `network(*arguments, **settings)`; raise `TrainingError` if it has no such argument, or cannot be made with such a value."""
     try:
         return network(*arguments, **settings)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:

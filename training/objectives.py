@@ -9,7 +9,7 @@ from torch import nn
 
 
 def add_latent_noise(latents: torch.Tensor, amplitude: float, rng: torch.Generator) -> torch.Tensor:
-    """Z + noise (equation 6b), with noise measured in standard deviations of the batch's latents.
+    """Return Z + noise (equation 6b), with noise measured in standard deviations of the batch's latents.
 
     Relative to the batch: against noise of a fixed size an encoder just scales its latents up.
     """
@@ -18,12 +18,12 @@ def add_latent_noise(latents: torch.Tensor, amplitude: float, rng: torch.Generat
 
 
 def reconstruction_loss(values: torch.Tensor, reconstructed: torch.Tensor) -> torch.Tensor:
-    """Mean squared error between normalised params and their reconstruction (equation 7)."""
+    """Return the mean squared error between normalised params and their reconstruction (equation 7)."""
     return nn.functional.mse_loss(reconstructed.float(), values.float())
 
 
 def diffusion_target(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the network is to predict, by the scheduler's `prediction_type`: the noise, the velocity, or the clean latents."""
+    """Return what the network is to predict, by the scheduler's `prediction_type`: the noise, the velocity, or the clean latents."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -33,12 +33,12 @@ def diffusion_target(scheduler: Any, clean: torch.Tensor, noise: torch.Tensor, t
 
 
 def denoising_loss(target: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the denoiser (equation 8)."""
+    """Return the mean squared error of the denoiser (equation 8)."""
     return nn.functional.mse_loss(predicted.float(), target.float())
 
 
 def draw_noise_levels(count: int, shift: float, rng: torch.Generator) -> torch.Tensor:
-    """Noise levels from 0 (clean) to 1 (noise), shape `(count,)`: sigmoids of N(shift, 1), and for a fifth of them uniform numbers.
+    """Draw noise levels from 0 (clean) to 1 (noise), shape `(count,)`: sigmoids of N(shift, 1), and for a fifth of them uniform numbers.
 
     Middle levels are the hardest to learn; the uniform part keeps the ends, where sampling begins and stops, in view.
     """
@@ -48,6 +48,6 @@ def draw_noise_levels(count: int, shift: float, rng: torch.Generator) -> torch.T
 
 
 def flow_pair(clean: torch.Tensor, noise: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The point at a noise level on the straight line from `clean` to `noise`, and the velocity along it (rectified flow)."""
+    """Return the point at a noise level on the straight line from `clean` to `noise`, and the velocity along it (rectified flow)."""
     levels = levels.view(-1, *(1,) * (clean.ndim - 1))
     return (1 - levels) * clean + levels * noise, noise - clean

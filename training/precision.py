@@ -13,13 +13,13 @@ from cond_pdiff.training.processes import processes
 
 
 def training_device() -> torch.device:
-    """A GPU if there is one, as for the loop's stages; `ACCELERATE_USE_CPU=true` keeps both on the CPU."""
+    """Return a GPU if there is one, as for the loop's stages; `ACCELERATE_USE_CPU=true` keeps both on the CPU."""
     return processes().device
 
 
 @contextmanager
 def on_training_device(network: Any) -> Iterator[None]:
-    """The network is where training runs inside the block, and back on the CPU after it; nothing that is computed keeps gradients."""
+    """Keep the network where training runs inside the block, and on the CPU after it; nothing that is computed keeps gradients."""
     network.to(training_device())
     with torch.no_grad():
         yield
@@ -28,13 +28,13 @@ def on_training_device(network: Any) -> Iterator[None]:
 
 @contextmanager
 def mixed_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Autocast to bfloat16 where `precision` is "bf16", and the attention that goes with it."""
+    """Autocast to bfloat16 where `precision` is "bf16", and use the attention that goes with it."""
     with torch.autocast(device.type, torch.bfloat16, precision == "bf16"), attention_backend(precision, device.type):
         yield
 
 
 def attention_backend(precision: str, device: str) -> AbstractContextManager[None]:
-    """The attention that a training step should use.
+    """Return a context with the attention that a training step should use.
 
     In bfloat16 the CPU's fused attention is slow on its way back: a step of pixart-mini takes 0.22 s with it, 0.13 s without.
 

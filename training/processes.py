@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def processes() -> PartialState:
-    """This process among those that a launcher started: each on a GPU if there are any, else (or by `ACCELERATE_USE_CPU`) on the CPU."""
+    """Return this process of those a launcher started: each on a GPU if there are any, else (or by `ACCELERATE_USE_CPU`) on the CPU."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def from_main(tensor: torch.Tensor) -> torch.Tensor:
-    """The main process's tensor, in every process; the shape must be the same in all."""
+    """Return the main process's tensor, in every process; the shape must be the same in all."""
     state = processes()
     if state.num_processes == 1 or not tensor.numel():
         return tensor
@@ -45,6 +45,6 @@ def average_norms(module: nn.Module) -> None:
 
 @atexit.register
 def _leave() -> None:
-    """Once a process, not once a stage: who left cannot come back."""
+    """Leave the process group once a process, not once a stage: who left cannot come back."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ SECTIONS = (
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe by name (one of the shipped ones) or by path, as a dict of sections.
+    """Read a recipe by name (one of the shipped ones) or by path, as a dict of sections.
 
     Its section `variants` names entries that replace some of its own: `paper-language-half+roberta+rank4` is the recipe with two of
     its variants, one after the other.
@@ -45,18 +45,18 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
 
 
 def recipe_names() -> list[str]:
-    """The names of the shipped recipes."""
+    """Return the names of the shipped recipes."""
     return sorted(entry.stem for entry in RECIPES_FOLDER.glob("*.json"))
 
 
 def recipe_variants(name: str) -> dict[str, Any]:
-    """The variants of a shipped recipe: name → the entries that it replaces, by section."""
+    """Return the variants of a shipped recipe: name → the entries that it replaces, by section."""
     variants: dict[str, Any] = _read_file(RECIPES_FOLDER / f"{name}.json").get("variants", {})
     return variants
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """A recipe's sections as they stand in its file, variants included."""
+    """Read a recipe's sections as they stand in its file, variants included."""
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

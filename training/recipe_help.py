@@ -31,7 +31,7 @@ SETTINGS: dict[str, type] = {
     "reproduce": ReproduceConfig,
     "ablation": AblationConfig,
 }
-"""Section → its settings. The other sections of a recipe are text, or replace entries of these."""
+"""The settings of each section. The other sections of a recipe are text, or replace entries of these."""
 
 WIDTH = 120
 TYPES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text", "null": "null"}
@@ -48,7 +48,7 @@ class Entry:
         schema: what is allowed, as JSON schema.
         default: what holds if it is not given.
         value: what holds in the recipe.
-        given: does the recipe say it?
+        given: whether the recipe says it.
     """
 
     key: str
@@ -59,7 +59,7 @@ class Entry:
     given: bool
 
     def __str__(self) -> str:
-        """For people."""
+        """Return the key with its value, and what it means, as lines for people."""
         default = "the default" if self.value == self.default else f"default {_json(self.default)}"
         meaning = f"{self.meaning} ({expected(self.schema)}; {default})"
         return f"{_filled(f'{self.key} = {_json(self.value)}', 2, 4)}\n{_filled(meaning, 6, 6)}"
@@ -81,14 +81,14 @@ class Section:
 
     @classmethod
     def describe(cls, name: str, section: Mapping[str, Any]) -> Section:
-        """All keys of a section with their values where it says only some of them; `TrainingError` if one is not allowed."""
+        """Describe all keys of a section with their values where it says only some of them; raise `TrainingError` if one is not allowed."""
         settings = SETTINGS[name]
         schema = TypeAdapter(settings).json_schema()
         default, value = (to_jsonable_python(asdict(parse(settings, one, name))) for one in ({}, section))
         return cls(name, schema["description"], tuple(_entries("", schema, schema.get("$defs", {}), default, value, section)))
 
     def __str__(self) -> str:
-        """For people."""
+        """Return the section as lines for people."""
         return "\n".join([_filled(f"{self.name}: {self.about}"), *map(str, self.entries)])
 
 
@@ -110,7 +110,7 @@ class RecipeHelp:
 
     @classmethod
     def read(cls, name: str | Path, sections: Sequence[str] = ()) -> RecipeHelp:
-        """A recipe by name or path.
+        """Read a recipe by name or path.
 
         Args:
             sections: names; default: all that the recipe has. The stages take the defaults of those that it lacks.
@@ -126,7 +126,7 @@ class RecipeHelp:
         return cls(str(name), recipe.get("about", ""), described, {} if sections else recipe.get("quick", {}))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready facts."""
+        """Return JSON-ready facts."""
         return {
             "name": self.name,
             "about": self.about,
@@ -135,7 +135,7 @@ class RecipeHelp:
         }
 
     def __str__(self) -> str:
-        """For people."""
+        """Return the recipe as lines for people."""
         parts = [_filled(f"{self.name}: {self.about}"), *map(str, self.sections)]
         if self.replaced:
             parts.append("quick: what `reproduce --quick` replaces.\n" + _filled(_json(self.replaced), 2, 2))
@@ -158,13 +158,13 @@ class RecipeSummary:
     variants: tuple[str, ...]
 
     def __str__(self) -> str:
-        """For people."""
+        """Return the recipe's name, variants and own words as lines for people."""
         variants = "".join(f" +{name}" for name in self.variants)
         return f"{self.name}{variants}\n{_filled(self.about, 4, 4)}"
 
 
 def known_recipes() -> list[RecipeSummary]:
-    """The shipped recipes, in the order of their names."""
+    """Return the shipped recipes, in the order of their names."""
     return [RecipeSummary(name, read_recipe(name).get("about", ""), tuple(recipe_variants(name))) for name in recipe_names()]
 
 
@@ -184,7 +184,7 @@ def settings_document() -> str:
 
 
 def expected(schema: Mapping[str, Any]) -> str:
-    """A JSON schema of one value in words."""
+    """Put a JSON schema of one value into words."""
     if "anyOf" in schema:
         return " or ".join(expected(one) for one in schema["anyOf"])
     if "const" in schema:
@@ -212,7 +212,7 @@ def _entries(
     value: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> Iterator[Entry]:
-    """The keys of an object of settings, those of objects of settings inside it in their place."""
+    """Yield the keys of an object of settings, those of objects of settings inside it in their place."""
     for key, found in schema["properties"].items():
         if "$ref" in found:
             settings = inner[found["$ref"].rpartition("/")[2]]
@@ -227,6 +227,6 @@ def _json(value: Any) -> str:
 
 
 def _filled(text: str, indent: int = 0, rest: int = 4) -> str:
-    """Lines of at most `WIDTH` columns, the first one indented by `indent` and the others by `rest`."""
+    """Break text into lines of at most `WIDTH` columns, the first one indented by `indent` and the others by `rest`."""
     first, others = " " * indent, " " * rest
     return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False)

@@ -17,14 +17,14 @@ from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 INVERSE_STRENGTH = 3.0
-"""C of `logistic_regression`: chosen on training rows of every second task of the bundled generator's zoo."""
+"""The C (inverse strength) of `logistic_regression`: chosen on training rows of every second task of the bundled generator's zoo."""
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Strengths that `KernelRegression.fit` chooses from."""
+"""The strengths that `KernelRegression.fit` chooses from."""
 
 
 def multitask_adapter(zoo: Zoo) -> LoraAdapter | None:
-    """The adapter that was trained on all tasks of a zoo, if it has been collected.
+    """Return the adapter that was trained on all tasks of a zoo, if it has been collected.
 
     Raises:
         TaskDataError: only its `lora_B` was trained, as it was with 0.1.0: a weaker baseline than there could be.
@@ -57,7 +57,7 @@ class KernelRegression:
 
     @classmethod
     def fit(cls, conditions: torch.Tensor, params: torch.Tensor) -> KernelRegression:
-        """With the ridge of `RIDGES` by which each task's params are predicted best (least squares) from all other tasks.
+        """Fit with the ridge of `RIDGES` by which each task's params are predicted best (least squares) from all other tasks.
 
         Of a single task, which leaves no others, every ridge makes the same.
         """
@@ -76,12 +76,12 @@ class KernelRegression:
         return cls(conditions, params, min(RIDGES, key=left_out_error))
 
     def predict(self, conditions: torch.Tensor) -> torch.Tensor:
-        """Condition embeddings, shape `(batch, condition_dim)` → params, shape `(batch, num_params)`."""
+        """Predict params, shape `(batch, num_params)`, from condition embeddings, shape `(batch, condition_dim)`."""
         return ridge_weights(self.conditions, conditions, self.ridge).to(self.params.dtype) @ self.params
 
 
 def ridge_weights(known: torch.Tensor, asked: torch.Tensor, ridge: float) -> torch.Tensor:
-    """What each known task counts for each condition that is asked about: α = k (K + λI)⁻¹ of centred embeddings, and an even rest.
+    """Return what each known task counts for each condition that is asked about: α = k (K + λI)⁻¹ of centred embeddings, and an even rest.
 
     Args:
         known: shape `(num_tasks, condition_dim)`.
@@ -118,19 +118,19 @@ class ZooBaselines:
         self.template = AdapterTemplate.from_adapters(adapters, zoo.base, int(zoo.facts["collect"]["max_length"]))
         self.multitask = multitask_adapter(zoo)
         self.mean = soup(adapters)
-        """The mean of all of them, one adapter for everything."""
+        """The mean of all trained adapters, one adapter for everything."""
         # Means of params, as the generator models them: a soup of adapters with an own `lora_A` each has factors like no other's.
         means = torch.stack([torch.stack([self.template.to_params(adapter) for adapter in trained[name]]).mean(0) for name in names])
         self.regression = KernelRegression.fit(index.embeddings[places].float(), means)
 
     def regressed(self, condition: Any) -> LoraAdapter:
-        """What `KernelRegression` makes of a request."""
+        """Return what `KernelRegression` makes of a request."""
         embedding = self.pipe.encode_condition(condition, 1)[0][:1]
         return self.template.to_adapter(self.regression.predict(embedding.float())[0])
 
 
 def logistic_regression(classifier: PrototypeClassifier, texts: Sequence[Text]) -> torch.Tensor:
-    """Logistic regression on the base model's embeddings, fitted to a classifier's examples and, as further examples, its label names.
+    """Classify by logistic regression on the base's embeddings, fitted to a classifier's examples and, as further ones, its label names.
 
     A name counts as much as in a prototype.
 

@@ -38,14 +38,14 @@ from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.tasks.tasks import Task, load_tasks
 
 SHOTS = (1, 2, 4, 8)
-"""Examples a class, to which the prompt's are cut when they are asked."""
+"""The numbers of examples a class, to which the prompt's are cut when they are asked."""
 MAX_LABELS = 16
-"""Of a task: eight examples of each of more classes are more than people give."""
+"""The most labels of a task: eight examples of each of more classes are more than people give."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CalibrateConfig:
-    """How much is measured."""
+    """The settings of `calibrate`: how much is measured."""
 
     draws: Count = Field(default=CALIBRATION_DRAWS, description="prompts a task, with other examples")
     candidates: Annotated[int, Field(ge=2, le=MAX_ADAPTERS)] = Field(default=8, description="adapters a prompt")
@@ -54,7 +54,7 @@ class CalibrateConfig:
 
 
 class Calibrator:
-    """Measures tasks with one generator.
+    """A generator, and what measures tasks with it.
 
     Args:
         generator: bundled name, folder, or Hub repository, of adapters for a sentence encoder.
@@ -72,7 +72,7 @@ class Calibrator:
         self.settings = {**asdict(config), "shots": list(SHOTS), "generator": weights_sha256(self.pipe)}
 
     def measure(self, task: Task) -> list[GainRow]:
-        """Rows of every draw and number of examples."""
+        """Measure a task: a row for every draw and number of examples."""
         rows = task.test_rows(self.config.rows)
         texts, right = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         of_base = self._embed(None, texts)
@@ -161,13 +161,13 @@ def calibrate(generator: str | Path, tasks_folder: str | Path, out: str | Path, 
 
 
 def _task_sha256(task: Task) -> str:
-    """Of all that a task's prompts and reported rows are made of."""
+    """Return the sha256 of all that a task's prompts and test rows are made of."""
     rows = [task.rows(split) for split in ("train", task.test_split)]
     return hashlib.sha256(json.dumps([task.description, task.labels, rows]).encode()).hexdigest()
 
 
 def check_local(generator: str | Path) -> Path:
-    """The file of a local generator that `write_gain_model` writes.
+    """Return the file of a local generator that `write_gain_model` writes.
 
     Raises:
         TaskDataError: it is no local folder.

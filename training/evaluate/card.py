@@ -24,7 +24,7 @@ TUNED = {
 
 
 def check_card_place(generator: str | Path) -> Path:
-    """The folder of a local generator, into which a card can be written; `HubError` if it is none."""
+    """Return the folder of a local generator, into which a card can be written; raise `HubError` if it is none."""
     folder = Path(generator)
     if not (folder / "model_index.json").is_file():
         raise HubError(f"{generator} is not a local generator folder; a card can only be written beside model_index.json")

@@ -15,7 +15,7 @@ from cond_pdiff.training.zoo.zoo import Zoo
 
 
 def evaluation_of(zoo: Zoo) -> tuple[type[ZooEvaluator], EvaluationTable]:
-    """How generators of a zoo are measured, and how that is told; `TrainingError` where its family has no evaluation yet."""
+    """Choose how generators of a zoo are measured, and how that is told; raise `TrainingError` where its family has no evaluation yet."""
     found = zoo.family.evaluation()
     if found is None:
         able = sorted(name for name, family in families().items() if family.evaluation())

@@ -15,17 +15,17 @@ from cond_pdiff.errors import TaskDataError
 from cond_pdiff.gain import Evidence, GainModel, distribution, stacked
 
 LOG_NUMBERS = ("base_examples", "base_variance", "base_noise", "gain_examples", "gain_variance", "gain_noise", "known_variance")
-"""Numbers of a `GainModel` that must not be negative: their logarithms are fitted."""
+"""The numbers of a `GainModel` that must not be negative: their logarithms are fitted."""
 WEIGHT_DECAY = 1e-3
 ITERATIONS, FIT_POINTS = 60, 12
 MOST_BELOW = 0.05
-"""Share of the tasks that are fitted on for which what is returned may be more than a point below the base model; `take` is set by it."""
+"""The share of the fitted tasks for which what is returned may be more than a point below the base model; `take` is set by it."""
 FEWEST_TASKS = 5
 
 
 @dataclass(frozen=True)
 class GainRow:
-    """One prompt: what was known, and what came of it.
+    """What was known of one prompt, and what came of it.
 
     Args:
         task: its name.
@@ -52,7 +52,7 @@ class GainRow:
     changed: float
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready description; `from_json` reads it back."""
+        """Return a JSON-ready description; `from_json` reads it back."""
         return asdict(self)
 
     @classmethod
@@ -62,12 +62,12 @@ class GainRow:
 
     @property
     def half(self) -> int:
-        """0 or 1 by the source's name: the side of a split."""
+        """The side of a split: 0 or 1 by the source's name."""
         return hashlib.sha256(self.source.encode()).digest()[0] % 2
 
 
 def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
-    """The numbers under which the measured accuracies and gains are likeliest; each task counts as much as any other.
+    """Fit the numbers under which the measured accuracies and gains are likeliest; each task counts as much as any other.
 
     What is measured on a few hundred rows differs from the truth by chance: Gaussian, with the variance that so many rows have. `take` is
     the least probability with which at most `MOST_BELOW` of the unknown tasks end more than a point below the base model, or 0.95.
@@ -110,7 +110,7 @@ def fit_gain_model(rows: Sequence[GainRow]) -> GainModel:
 def negative_log_likelihood(
     model: Mapping[str, torch.Tensor], evidence: Mapping[str, torch.Tensor], columns: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Of the measured accuracies of the base model and gains, a weighted mean over rows (constants left out)."""
+    """Return −log p of the base model's accuracies and the gains as measured, a weighted mean over rows (constants left out)."""
     accuracies, gains = distribution(model, evidence, FIT_POINTS)
     base, gain, rows, changed, weights = (columns[name][:, None, None] for name in ("base", "gain", "rows", "changed", "weights"))
     base_noise, gain_noise = (base * (1 - base) + 1 / rows) / rows, (changed + 1 / rows) / rows
@@ -119,7 +119,7 @@ def negative_log_likelihood(
 
 
 def check(models: Sequence[GainModel], rows: Sequence[GainRow]) -> dict[str, Any]:
-    """How predictions hold on rows that were not fitted on, with the most examples a class; one and many candidates apart.
+    """Check how predictions hold on rows that were not fitted on, with the most examples a class; one and many candidates apart.
 
     Args:
         models: fitted on the sources of half 0, and of half 1; each predicts the other half's rows.
@@ -171,7 +171,7 @@ def _check_one(models: Sequence[GainModel], rows: Sequence[GainRow]) -> dict[str
 
 
 def by_task(rows: Sequence[GainRow], values: Iterable[float]) -> list[float]:
-    """The mean of each task's values."""
+    """Return the mean of each task's values."""
     found: dict[str, list[float]] = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
         found[row.task].append(value)

@@ -30,12 +30,12 @@ from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 RESAMPLED = 10_000
-"""Sets of tasks that an interval of a mean is of."""
+"""The number of resampled sets of tasks that an interval of a mean is of."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """How much is measured."""
+    """The settings of `evaluate`: how much is measured."""
 
     samples: Annotated[int, Field(ge=1, le=MAX_ADAPTERS)] = Field(default=EVALUATED_SAMPLES, description="adapters generated a task")
     max_rows: Count = Field(
@@ -47,11 +47,11 @@ class EvaluateConfig:
 
 
 class ZooEvaluator(ABC):
-    """A generator beside the zoo that it was trained on, or beside a zoo of a part of its tasks.
+    """The evaluation of a generator beside the zoo that it was trained on, or beside a zoo of a part of its tasks.
 
     Args:
         generator: bundled name, folder, or Hub repository.
-        zoo: complete. Retrieval, routing and novelty know its tasks only.
+        zoo: complete. Retrieval, task-identification accuracy (routing) and novelty know its tasks only.
         out: the evaluation's folder.
 
     Raises:
@@ -86,22 +86,22 @@ class ZooEvaluator(ABC):
 
     @abstractmethod
     def load_tasks(self, folder: str | Path) -> Sequence[Any]:
-        """The zoo's tasks and the unseen ones."""
+        """Load the zoo's tasks and the unseen ones."""
 
     @abstractmethod
     def condition(self, task: Any) -> Any:
-        """What the task's adapters are generated from."""
+        """Return what the task's adapters are generated from."""
 
     @abstractmethod
     def other_conditions(self, task: Any) -> Sequence[Any]:
-        """Held-out conditions of the same task, for routing."""
+        """Return held-out conditions of the same task, for task-identification accuracy (routing)."""
 
     @abstractmethod
     def compare(self, task: Any, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
-        """The generated adapters beside all baselines; `retrieved` is the trained task that is nearest to the condition."""
+        """Compare the generated adapters with all baselines; `retrieved` is the trained task that is nearest to the condition."""
 
     def measure(self, task: Any) -> dict[str, Any]:
-        """All numbers of one task."""
+        """Measure all numbers of one task."""
         condition = self.condition(task)
         output = self.generate(condition, self.config.samples, 0)
         nearest = self._retrieve(condition)
@@ -121,25 +121,25 @@ class ZooEvaluator(ABC):
         }
 
     def _retrieve(self, condition: Any) -> Neighbour:
-        """The zoo's trained task that is nearest to a condition."""
+        """Return the zoo's trained task that is nearest to a condition."""
         index, (embedding,) = self.pipe.condition_index, self.pipe.condition_encoder.encode([condition])[0]
         return next(near for near in index.nearest(embedding, len(index.names)) if near.task in self.zoo.task_names)
 
     def _routed(self, task: Any) -> list[bool]:
-        """For each held-out condition: is the adapter nearest, in ΔW, to an adapter of this task?"""
+        """Tell for each held-out condition whether the adapter is nearest, in ΔW, to an adapter of this task."""
         conditions = self.other_conditions(task)
         params = [self.generate(condition, 1, 1000 + index, output_type="params")[0] for index, condition in enumerate(conditions)]
         adapters = [self.pipe.codec.to_adapter(row) for row in params]
         return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def soup(self, name: str) -> LoraAdapter:
-        """The mean of a task's trained adapters."""
+        """Return the mean of a task's trained adapters."""
         if name not in self._soups:
             self._soups[name] = soup(self.trained[name])
         return self._soups[name]
 
     def generate(self, condition: Any, count: int, offset: int, **options: Any) -> Any:
-        """The pipeline's output for one condition; the seed of the i-th adapter depends on the settings' seed and `offset` + i."""
+        """Run the pipeline for one condition; the seed of the i-th adapter depends on the settings' seed and `offset` + i."""
         generators = [torch.Generator().manual_seed(self.config.seed * 1_000_003 + offset + index) for index in range(count)]
         return self.pipe(
             condition,
@@ -151,7 +151,7 @@ class ZooEvaluator(ABC):
         )
 
     def _seconds(self, condition: Any) -> float:
-        """Seconds from condition to adapter, warm, one adapter."""
+        """Return the seconds from condition to adapter, warm, one adapter."""
         started = time.perf_counter()
         self.generate(condition, 1, 2000)
         return round(time.perf_counter() - started, 3)
@@ -178,13 +178,13 @@ def measure_all(evaluator: ZooEvaluator, tasks: Sequence[Any], shard: tuple[int,
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are there."""
+    """Return the mean of the values that are there."""
     known = [value for value in values if value is not None]
     return round(statistics.fmean(known), 4) if known else None
 
 
 def mean_interval(values: Sequence[float | None], level: float = 0.95) -> list[float] | None:
-    """Where the mean over tasks may lie: the percentile bootstrap over the values that are there, the same for the same values.
+    """Return where the mean over tasks may lie: the percentile bootstrap over the values that are there, the same for the same values.
 
     Args:
         values: one a task, or of each task the difference between two columns.
@@ -203,7 +203,7 @@ def mean_interval(values: Sequence[float | None], level: float = 0.95) -> list[f
 
 
 def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, Any] | None:
-    """First minus second, where both are there: `mean`, its `standard_error` and `interval` (None of a single pair)."""
+    """Return the first minus the second, where both are there: `mean`, its `standard_error` and `interval` (None of a single pair)."""
     found = [first - second for first, second in pairs if first is not None and second is not None]
     if not found:
         return None
@@ -212,7 +212,7 @@ def difference(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, 
 
 
 def weights_sha256(pipe: CondPDiffPipeline) -> str:
-    """Of all weights and settings of a generator that decide what it makes; what it predicts of it (`gain_model`) does not."""
+    """Return the sha256 of a generator's weights and settings that decide what it makes; what it predicts of it (`gain_model`) does not."""
     digest = hashlib.sha256()
     for name, module in sorted(pipe.components.items()):
         settings = {key: value for key, value in module.config.items() if not key.startswith("_") and key != "gain_model"}

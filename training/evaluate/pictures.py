@@ -21,7 +21,7 @@ TEXTURE_SCALES = (1, 2, 4)
 
 @functools.cache
 def _extractor() -> Any:
-    """The network, from the package that carries its weights: 224-pixel input, RGB from -1 to 1.
+    """Return the network of the features, from the package that carries its weights: 224-pixel input, RGB from -1 to 1.
 
     The weights are a pickled state dict, the only one that this project ever reads: of one known hash, tensors only.
     """
@@ -40,7 +40,7 @@ def _extractor() -> Any:
 
 @torch.no_grad()
 def features(pictures: torch.Tensor) -> torch.Tensor:
-    """Deep features, shape `(count, 112)`, of pictures, uint8 of shape `(count, height, width, 3)`."""
+    """Return deep features, shape `(count, 112)`, of pictures, uint8 of shape `(count, height, width, 3)`."""
     network = _extractor()
     rows = []
     for part in pictures.permute(0, 3, 1, 2).split(FEATURE_BATCH):
@@ -51,7 +51,7 @@ def features(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two sets of features, shape `(count, channels)`.
+    """Return ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two sets of features, shape `(count, channels)`.
 
     Sets of the same size only are comparable: small ones have a bias upwards.
     """
@@ -65,7 +65,7 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The unbiased squared maximum mean discrepancy of the kernel k(x, y) = (xᵀy / channels + 1)³: the KID.
+    """Return the unbiased squared maximum mean discrepancy of the kernel k(x, y) = (xᵀy / channels + 1)³: the KID.
 
     The kernel is of Bińkowski et al., "Demystifying MMD GANs" (2018); the estimate is equation 4 of Gretton et al., "A Kernel Two-Sample
     Test" (2012): the mean of k(xᵢ, xⱼ) + k(yᵢ, yⱼ) − k(xᵢ, yⱼ) − k(xⱼ, yᵢ) over i ≠ j. It is unbiased for small sets, also where the
@@ -88,7 +88,7 @@ def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def colour_texture(pictures: torch.Tensor) -> torch.Tensor:
-    """What a set looks like from afar: means and deviations of its colours, and how much neighbours differ, at three scales.
+    """Return what a set looks like from afar: means and deviations of its colours, and how much neighbours differ, at three scales.
 
     Args:
         pictures: uint8 of shape `(count, height, width, 3)`.
@@ -105,5 +105,5 @@ def colour_texture(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def colour_texture_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Euclidean distance of two results of `colour_texture`."""
+    """Return the Euclidean distance of two results of `colour_texture`."""
     return float((first - second).norm())

@@ -1,4 +1,4 @@
-"""Distances between adapters in ΔW, for routing and novelty.
+"""Distances between adapters in ΔW, for task-identification accuracy (routing) and novelty.
 
 Heads do not count: what a head's numbers mean depends on the ΔW below it, there is no common zero to measure them from, and a head
 of a few thousand numbers of size one would drown the update.
@@ -14,7 +14,7 @@ from cond_pdiff.adapter import LoraAdapter
 
 
 def delta_gram(left: Sequence[LoraAdapter], right: Sequence[LoraAdapter]) -> torch.Tensor:
-    """Inner products of whole updates, Σ over modules of ⟨ΔW_i, ΔW_j⟩, shape `(len(left), len(right))`.
+    """Return the inner products of whole updates, Σ over modules of ⟨ΔW_i, ΔW_j⟩, shape `(len(left), len(right))`.
 
     ⟨B₁A₁, B₂A₂⟩ = sum((B₁ᵀB₂) ∘ (A₁A₂ᵀ)), so no ΔW is ever formed.
     """
@@ -42,12 +42,12 @@ class ZooSpace:
         self.norms = _norms(self.adapters)
 
     def distances(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
-        """‖ΔW − ΔW_zoo‖ for every pair, shape `(len(adapters), len(zoo))`."""
+        """Return ‖ΔW − ΔW_zoo‖ for every pair, shape `(len(adapters), len(zoo))`."""
         squared = _norms(adapters)[:, None].square() + self.norms.square() - 2 * delta_gram(adapters, self.adapters)
         return squared.clamp_min(0).sqrt()
 
     def nearest(self, adapters: Sequence[LoraAdapter]) -> list[tuple[int, float]]:
-        """(index of the nearest zoo adapter, distance to it in units of its own ‖ΔW‖) of each adapter; the latter is the novelty.
+        """Return (index of the nearest zoo adapter, distance to it in units of its own ‖ΔW‖) of each adapter; the latter is the novelty.
 
         The nearest is that of the smallest distance, not of the smallest number of these: that would favour large adapters.
         """
@@ -56,14 +56,14 @@ class ZooSpace:
 
 
 def _norms(adapters: Sequence[LoraAdapter]) -> torch.Tensor:
-    """‖ΔW‖ of each, shape `(len(adapters),)`."""
+    """Return ‖ΔW‖ of each adapter, shape `(len(adapters),)`."""
     return torch.tensor([float(delta_gram([x], [x])) for x in adapters], dtype=torch.float64).sqrt()
 
 
 def common_errors(first: torch.Tensor, second: torch.Tensor, targets: torch.Tensor) -> float | None:
-    """Share of the rows that either of two predictions gets wrong which both get wrong; None if neither errs.
+    """Return the share of the rows that either of two predictions gets wrong which both get wrong; None if neither errs.
 
-    1 means the same errors, as copies make them.
+    1 means the same errors, as memorisation (a copy of the adapter) makes them.
     """
     wrong_first, wrong_second = first != targets, second != targets
     either = int((wrong_first | wrong_second).sum())

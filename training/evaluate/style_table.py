@@ -1,4 +1,4 @@
-"""The evaluation of styles in words."""
+"""The tables and words of the evaluation of styles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cond_pdiff.training.evaluate.table import EvaluationTable
 
 
 class StyleTable(EvaluationTable):
-    """See `EvaluationTable`."""
+    """What an evaluation of styles says, as numbers and as Markdown."""
 
     noun, counted = "style", "pictures"
     titles: ClassVar[dict[str, str]] = {"zoo": "trained styles", "unseen": "unseen styles"}
@@ -35,11 +35,11 @@ class StyleTable(EvaluationTable):
     extra_columns = ("retrieved", "novelty")
 
     def show(self, value: float | None) -> str:
-        """Three digits that count."""
+        """Show a value of a metric with three significant digits."""
         return "–" if value is None else f"{value:.3g}"
 
     def about(self, settings: dict[str, Any]) -> str:
-        """What the columns mean."""
+        """Say what the columns mean."""
         return (
             f"Distances of the pictures that adapters make for a style's held-out captions (at most {settings['max_rows']}) to true "
             "pictures in the style; less is better. Fréchet distance and kernel distance (KID, unbiased: 0 for equal distributions) are of "
@@ -51,18 +51,18 @@ class StyleTable(EvaluationTable):
         )
 
     def own_facts(self) -> dict[str, Any]:
-        """The feature extractor."""
+        """Return the name and sha256 of the feature extractor."""
         return {"extractor": {"name": EXTRACTOR, "sha256": EXTRACTOR_SHA256}}
 
     def own_means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Styles won, novelty and diversity."""
+        """Return the means of styles won, novelty and diversity."""
         return {
             "better_than_both": {metric: _better(results, metric) for metric in self.metrics},
             **{name: mean([result[name] for result in results]) for name in ("novelty", "diversity", "between_runs")},
         }
 
     def fact(self, means: dict[str, Any], settings: dict[str, Any]) -> str:
-        """Styles won, novelty and diversity."""
+        """Tell styles won, novelty and diversity in words."""
         return (
             f"generated nearer to the true pictures than no LoRA and retrieval on {means['better_than_both']['frechet']:.0%}; ΔW distance "
             f"to the nearest zoo adapter {self.show(means['novelty'])} of its size, between two samples {self.show(means['diversity'])}, "
@@ -70,11 +70,11 @@ class StyleTable(EvaluationTable):
         )
 
     def extra_cells(self, result: dict[str, Any]) -> list[str]:
-        """The nearest trained style and novelty."""
+        """Return the cells of the nearest trained style and novelty."""
         return [f"{result['retrieved']} {result['similarity']:.2f}", self.show(result["novelty"])]
 
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
-        """With the extractor's name and hash."""
+        """Return the fields of the card with the extractor's name and hash."""
         extractor = evaluation["extractor"]
         return {
             **super().card_fields(evaluation),
@@ -85,6 +85,6 @@ class StyleTable(EvaluationTable):
 
 
 def _better(results: Sequence[dict[str, Any]], metric: str) -> float:
-    """Share of the styles on which the generated adapter beats both no LoRA and retrieval."""
+    """Return the share of the styles on which the generated adapter beats both no LoRA and retrieval."""
     beaten = [result[metric]["generated"] < min(result[metric]["base"], result[metric]["retrieval"]) for result in results]
     return round(statistics.fmean(beaten), 4)

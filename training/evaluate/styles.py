@@ -46,7 +46,7 @@ class PictureSet:
         self.features, self.look = features(pictures), colour_texture(pictures)
 
     def distances(self, other: PictureSet) -> dict[str, float]:
-        """By metric: Fréchet and kernel distance of features, and the distance of colours and textures."""
+        """Return by metric: Fréchet and kernel distance of features, and the distance of colours and textures."""
         return {
             "frechet": round(frechet_distance(self.features, other.features), 4),
             "kid": round(kernel_distance(self.features, other.features), 4),
@@ -55,7 +55,7 @@ class PictureSet:
 
 
 class StyleEvaluator(ZooEvaluator):
-    """See `ZooEvaluator`."""
+    """The evaluation of a generator of style adapters; see `ZooEvaluator`."""
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         super().__init__(generator, zoo, config, out)
@@ -63,19 +63,19 @@ class StyleEvaluator(ZooEvaluator):
         self._made: dict[tuple[str, tuple[str, ...], int], PictureSet] = {}
 
     def load_tasks(self, folder: str | Path) -> list[Style]:
-        """The zoo's styles, but for recoloured ones, and the unseen styles."""
+        """Load the zoo's styles, but for recoloured ones, and the unseen styles."""
         return [style for style in load_styles(folder, [*self.zoo.task_names, *self.zoo.unseen_names]) if not style.source]
 
     def condition(self, task: Style) -> StyleImage:
-        """See `shown_picture`."""
+        """Return what a generator is shown for a style; see `shown_picture`."""
         return shown_picture(task, self.config.seed, task.name in self.zoo.task_names)
 
     def other_conditions(self, task: Style) -> list[StyleImage]:
-        """Crops of five held-out pictures in the style."""
+        """Return crops of five held-out pictures in the style."""
         return task.conditions(2 * ROUTING_PICTURES, "test")[1::2]
 
     def compare(self, task: Style, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
-        """Distances by column, novelty, and how much samples and trained runs differ."""
+        """Measure distances by column, novelty, and how much samples and trained runs differ."""
         pixels, captions = task.pictures("test")
         asked = tuple(captions[: self.config.max_rows])
         true = PictureSet(pixels[: len(asked)])
@@ -101,24 +101,24 @@ class StyleEvaluator(ZooEvaluator):
         }
 
     def _write_sheet(self, name: str, sets: Mapping[str, PictureSet | None], captions: Sequence[str]) -> None:
-        """The first pictures of every column, to be looked at."""
+        """Write a sheet of the first pictures of every column, to be looked at."""
         rows = {title: [Image.fromarray(pixels.numpy()) for pixels in made.pictures[:SHOWN]] for title, made in sets.items() if made}
         write_bytes(self.out / "pictures" / f"{name}.png", encode_png(picture_sheet(rows, captions[:SHOWN], SHOWN_SIDE)))
 
     def made(self, name: str, adapter: LoraAdapter | None, captions: tuple[str, ...], noise: int = 0) -> PictureSet:
-        """The pictures of an adapter that stands in several styles' rows, made once."""
+        """Return the pictures of an adapter that stands in several styles' rows, made once."""
         key = (name, captions, noise)
         if key not in self._made:
             self._made[key] = PictureSet(self.draw(adapter, captions, noise))
         return self._made[key]
 
     def draw(self, adapter: LoraAdapter | None, captions: Sequence[str], noise: int = 0) -> torch.Tensor:
-        """See `draw_pictures`; `noise` chooses all noises anew."""
+        """Draw one picture a caption, as `draw_pictures` does; `noise` chooses all noises anew."""
         return draw_pictures(self.base, adapter, captions, self.config.seed * 1_000_003 + noise)
 
 
 def draw_pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter | None, captions: Sequence[str], first: int) -> torch.Tensor:
-    """One picture a caption, uint8 of shape `(len(captions), height, width, 3)`, from the noises of seeds that begin with `first`."""
+    """Draw one picture a caption, uint8 of shape `(len(captions), height, width, 3)`, from the noises of seeds that begin with `first`."""
     adapters, images = [(adapter, 1.0)] if adapter else [], []
     for start in range(0, len(captions), PICTURE_BATCH):
         part = captions[start : start + PICTURE_BATCH]
@@ -127,7 +127,7 @@ def draw_pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter | None, captio
 
 
 def shown_picture(style: Style, seed: int, trained: bool) -> StyleImage:
-    """What a generator is shown for a style: a picture that none of its training conditions was cut from.
+    """Choose what a generator is shown for a style: a picture that none of its training conditions was cut from.
 
     That is the style picture of a style that it was not trained on; of a trained one, one of its held-out pictures, chosen by `seed`.
     """
@@ -139,7 +139,7 @@ def shown_picture(style: Style, seed: int, trained: bool) -> StyleImage:
 
 
 def _spread(adapters: Sequence[LoraAdapter]) -> float | None:
-    """Mean distance between two adapters, in units of their size."""
+    """Return the mean distance between two adapters, in units of their size."""
     space = ZooSpace(adapters, [""] * len(adapters))
     distances = space.distances(adapters) / space.norms
     pairs = ~torch.eye(len(adapters), dtype=torch.bool)

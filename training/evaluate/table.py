@@ -15,53 +15,53 @@ class EvaluationTable(ABC):
     """What an evaluation says, as numbers and as Markdown."""
 
     noun: ClassVar[str]
-    """What a row is of, in the singular."""
+    """The word for what a row is of, in the singular."""
     counted: ClassVar[str]
-    """What is counted for a row; a key of its result."""
+    """The key of a row's result that says what is counted for it."""
     titles: ClassVar[dict[str, str]]
-    """Of the parts `zoo` and `unseen`."""
+    """The titles of the parts `zoo` and `unseen`."""
     metrics: ClassVar[dict[str, str]]
-    """Keys of results → what they are called; the first is the main one."""
+    """The keys of results → what they are called; the first is the main one."""
     columns: ClassVar[dict[str, str]]
-    """Keys below each metric → the heads of columns."""
+    """The keys below each metric → the heads of columns."""
     seen_columns: ClassVar[tuple[str, ...]]
     unseen_columns: ClassVar[tuple[str, ...]]
-    """Columns of the card's tables of trained and of unseen tasks."""
+    """The columns of the card's tables of trained and of unseen tasks."""
     floors: ClassVar[tuple[str, ...]] = ()
-    """Columns of what noise alone makes, which nothing is compared with."""
+    """The columns of what noise alone makes, which nothing is compared with."""
     own_columns: ClassVar[tuple[str, ...]]
-    """Columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
+    """The columns that are the generator's own results, not a baseline's; these are what the Hub's `model-index` tells."""
     task_type: ClassVar[str]
     """The Hub's word for the job."""
     extra_columns: ClassVar[tuple[str, ...]]
-    """Heads of what `extra_cells` gives."""
+    """The heads of what `extra_cells` gives."""
 
     @abstractmethod
     def show(self, value: float | None) -> str:
-        """A value of a metric."""
+        """Show a value of a metric."""
 
     @abstractmethod
     def about(self, settings: dict[str, Any]) -> str:
-        """What the columns mean."""
+        """Say what the columns mean."""
 
     @abstractmethod
     def own_facts(self) -> dict[str, Any]:
-        """Facts of the whole evaluation that only this kind has."""
+        """Return facts of the whole evaluation that only this kind has."""
 
     @abstractmethod
     def own_means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Means over tasks that only this kind has."""
+        """Return means over tasks that only this kind has."""
 
     @abstractmethod
     def fact(self, means: dict[str, Any], settings: dict[str, Any]) -> str:
-        """Novelty, diversity and the like in words."""
+        """Tell novelty, diversity and the like in words."""
 
     @abstractmethod
     def extra_cells(self, result: dict[str, Any]) -> list[str]:
-        """A row's cells behind the columns."""
+        """Return a row's cells behind the columns."""
 
     def summarize(self, results: Sequence[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-        """Means over the tasks of the zoo and over the unseen ones."""
+        """Return means over the tasks of the zoo and over the unseen ones."""
         parts = {"zoo": part(results, seen=True), "unseen": part(results, seen=False)}
         means = {name: self._means(found) if found else None for name, found in parts.items()}
         return {"settings": settings, **self.own_facts(), **means, "tasks": list(results)}
@@ -85,14 +85,14 @@ class EvaluationTable(ABC):
         }
 
     def _differences(self, metric: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The generator's main column minus each other one, over the tasks that have both."""
+        """Subtract each other column from the generator's main one, over the tasks that have both."""
         own = self.own_columns[-1]
         others = [name for name in self.columns if name not in (own, *self.floors)]
         values = [result[metric] for result in results]
         return {name: difference([(value[own], value[name]) for value in values]) for name in others}
 
     def to_markdown(self, evaluation: dict[str, Any]) -> str:
-        """The whole report."""
+        """Return the whole report as Markdown."""
         main = next(iter(self.metrics))
         rows = []
         for result in evaluation["tasks"]:
@@ -115,7 +115,7 @@ class EvaluationTable(ABC):
         return "\n".join(lines) + "\n"
 
     def means_table(self, evaluation: dict[str, Any]) -> str:
-        """Mean values, and by how much the generator's main column differs from each other one, as a Markdown table.
+        """Return mean values, and by how much the generator's main column differs from each other one, as a Markdown table.
 
         Both with their intervals over tasks. A metric that was not measured has no row.
         """
@@ -134,12 +134,12 @@ class EvaluationTable(ABC):
         return markdown_table(["mean over (95 % interval)", *self.columns.values()], rows)
 
     def _show(self, value: float | None, interval: Sequence[float] | None, signed: bool = False) -> str:
-        """A mean and where it may lie, with true minus signs; a difference says that it is positive."""
+        """Show a mean and where it may lie, with true minus signs; a difference says that it is positive."""
         shown = self.show(value) + (f" ({self.show(interval[0])} to {self.show(interval[1])})" if interval else "")
         return ("+" if signed and (value or 0.0) > 0 else "") + shown.replace("-", "−")
 
     def facts(self, evaluation: dict[str, Any]) -> str:
-        """Routing, novelty, diversity and time, as a Markdown list."""
+        """Tell task-identification accuracy (routing), novelty, diversity and time, as a Markdown list."""
         lines = []
         for where, title in self.titles.items():
             means = evaluation[where]
@@ -153,7 +153,7 @@ class EvaluationTable(ABC):
         return "\n".join(lines)
 
     def model_index(self, evaluation: dict[str, Any], name: str) -> list[dict[str, Any]]:
-        """The generator's means in the form of the Hub's `model-index`."""
+        """Return the generator's means in the form of the Hub's `model-index`."""
         results = []
         for where, title in self.titles.items():
             means = evaluation[where]
@@ -169,7 +169,7 @@ class EvaluationTable(ABC):
         return [{"name": name, "results": results}]
 
     def eval_results(self, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-        """Entries of the Hub's `.eval_results/*.yaml`, one for each task whose data are a data set of the Hub."""
+        """Return entries of the Hub's `.eval_results/*.yaml`, one for each task whose data are a data set of the Hub."""
         metric, words = next(iter(self.metrics.items()))
         column = self.own_columns[-1]
         return [
@@ -184,7 +184,7 @@ class EvaluationTable(ABC):
         ]
 
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
-        """What the template of a generator's card needs from an evaluation."""
+        """Return what the template of a generator's card needs from an evaluation."""
         main = next(iter(self.metrics))
         seen = [[result["task"], *(self.show(result[main][name]) for name in self.seen_columns), result["licence"].replace("|", "/")]
                 for result in part(evaluation["tasks"], seen=True)]  # fmt: skip
@@ -196,7 +196,7 @@ class EvaluationTable(ABC):
         }
 
     def _unseen_section(self, evaluation: dict[str, Any], main: str) -> str:
-        """A section with a table, or nothing where there are no unseen tasks."""
+        """Return a section with a table, or nothing where there are no unseen tasks."""
         rows = []
         for result in part(evaluation["tasks"], seen=False):
             inside = "in" if result["in_distribution"] else "out"
@@ -217,12 +217,12 @@ class EvaluationTable(ABC):
 
 
 def _part_of_zoo(settings: dict[str, Any], noun: str) -> str:
-    """A sentence for an evaluation beside a part of the generator's tasks."""
+    """Return a sentence for an evaluation beside a part of the generator's tasks."""
     here, whole = settings["zoo_tasks"], settings["generator_tasks"]
     tail = f" The zoo holds {here} of the {whole} {noun}s that the generator was trained on; retrieval, routing and novelty know no others."
     return tail if here < whole else ""
 
 
 def part(results: Sequence[dict[str, Any]], seen: bool) -> list[dict[str, Any]]:
-    """The results of trained or of unseen tasks."""
+    """Return the results of trained or of unseen tasks."""
     return [result for result in results if result["seen"] == seen]

@@ -1,4 +1,4 @@
-"""The evaluation of text tasks in words."""
+"""The tables and words of the evaluation of text tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASELINES = (
 
 
 class TextTable(EvaluationTable):
-    """See `EvaluationTable`."""
+    """What an evaluation of text tasks says, as numbers and as Markdown."""
 
     noun, counted = "task", "rows"
     titles: ClassVar[dict[str, str]] = {"zoo": "tasks of the zoo", "unseen": "unseen tasks"}
@@ -41,11 +41,11 @@ class TextTable(EvaluationTable):
     extra_columns = ("distinct", "ΔW novelty", "common errors")
 
     def show(self, value: float | None) -> str:
-        """0.5 → 50.0."""
+        """Show a value of a metric in percent: 0.5 → 50.0."""
         return "–" if value is None else f"{100 * value:.1f}"
 
     def about(self, settings: dict[str, Any]) -> str:
-        """What the columns mean."""
+        """Say what the columns mean."""
         return (
             f"Accuracy in percent, one metric in all columns, on up to {settings['max_rows']} rows of each task's test split (validation "
             f"where there is no test). *generated*: mean of {settings['samples']} adapters, and the best of them chosen on at most 32 "
@@ -53,15 +53,15 @@ class TextTable(EvaluationTable):
         )
 
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
-        """With the baselines in words."""
+        """Return the fields of the card with the baselines in words."""
         return {**super().card_fields(evaluation), "baselines": BASELINES}
 
     def own_facts(self) -> dict[str, Any]:
-        """None."""
+        """Return no facts: text tasks have none of their own."""
         return {}
 
     def own_means(self, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Distinct predictions and novelty."""
+        """Return the means of distinct predictions and novelty."""
         return {
             "distinct_mean": mean([result["distinct"] for result in results]),
             "distinct_least": min(result["distinct"] for result in results),
@@ -69,7 +69,7 @@ class TextTable(EvaluationTable):
         }
 
     def fact(self, means: dict[str, Any], settings: dict[str, Any]) -> str:
-        """Novelty in weights and in errors, and distinct predictions."""
+        """Tell novelty in weights and in errors, and distinct predictions."""
         between, shared = means["novelty_common_errors_between_runs"], means["novelty_common_errors"]
         reference = "" if between is None else f" (two trained runs of a task share {between:.0%})"
         errors = "no errors to share with it" if shared is None else f"{shared:.0%} of errors shared with it{reference}"
@@ -79,6 +79,6 @@ class TextTable(EvaluationTable):
         )
 
     def extra_cells(self, result: dict[str, Any]) -> list[str]:
-        """Distinct predictions and novelty."""
+        """Return the cells of distinct predictions and novelty."""
         novelty = result["novelty"]
         return [str(result["distinct"]), f"{novelty['distance']:.2f}", self.show(novelty["common_errors"])]

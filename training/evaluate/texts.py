@@ -32,7 +32,7 @@ ROUTING_EXAMPLES = 4
 
 
 class TextEvaluator(ZooEvaluator):
-    """See `ZooEvaluator`."""
+    """The evaluation of a generator of text adapters; see `ZooEvaluator`."""
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         super().__init__(generator, zoo, config, out)
@@ -40,22 +40,22 @@ class TextEvaluator(ZooEvaluator):
         self.settings["ridge"] = self.baselines.regression.ridge
 
     def load_tasks(self, folder: str | Path) -> list[Task]:
-        """The zoo's tasks and the unseen ones."""
+        """Load the zoo's tasks and the unseen ones."""
         tasks = load_tasks(folder, [*self.zoo.task_names, *self.zoo.unseen_names])
         if scored := [task.name for task in tasks if task.label_range is not None]:
             raise TaskDataError(f"{scored[0]} is a regression task, which has no accuracy; `cond-pdiff reproduce` measures such tasks")
         return tasks
 
     def condition(self, task: Task) -> TaskPrompt:
-        """A prompt with the rows that the best adapter is chosen on."""
+        """Return a prompt with the rows that the best adapter is chosen on."""
         return task.prompt(f"evaluate/{self.config.seed}", SELECTION_ROWS)
 
     def other_conditions(self, task: Task) -> list[TaskPrompt]:
-        """Five prompts with other examples."""
+        """Return five prompts with other examples."""
         return [task.prompt(f"routing/{index}", ROUTING_EXAMPLES) for index in range(ROUTING_PROMPTS)]
 
     def compare(self, task: Task, output: CondPDiffPipelineOutput, retrieved: str) -> dict[str, Any]:
-        """Accuracy by column, novelty, and how many different predictions the samples make."""
+        """Measure accuracy by column, novelty, and how many different predictions the samples make."""
         rows = task.test_rows(self.config.max_rows)
         texts, targets = [text for text, _ in rows], torch.tensor([label for _, label in rows])
         max_length = self.pipe.template.config.max_length
@@ -91,7 +91,7 @@ class TextEvaluator(ZooEvaluator):
         }
 
     def _best(self, task: Task, adapters: Sequence[LoraAdapter]) -> int:
-        """Which adapter does best on the prompt's examples with the prototypes that all columns are measured with."""
+        """Return the index of the adapter that does best on the prompt's examples with the prototypes of all columns."""
         max_length, examples = self.pipe.template.config.max_length, self.condition(task).examples
         classifier = PrototypeClassifier(self.pipe.base_model(), task.labels, adapters[0], max_length, examples)
         losses = [ExampleScore.measure(classifier.with_adapter(adapter), with_examples=False).loss for adapter in adapters]
@@ -107,7 +107,7 @@ class TextEvaluator(ZooEvaluator):
         texts: Sequence[Any],
         classifier: PrototypeClassifier,
     ) -> dict[str, float | None]:
-        """Distance to the nearest zoo adapter, and shared errors with it; beside them, the same between two trained runs."""
+        """Measure the distance to the nearest zoo adapter, and shared errors with it; beside them, the same between two trained runs."""
         nearest = self.space.nearest(adapters)
         own = [index for index, name in enumerate(self.space.tasks) if name == task.name]
         predictions = dict(zip(own, trained, strict=False))

@@ -16,15 +16,15 @@ class FineTuning(Protocol):
     """A base model, and how an adapter for it learns a kind of task; what `Family.fine_tuning` gives."""
 
     model: nn.Module
-    """What adapters are attached to, on the device that trains."""
+    """The model that adapters are attached to, on the device that trains."""
     task_type: str | None
-    """peft's."""
+    """The `task_type` of peft's configuration, if it has one."""
 
     def batches(self, task: Any, rng: random.Random) -> Iterator[Any]:
-        """Endless training batches."""
+        """Yield training batches without end."""
 
     def losses(self, batches: Sequence[Any], tasks: Sequence[Any]) -> torch.Tensor:
-        """The loss of each task's batch, shape `(len(tasks),)`. The base model reads equally many neighbouring rows for each."""
+        """Return the loss of each task's batch, shape `(len(tasks),)`. The base model reads equally many neighbouring rows for each."""
 
     def metrics(self, adapter: LoraAdapter, task: Any) -> dict[str, Any]:
-        """Quality on rows that are not trained on, for the manifest."""
+        """Measure the quality on rows that are not trained on, for the manifest."""

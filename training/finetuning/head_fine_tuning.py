@@ -20,7 +20,7 @@ from cond_pdiff.training.tasks.tasks import Task
 
 
 class HeadFineTuning(TextTaskFineTuning):
-    """A sequence classifier learns its tasks; all of them have as many labels, so that their heads have one shape.
+    """Fine-tuning of a sequence classifier on tasks that all have as many labels, so that their heads have one shape.
 
     Raises:
         TaskDataError: tasks of different numbers of labels, or a regression task.
@@ -44,10 +44,10 @@ class HeadFineTuning(TextTaskFineTuning):
         self.model = self.backbone.model.to(training_device())
 
     def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
-        """The head's."""
+        """Return the head's logits for one batch of each task."""
         return [self.backbone.forward(batch, self.config.max_length) for batch in texts]
 
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
-        """The adapter's head's, or of the base model's new head."""
+        """Return the logits of the adapter's head, or of the base model's new head."""
         with adapter.attached(self.model) if adapter else contextlib.nullcontext():
             return self.backbone.logits(texts, self.config.max_length).cpu()

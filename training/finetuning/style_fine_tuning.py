@@ -32,7 +32,7 @@ class EncodedPictures(NamedTuple):
 
 
 class StyleBatch(NamedTuple):
-    """Encoded pictures, and for each noise and a time: a noise level from 0 to 1, or a timestep of a scheduler over betas."""
+    """Encoded pictures, and for each a noise and a time: a noise level from 0 to 1, or a timestep of a scheduler over betas."""
 
     pictures: EncodedPictures
     noise: torch.Tensor
@@ -40,7 +40,7 @@ class StyleBatch(NamedTuple):
 
 
 class StyleFineTuning:
-    """See `cond_pdiff.training.finetuning.fine_tuning.FineTuning`."""
+    """Fine-tuning of a text-to-image transformer on styles; see `cond_pdiff.training.finetuning.fine_tuning.FineTuning`."""
 
     task_type = None
 
@@ -53,7 +53,7 @@ class StyleFineTuning:
         self._encoded: dict[tuple[Path, str], EncodedPictures] = {}
 
     def batches(self, task: Style, rng: random.Random) -> Iterator[StyleBatch]:
-        """Endless batches of a random subset of the training pictures, encoded once."""
+        """Yield batches of a random subset of the training pictures, encoded once, without end."""
         whole = self._encode(task, "train", self.config.max_pictures)
         count = len(whole.latents)
         kept = rng.sample(range(count), max(1, round(self.config.subset * count)))
@@ -63,7 +63,7 @@ class StyleFineTuning:
             yield self._with_noise(EncodedPictures(*(tensor[picks] for tensor in whole)), noise)
 
     def losses(self, batches: Sequence[StyleBatch], tasks: Sequence[Style]) -> torch.Tensor:
-        """The base model's own objective (equation 3): flow matching, or what its scheduler's prediction type says."""
+        """Return the base model's own objective (equation 3): flow matching, or what its scheduler's prediction type says."""
         pictures, noise, times = zip(*batches, strict=True)
         clean, captions, masks = (torch.cat(part) for part in zip(*pictures, strict=True))
         target, predicted = self._predict(StyleBatch(EncodedPictures(clean, captions, masks), torch.cat(noise), torch.cat(times)))
@@ -72,7 +72,7 @@ class StyleFineTuning:
 
     @torch.no_grad()
     def metrics(self, adapter: LoraAdapter, task: Style) -> dict[str, Any]:
-        """The objective on held-out pictures, with the same noise for the base and for the adapter."""
+        """Measure the objective on held-out pictures, with the same noise for the base and for the adapter."""
         batch = self._with_noise(self._encode(task, "test", self.config.metric_rows), torch.Generator().manual_seed(0))
         base = float(denoising_loss(*self._predict(batch)))
         with adapter.attached(self.pipe, check=False):
@@ -80,7 +80,7 @@ class StyleFineTuning:
         return {"test_loss": round(adapted, 5), "test_loss_base": round(base, 5)}
 
     def _with_noise(self, pictures: EncodedPictures, rng: torch.Generator) -> StyleBatch:
-        """Draws on the CPU, so that a seed means the same everywhere."""
+        """Draw noises and times on the CPU, so that a seed means the same everywhere."""
         clean, size = pictures.latents, len(pictures.latents)
         noise = torch.randn(clean.shape, generator=rng)
         if self.scheduler is None:
@@ -90,7 +90,7 @@ class StyleFineTuning:
         return StyleBatch(pictures, noise.to(clean), times.to(clean.device))
 
     def _predict(self, batch: StyleBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the transformer is to predict, and what it predicts, shape of the latents."""
+        """Return what the transformer is to predict, and what it predicts, shape of the latents."""
         (clean, captions, masks), noise, times = batch
         if self.scheduler is None:
             noisy, target = flow_pair(clean, noise, times)
@@ -108,7 +108,7 @@ class StyleFineTuning:
         return target, predicted[:, : clean.shape[1]]  # PixArt-XL also predicts a variance, which is not trained
 
     def _encode(self, style: Style, split: str, limit: int) -> EncodedPictures:
-        """The first pictures of a split, encoded once for all runs: that takes as long as a dozen training steps."""
+        """Encode the first pictures of a split, once for all runs: that takes as long as a dozen training steps."""
         key = (style.folder, split)
         if key not in self._encoded:
             self._encoded[key] = self._encode_pictures(*style.pictures(split), limit)

@@ -33,7 +33,7 @@ class TextTaskFineTuning(ABC):
         self.config = config
 
     def batches(self, task: Task, rng: random.Random) -> Iterator[list[Row]]:
-        """Endless batches of a random subset; texts of like length share a batch, which halves the padding."""
+        """Yield batches of a random subset without end; texts of like length share a batch, which halves the padding."""
         rows = task.rows("train")
         rows = rng.sample(rows, max(1, round(self.config.subset * len(rows))))
         size = self.config.batch_size
@@ -45,13 +45,13 @@ class TextTaskFineTuning(ABC):
             yield from batches
 
     def losses(self, batches: Sequence[list[Row]], tasks: Sequence[Task]) -> torch.Tensor:
-        """See `task_loss`."""
+        """Return the loss of each task's batch; see `task_loss`."""
         outputs = self.batch_outputs([[text for text, _ in batch] for batch in batches], tasks)
         labels = [[label for _, label in batch] for batch in batches]
         return torch.stack([task_loss(*each) for each in zip(tasks, outputs, labels, strict=True)])
 
     def metrics(self, adapter: LoraAdapter, task: Task) -> dict[str, Any]:
-        """Accuracy on rows of the test split; of a regression task its own metric."""
+        """Measure the accuracy on rows of the test split; of a regression task its own metric."""
         rows = task.test_rows(self.config.metric_rows)
         predicted = predictions(task, self.outputs(adapter, task, [text for text, _ in rows]))
         labels = torch.tensor([label for _, label in rows])
@@ -60,7 +60,7 @@ class TextTaskFineTuning(ABC):
 
     @abstractmethod
     def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
-        """Of one batch of each task by the model as it is, with gradients.
+        """Return the outputs for one batch of each task by the model as it is, with gradients.
 
         Returns:
             For each task logits, shape `(its number of texts, number of labels)`; for a regression task scores, `(its number of texts,)`.
@@ -68,11 +68,11 @@ class TextTaskFineTuning(ABC):
 
     @abstractmethod
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
-        """Those of any number of texts by the base model with an adapter, without gradients, on the CPU."""
+        """Return the outputs for any number of texts by the base model with an adapter, without gradients, on the CPU."""
 
 
 class TextFineTuning(TextTaskFineTuning):
-    """Class prototypes are the label names' embeddings: no head is trained."""
+    """Fine-tuning of a sentence encoder: class prototypes are the label names' embeddings, and no head is trained."""
 
     task_type: str | None = "FEATURE_EXTRACTION"
 
@@ -82,12 +82,12 @@ class TextFineTuning(TextTaskFineTuning):
         self.model = self.backbone.model.to(training_device())
 
     def batch_outputs(self, texts: Sequence[list[Text]], tasks: Sequence[Task]) -> Sequence[torch.Tensor]:
-        """See `read_texts`."""
+        """Return the sentence encoder's outputs for one batch of each task; see `read_texts`."""
         return read_texts(tasks, texts, lambda groups: self.backbone.forward_groups(groups, self.config.max_length))
 
     @torch.no_grad()
     def outputs(self, adapter: LoraAdapter | None, task: Task, texts: Sequence[Text]) -> torch.Tensor:
-        """`read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
+        """Return `read_texts` under an adapter (None: the base model as it is now), embedded in the settings' precision, float32."""
 
         def embed(groups: Sequence[Sequence[Text]]) -> list[torch.Tensor]:
             with mixed_precision(self.config.precision, next(self.model.parameters()).device):
@@ -100,7 +100,7 @@ class TextFineTuning(TextTaskFineTuning):
 def read_texts(
     tasks: Sequence[Task], texts: Sequence[Sequence[Text]], embed: Callable[[Sequence[Sequence[Text]]], list[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """What a sentence encoder says of texts of one or several tasks.
+    """Return what a sentence encoder says of texts of one or several tasks.
 
     Args:
         texts: of each task.
@@ -126,7 +126,7 @@ def read_texts(
 
 
 def task_loss(task: Task, outputs: torch.Tensor, labels: Sequence[Any]) -> torch.Tensor:
-    """Cross-entropy, or of a regression task the mean squared error in units of the label range."""
+    """Return the cross-entropy, or of a regression task the mean squared error in units of the label range."""
     if task.label_range is not None:
         low, high = task.label_range
         targets = torch.tensor(labels, dtype=torch.float32, device=outputs.device)

@@ -1,4 +1,4 @@
-"""Variants of the generator, for table 3: each is an entry of a recipe, trained on a zoo that is there."""
+"""Ablations of the generator, for table 3: each is an entry of a recipe, trained on a zoo that is there."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.zoo.params import ZooParams
 
 PARTS: tuple[Literal["description", "labels", "examples"], ...] = ("description", "labels", "examples")
-"""Of a condition embedding, in the order of `SentenceConditionEncoder`."""
+"""The parts of a condition embedding, in the order of `SentenceConditionEncoder`."""
 
 ONE_HOT = "one-hot"
 RIDGE = 0.1
-"""Of the conditional mean, which is asked for the tasks that it knows; leaving these out would say nothing about that."""
+"""The ridge of the conditional mean, which is asked for the tasks that it knows; leaving these out would say nothing about that."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -70,7 +70,7 @@ class Ablation:
             raise ValueError(f"scheduler must be a class of diffusers.schedulers, got {self.scheduler!r}")
 
     def key(self, *entries: str) -> str:
-        """A name for all that decides the result, or for these entries of it.
+        """Return a name for all that decides the result, or for these entries of it.
 
         An entry that came after the first results is left out where it says nothing, so that they need not be measured again.
         """
@@ -82,18 +82,18 @@ class Ablation:
 
 @dataclass(frozen=True)
 class GivenCondition:
-    """In the place of a condition encoder: every prompt has this embedding, shape `(condition_dim,)`."""
+    """A stand-in for a condition encoder: every prompt has this embedding, shape `(condition_dim,)`."""
 
     embedding: torch.Tensor
     condition_kind: ClassVar[type] = TaskPrompt
 
     def encode(self, conditions: list[Any]) -> tuple[torch.Tensor, list[PromptReport]]:
-        """The embedding, once a condition."""
+        """Return the embedding, once a condition."""
         return self.embedding.expand(len(conditions), -1), [PromptReport(0, 0)] * len(conditions)
 
 
 class AblationRunner:
-    """Trains ablations, each once, and makes adapters with them.
+    """A runner that trains ablations, each once, and makes adapters with them.
 
     Args:
         experiment: with the tasks; trained stages are kept in `out/ablations`.
@@ -105,7 +105,7 @@ class AblationRunner:
         self._last: tuple[Path, CondPDiffPipeline] | None = None
 
     def zoo(self, ablation: Ablation) -> ZooParams:
-        """The adapters that the ablation is trained on."""
+        """Read the adapters that the ablation is trained on."""
         if ablation.zoo not in self._zoos:
             folder = self.experiment.out / "params" / f"{ablation.zoo}-{self.config.rank}"
             self._zoos[ablation.zoo] = ZooParams.load(self.experiment.zoo(ablation.zoo, self.config.rank), folder)
@@ -127,20 +127,20 @@ class AblationRunner:
         return ConditionBank.build(self.tasks, self.experiment.settings.unet(), self.experiment.out)
 
     def embedding(self, ablation: Ablation, inputs: torch.Tensor, task: int) -> torch.Tensor:
-        """What the ablation reads of condition embeddings of the task of this index; same shape."""
+        """Return what the ablation reads of condition embeddings of the task of this index; same shape."""
         if ablation.condition == (ONE_HOT,):
             return torch.zeros_like(inputs).index_fill(-1, torch.tensor(task), 1.0)
         read = torch.tensor([float(part in ablation.condition) for part in PARTS])
         return inputs * read.repeat_interleave(inputs.shape[-1] // len(PARTS))
 
     def prompt_embedding(self, ablation: Ablation, task: Task) -> torch.Tensor:
-        """The embedding of a prompt that was not trained on, shape `(condition_dim,)`."""
+        """Return the embedding of a prompt that was not trained on, shape `(condition_dim,)`."""
         prompt = task.prompt(f"reproduce/{self.experiment.config.seed}", self.experiment.config.selection_rows)
         encoded = self.bank.encoder.encode([prompt])[0][0].float()
         return self.embedding(ablation, encoded, self.bank.names.index(task.name))
 
     def pipeline(self, ablation: Ablation, seed: int) -> CondPDiffPipeline:
-        """The ablation's generator, trained if need be."""
+        """Return the ablation's generator, trained if need be."""
         parts = ("zoo", "adapters", "autoencoder", "unet", "pca", "condition")
         folder = self.experiment.out / "ablations" / f"{ablation.key(*parts)}-{seed}"
         if self._last is None or self._last[0] != folder:
@@ -166,7 +166,7 @@ class AblationRunner:
         return pipe
 
     def params(self, ablation: Ablation, task: Task, seed: int) -> torch.Tensor:
-        """Params that the ablation makes for a task, shape `(samples, num_params)`."""
+        """Make params for a task with the ablation, shape `(samples, num_params)`."""
         data, count = self.zoo(ablation), self.config.samples
         seeds = [torch.Generator().manual_seed(1_000_003 * seed + index) for index in range(count)]
         embedding = self.prompt_embedding(ablation, task)

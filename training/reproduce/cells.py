@@ -13,7 +13,7 @@ from cond_pdiff.atomic import check_output_folder, dump_json, write_text
 from cond_pdiff.errors import CondPDiffError, TrainingError
 
 Plan = Mapping[str, Callable[[], Any]]
-"""Name of a cell (a path below the folder of cells) → how it is measured, JSON-ready."""
+"""The name of a cell (a path below the folder of cells) → how it is measured, JSON-ready."""
 
 SETTINGS_FILE = "settings.json"
 
@@ -39,7 +39,7 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
 
 
 def run_cells(folder: Path, plan: Plan, label: str, after_cell: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
-    """The values of all cells; those that are not in `folder` yet are measured, in order, and kept there.
+    """Return the values of all cells; those that are not in `folder` yet are measured, in order, and kept there.
 
     Args:
         after_cell: is told all values so far whenever one has been measured.
@@ -57,7 +57,7 @@ def run_cells(folder: Path, plan: Plan, label: str, after_cell: Callable[[dict[s
 
 
 def read_json(path: Path) -> Any:
-    """What a file of this folder holds; `CondPDiffError` if it is damaged."""
+    """Read what a file of this folder holds; raise `CondPDiffError` if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

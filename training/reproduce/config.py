@@ -108,18 +108,18 @@ class Settings:
         return settings
 
     def collect(self, zoo: str, rank: int) -> CollectConfig:
-        """How adapters of a rank are collected for one of the zoos; `TrainingError` if there is no such zoo."""
+        """Return how adapters of a rank are collected for one of the zoos; raise `TrainingError` if there is no such zoo."""
         if zoo not in self.reproduce.zoos:
             raise TrainingError(f"there is no zoo {zoo!r}; there are {sorted(self.reproduce.zoos)}")
         lora = {"rank": rank, "alpha": self.reproduce.alphas[str(rank)]}
         return parse(CollectConfig, {**self.recipe.get("collect", {}), **lora, **self.reproduce.zoos[zoo]}, f"reproduce, zoos, {zoo}")
 
     def autoencoder(self, *changes: Mapping[str, Any]) -> AutoencoderConfig:
-        """The autoencoder stage, with changes worked in."""
+        """Return the settings of the autoencoder stage, with changes worked in."""
         return parse(AutoencoderConfig, merge(self.recipe.get("autoencoder", {}), *changes), "autoencoder")
 
     def unet(self, *changes: Mapping[str, Any]) -> UNetConfig:
-        """The diffusion stage, with changes worked in."""
+        """Return the settings of the diffusion stage, with changes worked in."""
         return parse(UNetConfig, merge(self.recipe.get("unet", {}), *changes), "unet")
 
     def check(self) -> None:
@@ -140,7 +140,7 @@ class Settings:
 
 
 def read_quick(name: str | Path, quick: bool) -> dict[str, Any]:
-    """A recipe, in its small form if that is wanted; `TrainingError` if it is not one to reproduce something with."""
+    """Read a recipe, in its small form if that is wanted; `TrainingError` if it is not one to reproduce something with."""
     recipe = read_recipe(name)
     overrides = recipe.pop("quick", {})
     if "reproduce" not in recipe:
@@ -149,7 +149,7 @@ def read_quick(name: str | Path, quick: bool) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with entries replaced, objects inside objects entry by entry."""
+    """Return `base` with entries replaced, objects inside objects entry by entry."""
     merged = dict(base)
     for change in changes:
         for name, value in change.items():

@@ -35,12 +35,12 @@ from cond_pdiff.training.text_to_image.scenes import scene_stream
 from cond_pdiff.training.zoo.zoo import Zoo, soup, write_run
 
 BANDS = 10
-"""Of equal width over the ratios from 0 to 1; every second one is for test."""
+"""The number of bands of equal width over the ratios from 0 to 1; every second one is for test."""
 PICTURES = 4
-"""Made with each mixture, each of another caption; together they are its style picture."""
+"""The number of pictures made with each mixture, each of another caption; together they are its style picture."""
 FACTS_FILE, TEST_FILE = "continuum.json", "test.safetensors"
 RATIOS_FILE = "ratios.json"
-"""What an evaluation found."""
+"""The file of what an evaluation found."""
 
 
 def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: int = CONTINUUM_MIXTURES, seed: int = 0) -> Path:
@@ -88,7 +88,7 @@ def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: in
 
 
 def is_test(ratio: float) -> bool:
-    """Does a ratio from 0 to 1 belong to the test half?"""
+    """Return whether a ratio from 0 to 1 belongs to the test half."""
     return min(int(ratio * BANDS), BANDS - 1) % 2 == 1
 
 
@@ -99,7 +99,7 @@ def _pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter, seed: int) -> tup
 
 
 def _sheet(pictures: list[Image.Image]) -> Image.Image:
-    """Four pictures as one."""
+    """Put four pictures into one."""
     width, height = pictures[0].size
     sheet = Image.new("RGB", (2 * width, 2 * height))
     for place, picture in enumerate(pictures):
@@ -132,7 +132,7 @@ class ContinuumResult:
     off_line: torch.Tensor
 
     def to_json(self) -> dict[str, Any]:
-        """Mean error of the ratio, and the pairs."""
+        """Return the mean error of the ratio, and the pairs."""
         errors = (self.recovered - self.ratios).abs()
         return {
             "tests": len(errors),
@@ -172,7 +172,7 @@ def _params(pipe: CondPDiffPipeline, pixels: torch.Tensor, seed: int) -> torch.T
 
 
 def _plot(result: ContinuumResult, points: torch.Tensor, out: Path) -> None:
-    """Left: true against recovered ratio. Right: the line of mixtures and the generated params in their two principal directions."""
+    """Plot true against recovered ratio; right of it the line of mixtures and the generated params in their two principal directions."""
     import matplotlib
 
     matplotlib.use("agg")

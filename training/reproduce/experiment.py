@@ -54,31 +54,31 @@ class Experiment:
     # --- measuring ----------------------------------------------------------------------------------------------
 
     def rows(self, task: Task, limit: int = 0) -> list[Row]:
-        """The rows that numbers are reported on, all or a fixed random choice; nothing is selected on them."""
+        """Return the rows of the test split, all or a fixed random choice; nothing is selected on them."""
         limit = limit or self.config.max_rows
         if (task.name, limit) not in self._rows:
             self._rows[task.name, limit] = task.test_rows(limit or None)
         return self._rows[task.name, limit]
 
     def labels(self, task: Task, limit: int = 0) -> torch.Tensor:
-        """The labels of `rows`."""
+        """Return the labels of `rows`."""
         return torch.tensor([label for _, label in self.rows(task, limit)])
 
     def predict(self, task: Task, adapter: LoraAdapter | None, limit: int = 0) -> torch.Tensor:
-        """Class indices or scores of `rows`, shape `(rows,)`; None: the base model."""
+        """Predict class indices or scores of `rows`, shape `(rows,)`; adapter None: by the base model."""
         return predictions(task, self.fine_tuning.outputs(adapter, task, [text for text, _ in self.rows(task, limit)]))
 
     def score(self, task: Task, predicted: torch.Tensor, limit: int = 0) -> dict[str, float]:
-        """The task's metrics of predictions for `rows`."""
+        """Return the task's metrics of predictions for `rows`."""
         return {name: round(measure(name, predicted, self.labels(task, limit)), 4) for name in metric_names(task)}
 
     def training_loss(self, task: Task, adapter: LoraAdapter) -> float:
-        """The loss on a few training rows: what the best of several adapters is chosen by."""
+        """Return the loss on a few training rows: what the best of several adapters is chosen by."""
         rows = sample_rows(task.rows("train"), self.config.selection_rows, f"{task.name}/selection")
         return float(task_loss(task, self.fine_tuning.outputs(adapter, task, [text for text, _ in rows]), [label for _, label in rows]))
 
     def full_fine_tuning(self, task: Task) -> dict[str, float]:
-        """The metrics after all weights of the base model were trained like an adapter: same objective, data and steps."""
+        """Return the metrics after all weights of the base model were trained like an adapter: same objective, data and steps."""
         experiment = Experiment(self.settings, self.tasks_folder, self.out)  # its own base model, which is changed here
         parameters = list(experiment.fine_tuning.model.requires_grad_(True).parameters())
         drawn = one_of(experiment.fine_tuning, [task], self.config.seed)
@@ -88,11 +88,11 @@ class Experiment:
     # --- making -------------------------------------------------------------------------------------------------
 
     def zoo(self, name: str, rank: int) -> Zoo:
-        """One of the recipe's zoos, at one rank; collected if need be."""
+        """Return one of the recipe's zoos, at one rank; collected if need be."""
         return collected(self.settings.collect(name, rank), self.tasks_folder, self.out / "zoos" / f"{name}-{rank}")
 
     def with_generator(self, name: str, rank: int) -> TrainedZoo:
-        """A zoo with its generator, trained if need be; only the last one is kept in memory."""
+        """Return a zoo with its generator, trained if need be; only the last one is kept in memory."""
         if self._trained_on is None or (self._trained_on.name, self._trained_on.rank) != (name, rank):
             self._trained_on = None
             zoo, folder = self.zoo(name, rank), self.out / "generators" / f"{name}-{rank}"
@@ -118,11 +118,11 @@ class TrainedZoo:
         )
 
     def prompt(self, task: Task) -> TaskPrompt:
-        """What the task's adapters are generated from: a description and examples that the generator has not been trained with."""
+        """Return what the task's adapters are generated from: a description and examples that the generator has not been trained with."""
         return task.prompt(f"reproduce/{self.experiment.config.seed}", self.experiment.config.selection_rows)
 
     def generate(self, prompt: TaskPrompt, count: int, offset: int = 0, **options: Any) -> list[LoraAdapter]:
-        """Adapters from one prompt; the seed of the i-th depends on the settings' seed and `offset` + i."""
+        """Generate adapters from one prompt; the seed of the i-th depends on the settings' seed and `offset` + i."""
         config = self.experiment.config
         seeds = [torch.Generator().manual_seed(config.seed * 1_000_003 + offset + index) for index in range(count)]
         params = self.pipe(
@@ -137,36 +137,36 @@ class TrainedZoo:
         return [self.pipe.codec.to_adapter(row) for row in params]
 
     def retrieved(self, task: Task) -> str:
-        """The zoo's task whose condition is nearest to the task's prompt."""
+        """Return the zoo's task whose condition is nearest to the task's prompt."""
         embedding = self.pipe.encode_condition(self.prompt(task), 1)[0][0]
         return self.pipe.condition_index.nearest(embedding.float(), 1)[0].task
 
     def routed(self, task: Task) -> list[bool]:
-        """For prompts with other examples: is the generated adapter nearest, in ΔW, to an adapter of this task?"""
+        """Tell for prompts with other examples whether the generated adapter is nearest, in ΔW, to an adapter of this task."""
         prompts = [task.prompt(f"routing/{index}", ROUTING_EXAMPLES) for index in range(ROUTING_PROMPTS)]
         adapters = [self.generate(prompt, 1, 1000 + index)[0] for index, prompt in enumerate(prompts)]
         return [self.space.tasks[index] == task.name for index, _ in self.space.nearest(adapters)]
 
     def params(self, adapters: Sequence[LoraAdapter]) -> torch.Tensor:
-        """The modelled numbers of adapters, shape `(len(adapters), num_params)`."""
+        """Return the modelled params of adapters, shape `(len(adapters), num_params)`."""
         return torch.stack([self.pipe.codec.to_params(adapter) for adapter in adapters])
 
     def with_noise(self, adapter: LoraAdapter, size: float, seed: int) -> LoraAdapter:
-        """The adapter plus isotropic Gaussian noise of exactly this Euclidean length, in params."""
+        """Return the adapter plus isotropic Gaussian noise of exactly this Euclidean length, in params."""
         params = self.params([adapter])[0]
         noise = torch.randn(params.shape, generator=torch.Generator().manual_seed(seed))
         return self.pipe.codec.to_adapter(params + size * noise / noise.norm())
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spread over all, the first and the last among them."""
+    """Return at most `count` items, evenly spread over all, the first and the last among them."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / max(1, count - 1))] for index in range(count)]
 
 
 def rounded(values: torch.Tensor, digits: int = 4) -> Any:
-    """A tensor as JSON-ready lists."""
+    """Return a rounded tensor as JSON-ready lists."""
     return json.loads(json.dumps(values.double().tolist()), parse_float=lambda text: round(float(text), digits))
 
 

@@ -20,13 +20,13 @@ from cond_pdiff.training.reproduce.table1 import noise_controls, percent
 from cond_pdiff.training.tasks.metrics import metric_names
 
 POINTS = 10
-"""Generated adapters that are measured for figure 3(f)."""
+"""The number of generated adapters that are measured for figure 3(f)."""
 
 ORIGINALS = 40
-"""Trained adapters of a task that figures 3(e) and 4(a) show at most."""
+"""The most trained adapters of a task that figures 3(e) and 4(a) show."""
 
 NOISES = 5
-"""Trajectories of figure 4(a), as in the paper."""
+"""The number of trajectories of figure 4(a), as in the paper."""
 
 NOISE_SEEDS = 2
 PICTURES = {
@@ -39,7 +39,7 @@ PICTURES = {
 
 
 def plan(experiment: Experiment) -> Plan:
-    """Cells on the two zoos of the figures' rank: several runs for performance, the checkpoints of one run for distributions."""
+    """Plan cells on the two zoos of the figures' rank: several runs for performance, the checkpoints of one run for distributions."""
     cells: dict[str, Any] = {}
     for name in experiment.config.performance_tasks:
         cells[f"figures/performance/{name}"] = partial(_performance, experiment, name)
@@ -50,7 +50,7 @@ def plan(experiment: Experiment) -> Plan:
 
 
 def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The cells by figure and task."""
+    """Arrange the cells by figure and task."""
     result: dict[str, Any] = {"metrics": {name: metric_names(task)[0] for name, task in experiment.tasks.items()}}
     for path, value in values.items():
         _, figure, name = path.split("/")
@@ -59,7 +59,7 @@ def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, An
 
 
 def _performance(experiment: Experiment, name: str) -> dict[str, Any]:
-    """Figure 3(f): (similarity, main metric) of each adapter by kind; and the errors that adapters of two kinds share."""
+    """Measure figure 3(f): (similarity, main metric) of each adapter by kind; and the errors that adapters of two kinds share."""
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.performance_zoo, experiment.config.figure_rank)
     trained = spread(trained_zoo.trained[name], experiment.config.reported_samples)
     generated = trained_zoo.generate(trained_zoo.prompt(task), min(POINTS, experiment.config.samples))
@@ -78,7 +78,7 @@ def _performance(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def _similarities(adapters: Sequence[LoraAdapter], trained: Sequence[LoraAdapter]) -> list[float]:
-    """The largest cosine, in ΔW, of each adapter with a trained one that is not itself."""
+    """Return the largest cosine, in ΔW, of each adapter with a trained one that is not itself."""
     similarities = []
     for adapter in adapters:
         others = [other for other in trained if other is not adapter] or [adapter]
@@ -89,7 +89,7 @@ def _similarities(adapters: Sequence[LoraAdapter], trained: Sequence[LoraAdapter
 
 
 def _noise(experiment: Experiment, name: str) -> list[dict[str, Any]]:
-    """The main metric of a trained adapter plus noise of several lengths, in units of the adapter's own."""
+    """Measure the main metric of a trained adapter plus noise of several lengths, in units of the adapter's own."""
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.performance_zoo, experiment.config.figure_rank)
     adapter = trained_zoo.trained[name][0]
     length = float(trained_zoo.params([adapter]).norm())
@@ -102,7 +102,7 @@ def _noise(experiment: Experiment, name: str) -> list[dict[str, Any]]:
 
 
 def _distribution(experiment: Experiment, name: str) -> dict[str, Any]:
-    """Figure 3(e): places of originals, generated adapters and the soup on a plane, by t-SNE."""
+    """Measure figure 3(e): places of originals, generated adapters and the soup on a plane, by t-SNE."""
     from sklearn.manifold import TSNE
 
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.distribution_zoo, experiment.config.figure_rank)
@@ -119,7 +119,7 @@ def _distribution(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def _trajectories(experiment: Experiment, name: str) -> dict[str, Any]:
-    """Figure 4(a): params after every denoising step of five noises, in the principal directions of all that is shown."""
+    """Measure figure 4(a): params after every denoising step of five noises, in the principal directions of all that is shown."""
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.distribution_zoo, experiment.config.figure_rank)
     steps: list[torch.Tensor] = []
 
@@ -140,7 +140,7 @@ def _trajectories(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def to_markdown(result: Mapping[str, Any], about: str) -> str:
-    """The pictures, and the numbers that are few enough to be read."""
+    """Return the pictures, and the numbers that are few enough to be read, as Markdown."""
     shared = [
         [name, result["metrics"][name], *(percent(cell["common_errors"][kind]) for kind in ("generated", "original", "soup", "noise"))]
         for name, cell in result.get("performance", {}).items()

@@ -16,13 +16,13 @@ LOOKS = {
     "base": ("#56B4E9", "x"),
     "full": ("#000000", "D"),
 }
-"""Kind of adapter → colour and marker."""
+"""The colour and marker of each kind of adapter."""
 
 WORDS = {"noise": "original + noise", "full": "full fine-tuning"}
 
 
 def draw_figures(result: Mapping[str, Any], folder: Path) -> None:
-    """`figure3e.png`, `figure3f.png`, `figure4a.png`, `errors.png`, `noise.png`."""
+    """Draw `figure3e.png`, `figure3f.png`, `figure4a.png`, `errors.png`, `noise.png`."""
     _panels(folder / "figure3f.png", result["performance"], _similarity, result["metrics"])
     _panels(folder / "figure3e.png", result["distribution"], _distribution, result["metrics"])
     _panels(folder / "figure4a.png", result["trajectories"], _trajectories, result["metrics"])
@@ -31,7 +31,7 @@ def draw_figures(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_table1(result: Mapping[str, Any], folder: Path) -> None:
-    """`table1.png`: means over the tasks by rank, a panel for each zoo."""
+    """Draw `table1.png`: means over the tasks by rank, a panel for each zoo."""
     ways: dict[str, list[dict[str, Any]]] = {}
     for row in result["means"]:
         ways.setdefault(row["zoo"], []).append(row)
@@ -39,7 +39,7 @@ def draw_table1(result: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_table3(result: Mapping[str, Any], folder: Path) -> None:
-    """`table3.png`: the mean over the tasks of every variant, with its deviation over the seeds."""
+    """Draw `table3.png`: the mean over the tasks of every ablation, with its deviation over the seeds."""
     pyplot = _pyplot()
     rows = result["rows"]
     figure, axes = pyplot.subplots(figsize=(7, 0.26 * len(rows) + 1), layout="constrained")
@@ -106,7 +106,7 @@ def _errors(path: Path, cells: Mapping[str, Any]) -> None:
 
 
 def _panels(path: Path, cells: Mapping[str, Any], draw: Any, metrics: Mapping[str, str], sharey: bool = False) -> None:
-    """One panel a cell, with one legend below them."""
+    """Draw one panel a cell, with one legend below them."""
     if not cells:
         return
     pyplot = _pyplot()

@@ -32,25 +32,25 @@ class PrincipalCode(nn.Module):
 
     @classmethod
     def fit(cls, normalizer: ParamNormalizer, chunks: Iterable[torch.Tensor], most: int) -> PrincipalCode:
-        """Of a zoo's params, which come in chunks of shape `(n, num_params)`; all fit into memory together."""
+        """Fit the components to a zoo's params, which come in chunks of shape `(n, num_params)`; all fit into memory together."""
         return cls(torch.cat([normalizer.normalize(chunk)[0] for chunk in chunks]), most)
 
     @property
     def device(self) -> torch.device:
-        """Where the components are."""
+        """The device of the components."""
         return self.center.device
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(1, number of components)."""
+        """The shape of one code: (1, number of components)."""
         return 1, len(self.directions)
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Normalised params, shape `(batch, num_params)` → latents, shape `(batch, 1, components)`."""
+        """Encode normalised params, shape `(batch, num_params)`, as latents, shape `(batch, 1, components)`."""
         return self.scale * ((values - self.center) @ self.directions.T)[:, None]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """The inverse of `encode`, up to what the components lose."""
+        """Invert `encode`, up to what the components lose."""
         return latents[:, 0] / self.scale @ self.directions + self.center
 
     def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:

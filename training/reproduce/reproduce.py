@@ -21,12 +21,12 @@ STYLES = "table2"
 """The reproduction that is of styles: with another recipe, by another way."""
 
 SECTIONS = ("collect", "autoencoder", "unet", "reproduce")
-"""Of a recipe, that all reproductions depend on: they share zoos and generators."""
+"""The sections of a recipe that all reproductions depend on: they share zoos and generators."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table, or a set of figures.
+    """A table, or a set of figures, of the paper.
 
     Args:
         plan: its cells.
@@ -34,7 +34,7 @@ class Reproduction:
         to_markdown: that JSON and a paragraph on how it was made → the document.
         draw: that JSON → pictures in a folder.
         sections: of the recipe, that its cells depend on beside `SECTIONS`.
-        partial: can it be told before all cells are measured? It takes hours; whatever rows are complete can be read.
+        partial: whether it can be told before all cells are measured. It takes hours; whatever rows are complete can be read.
     """
 
     plan: Callable[[Experiment], Plan]
@@ -97,20 +97,20 @@ def reproduce(name: str, tasks_folder: Path, out: Path, recipe: str | Path | Non
 
 
 def recorded(recipe: Mapping[str, Any], sections: Sequence[str]) -> dict[str, Any]:
-    """These sections of a recipe, those that it has, as a folder keeps them."""
+    """Return these sections of a recipe, those that it has, as a folder keeps them."""
     kept = {name: recipe[name] for name in sections if name in recipe}
     return {name: as_recorded(section) if name == "unet" else section for name, section in kept.items()}
 
 
 def command(name: str, recipe: str | Path | None, quick: bool) -> str:
-    """The command line that makes a result."""
+    """Return the command line that makes a result."""
     options = (f" --recipe {Path(recipe).name}" if recipe else "") + (" --quick" if quick else "")
     out = f"results/{Path(recipe).stem}" if recipe else "results"  # a folder is of one recipe
     return f"cond-pdiff reproduce {name} --tasks {'styles' if name == STYLES else 'tasks'} --out {out}{options}"
 
 
 def about(settings: Settings, line: str) -> str:
-    """How the numbers were made, in words."""
+    """Say how the numbers were made."""
     config = settings.reproduce
     rows = f"up to {config.max_rows} rows of each" if config.max_rows else "the complete"
     quick = " This is the quick form: few steps, few rows; do not quote it." if settings.quick else ""

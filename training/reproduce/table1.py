@@ -33,13 +33,13 @@ COLUMNS = {
     "soup_noise": "soup + noise",
 }
 DEVIATIONS = ("original", "generated")
-"""Columns that are means over several adapters, and are given with their standard deviation."""
+"""The columns that are means over several adapters, and are given with their standard deviation."""
 
 NOVELTY = ("distance", "common_errors", "common_errors_between_originals")
 
 
 def plan(experiment: Experiment) -> Plan:
-    """A cell for each task's whole model, and one for each rank, zoo and task."""
+    """Plan a cell for each task's whole model, and one for each rank, zoo and task."""
     cells: dict[str, Any] = {f"table1/{name}": partial(_whole_model, experiment, name) for name in experiment.tasks}
     for zoo, rank in itertools.product(experiment.config.table_zoos, experiment.config.ranks):
         cells |= {f"table1/{zoo}-{rank}/{name}": partial(_adapters, experiment, zoo, rank, name) for name in experiment.tasks}
@@ -57,7 +57,7 @@ def _whole_model(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def _adapters(experiment: Experiment, zoo: str, rank: int, name: str) -> dict[str, Any]:
-    """All columns of one task that are adapters: a list of scores each; how new and how well routed the generated ones are."""
+    """Measure all columns of one task that are adapters: a list of scores each; how new and how well routed the generated ones are."""
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(zoo, rank)
     samples = trained_zoo.generate(trained_zoo.prompt(task), experiment.config.samples)
     best = min(range(len(samples)), key=lambda index: experiment.training_loss(task, samples[index]))
@@ -93,7 +93,7 @@ def _adapters(experiment: Experiment, zoo: str, rank: int, name: str) -> dict[st
 
 
 def noise_controls(trained_zoo: TrainedZoo, name: str, generated: LoraAdapter) -> tuple[LoraAdapter, LoraAdapter]:
-    """The task's nearest trained adapter, and its soup, plus isotropic noise as long as the generated adapter is away from them."""
+    """Return the task's nearest trained adapter, and its soup, plus isotropic noise as long as the generated adapter is away from them."""
     trained = trained_zoo.params(trained_zoo.trained[name])
     own, soup = trained_zoo.params([generated])[0], trained_zoo.params([trained_zoo.soups[name]])[0]
     distances = (trained - own).norm(dim=1)
@@ -105,7 +105,7 @@ def noise_controls(trained_zoo: TrainedZoo, name: str, generated: LoraAdapter) -
 
 
 def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each rank, zoo, task and metric; and means over the tasks, of their main metrics.
+    """Gather a row for each rank, zoo, task and metric; and means over the tasks, of their main metrics.
 
     `missing` names the ranks and zoos of which a task is not measured yet; there are no rows of them.
     """
@@ -143,7 +143,7 @@ def _row(experiment: Experiment, name: str, metric: str, cell: Mapping[str, Any]
 
 
 def to_markdown(result: Mapping[str, Any], about: str) -> str:
-    """Means, then every row."""
+    """Return the means, then every row, as Markdown."""
     heads = list(COLUMNS.values())
     means = [
         [str(row["rank"]), row["zoo"], *(percent(row[column]) for column in COLUMNS), percent(row["routing"])]
@@ -169,5 +169,5 @@ def _cells(row: Mapping[str, Any]) -> Sequence[str]:
 
 
 def percent(value: float | None) -> str:
-    """0.5 → 50.0."""
+    """Show a share in percent: 0.5 → 50.0."""
     return "–" if value is None else f"{100 * value:.1f}"

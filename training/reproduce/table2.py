@@ -16,7 +16,7 @@ from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.zoo.collect import collected
 
 KEPT = ("style", "seen", "frechet", "kid", "look", "routed", "retrieved", "novelty")
-"""Of each style's result."""
+"""The entries that are kept of each style's result."""
 
 
 def measure(recipe: Mapping[str, Any], styles_folder: Path, out: Path) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def measure(recipe: Mapping[str, Any], styles_folder: Path, out: Path) -> dict[s
 
 
 def to_markdown(result: Mapping[str, Any], line: str) -> str:
-    """The means and what is said of them; the table of all styles is the evaluation's own."""
+    """Return the means and what is said of them as Markdown; the table of all styles is the evaluation's own."""
     table = StyleTable()
     parts = ["# Table 2", f"`{line}`", table.about(result["settings"]), table.means_table(dict(result)), table.facts(dict(result))]
     return "\n\n".join(parts) + "\n"

@@ -24,7 +24,7 @@ BLOCK = re.compile(r"\.(\d+)\.")
 
 
 def ablations(experiment: Experiment) -> list[Ablation]:
-    """The recipe's ablations; `TrainingError` says which entry is wrong."""
+    """Return the recipe's ablations; `TrainingError` says which entry is wrong."""
     config = experiment.settings.ablation
     found = [parse(Ablation, entry, f"ablation, ablations, {index}") for index, entry in enumerate(config.ablations, 1)]
     for ablation in found:
@@ -33,7 +33,7 @@ def ablations(experiment: Experiment) -> list[Ablation]:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """A cell for each ablation and seed; ablations that differ in nothing but their name share it."""
+    """Plan a cell for each ablation and seed; ablations that differ in nothing but their name share it."""
     runner = AblationRunner(experiment)
     return {
         f"table3/{ablation.key()}-{seed}": partial(_measure, runner, ablation, seed)
@@ -43,7 +43,7 @@ def plan(experiment: Experiment) -> Plan:
 
 
 def _measure(runner: AblationRunner, ablation: Ablation, seed: int) -> dict[str, Any]:
-    """For each task the main metric of what was made, its mean, and the share of it that is nearest, in params, to the task's own."""
+    """Measure for each task the main metric of what was made, its mean, and the share that is nearest, in params, to the task's own."""
     experiment, data = runner.experiment, runner.zoo(ablation)
     result = {}
     for name in runner.config.tasks:
@@ -60,14 +60,14 @@ def _measure(runner: AblationRunner, ablation: Ablation, seed: int) -> dict[str,
 
 
 def first_blocks(generated: LoraAdapter, original: LoraAdapter, share: float) -> LoraAdapter:
-    """The generated adapter in this share of the base model's first blocks (at least one), the original in the others."""
+    """Return the generated adapter in this share of the base model's first blocks (at least one), the original in the others."""
     number = {key: int(found[1]) for key in generated.tensors if (found := BLOCK.search(key))}
     count = max(1, round(share * len(set(number.values()))))
     return replace(generated, tensors={key: (generated if number[key] < count else original).tensors[key] for key in generated.tensors})
 
 
 def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row a ablation: mean and standard deviation over the seeds, of each task and of the tasks' mean."""
+    """Gather a row for each ablation: mean and standard deviation over the seeds, of each task and of the tasks' mean."""
     rows = []
     for ablation in ablations(experiment):
         cells = [values[f"table3/{ablation.key()}-{seed}"] for seed in range(experiment.settings.ablation.seeds)]
@@ -87,7 +87,7 @@ def _spread(numbers: list[float]) -> tuple[float, float]:
 
 
 def to_markdown(result: Mapping[str, Any], about: str) -> str:
-    """One table, group after group."""
+    """Return one table, group after group, as Markdown."""
     tasks = [*result["tasks"], "mean"]
     rows = []
     for row in result["rows"]:

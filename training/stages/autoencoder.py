@@ -17,7 +17,7 @@ from cond_pdiff.training.zoo.params import ZooParams
 
 
 class AutoencoderStage:
-    """See `cond_pdiff.training.stages.loop.Stage`. Trains the autoencoder of its `codec`, which then only lacks the latents' scale."""
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains its `codec`'s autoencoder; it then only lacks the latents' scale."""
 
     name = "autoencoder"
 
@@ -32,11 +32,11 @@ class AutoencoderStage:
         self.identity: dict[str, Any] = {"config": asdict(config), "data": data.sha256}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> torch.Tensor:
-        """Indices of adapters."""
+        """Draw indices of adapters."""
         return torch.randint(len(self.data), (batch_size,), generator=rng)
 
     def loss(self, module: nn.Module, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        """Equation 7, with noise on the input and on the latents."""
+        """Return the loss of equation 7, with noise on the input and on the latents."""
         values, _ = self.codec.normalizer.normalize(self.data[batch])
         noisy = values + self.config.input_noise * torch.randn(values.shape, generator=rng)
         device = next(module.parameters()).device
@@ -44,5 +44,5 @@ class AutoencoderStage:
         return reconstruction_loss(values.to(device), reconstructed)
 
     def describe(self, batch: torch.Tensor) -> str:
-        """Names of the batch's adapters."""
+        """Return the names of the batch's adapters."""
         return ", ".join(self.data.names[index] for index in batch.tolist())

@@ -40,7 +40,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, 
 
 
 def load_checkpoint(folder: Path) -> tuple[int, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
-    """The newest checkpoint below `folder` as (step, tensors, state), or None if there is none.
+    """Load the newest checkpoint below `folder` as (step, tensors, state), or return None if there is none.
 
     Raises:
         TrainingError: the checkpoint was damaged after it was written.

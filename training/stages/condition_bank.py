@@ -1,4 +1,4 @@
-"""ConditionBank: many ways to ask for each task of a zoo, as the U-Net is trained on them."""
+"""ConditionBank: many conditions of each task of a zoo, as the U-Net is trained on them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BANK_FILE = "conditions.safetensors"
 
 @dataclass(frozen=True)
 class ConditionBank:
-    """Variants of every task's condition, ready for the network.
+    """Many conditions of every task, ready for the network.
 
     Args:
         encoder: the condition encoder.
         names: the tasks.
         facts: of each task, for the generator's index.
-        inputs: embeddings, shape `(num_tasks, variants, condition_dim)`; for an encoder that is trained with the U-Net its
-            inputs, shape `(num_tasks, variants, 3, side, side)`, uint8, on disk.
+        inputs: embeddings, shape `(num_tasks, conditions, condition_dim)`; for an encoder that is trained with the U-Net its
+            inputs, shape `(num_tasks, conditions, 3, side, side)`, uint8, on disk.
         previews: of styles, one scene in each, as a WebP file.
         sha256: of all prompts or pictures that the inputs are made of.
     """
@@ -49,7 +49,7 @@ class ConditionBank:
 
     @torch.no_grad()
     def embeddings(self) -> torch.Tensor:
-        """Embeddings of all variants, shape `(num_tasks, variants, condition_dim)`, by the encoder as it is now."""
+        """Return embeddings of all conditions, shape `(num_tasks, conditions, condition_dim)`, by the encoder as it is now."""
         if not self.encoder.is_trained:
             return self.inputs[torch.arange(len(self.names))]
         device = self.encoder.device
@@ -57,7 +57,7 @@ class ConditionBank:
 
     @classmethod
     def build(cls, tasks: Sequence[ZooTask], config: UNetConfig, folder: Path) -> ConditionBank:
-        """Make the variants of all tasks; `TrainingError` if the encoder reads another kind of condition than theirs.
+        """Make the conditions of all tasks; raise `TrainingError` if the encoder reads another kind of condition than theirs.
 
         Args:
             folder: gets the inputs of an encoder that is trained, which may be more than fit into memory.
@@ -71,13 +71,13 @@ class ConditionBank:
             )
         digest = hashlib.sha256()
 
-        # One task at a time, and pictures as small as the encoder reads them: all variants of some hundred styles at once, as they
+        # One task at a time, and pictures as small as the encoder reads them: all conditions of some hundred styles at once, as they
         # were cut, do not fit into memory.
         def made() -> Iterator[torch.Tensor]:
             for task in tasks:
                 shown = task.conditions(config.conditions_per_task)
-                digest.update(json.dumps([task.name, [variant.to_json() for variant in shown]], sort_keys=True).encode())
-                yield torch.stack([encoder.read(variant) for variant in shown]) if encoder.is_trained else encoder.encode(shown)[0]
+                digest.update(json.dumps([task.name, [condition.to_json() for condition in shown]], sort_keys=True).encode())
+                yield torch.stack([encoder.read(condition) for condition in shown]) if encoder.is_trained else encoder.encode(shown)[0]
 
         if encoder.is_trained:
             inputs: torch.Tensor | DiskArray = _on_disk(folder / BANK_FILE, made(), len(tasks))
@@ -91,7 +91,7 @@ class ConditionBank:
 
 
 def _on_disk(path: Path, rows: Iterator[torch.Tensor], count: int) -> DiskArray:
-    """Rows that all processes make, which the main one writes, and all read."""
+    """Put rows that all processes make on disk, where the main one writes them, and all read."""
     if processes().is_main_process:
         DiskArray.write(path, rows, count)
     else:

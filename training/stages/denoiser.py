@@ -22,7 +22,7 @@ from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.zoo.params import ZooParams
 
 GUIDANCE_SCALE = 1.5
-"""With which a generator samples that was trained without a condition too."""
+"""The guidance scale with which a generator samples that was trained without a condition too."""
 
 
 class ConditionedDenoiser(nn.Module):
@@ -48,9 +48,9 @@ class ConditionedDenoiser(nn.Module):
             noisy: latents of `draws` times the batch: all samples, then all of them again with other noise …
             timesteps: of each, shape `(draws * batch,)`.
             condition: embeddings, or the trained encoder's inputs (uint8), of the batch.
-            partner: with whose condition each sample's is mixed, shape `(batch,)`.
-            ratio: 0 is its own condition, 1 its partner's, shape `(batch, 1)`; below and above lie on the line through both.
-            disturbance: added to the embeddings, shape `(draws * batch, condition_dim)`.
+            partner: index of each sample's mixup partner, with whose condition its own is mixed, shape `(batch,)`.
+            ratio: 0 is its own condition, 1 its mixup partner's, shape `(batch, 1)`; below and above lie on the line through both.
+            disturbance: condition noise, added to the embeddings, shape `(draws * batch, condition_dim)`.
             keep: False where a sample is trained without its condition, shape `(draws * batch, 1)`.
         """
         if self.encoder is not None:
@@ -65,7 +65,7 @@ class ConditionedDenoiser(nn.Module):
 
 
 class DenoiserStage:
-    """See `cond_pdiff.training.stages.loop.Stage`.
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains a conditioned denoiser on the latents of a zoo.
 
     Args:
         codec: of the zoo, its autoencoder trained; its latents get their scale here.
@@ -99,19 +99,19 @@ class DenoiserStage:
         self.identity: dict[str, Any] = {"config": config.record(), "autoencoder": origin, "conditions": bank.sha256}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of tasks and of one adapter of each. Adapters are equally likely: a recoloured style, of one run, is drawn less often."""
+        """Draw indices of tasks and an adapter of each. Adapters are equally likely: a recoloured style, of one run, comes less often."""
         adapters = torch.randint(len(self.latents), (batch_size,), generator=rng)
         return self.data.tasks[adapters], adapters
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
-        """Equation 8, with one timestep a sample, some samples without a condition, and some that are mixtures of two tasks."""
+        """Return the loss of equation 8, with one timestep a sample, some without a condition, and some mixtures of two tasks (mixup)."""
         tasks, adapters = batch
         config, size = self.config, len(tasks)
         total = size * config.noise_draws
         clean = self.latents[adapters]
         clean = clean + config.latent_jitter * torch.randn(clean.shape, generator=rng)
-        variants = torch.randint(self.bank.inputs.shape[1], (size,), generator=rng)
-        condition = self.bank.inputs[tasks, variants]
+        chosen = torch.randint(self.bank.inputs.shape[1], (size,), generator=rng)
+        condition = self.bank.inputs[tasks, chosen]
         disturbance = config.condition_noise * torch.randn(total, self.bank.encoder.condition_dim, generator=rng)
         keep = torch.rand(total, 1, generator=rng) >= config.cond_drop_prob
         noise = torch.randn(total, *clean.shape[1:], generator=rng)
@@ -132,11 +132,11 @@ class DenoiserStage:
         return denoising_loss(target.to(device), predicted)
 
     def describe(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
-        """Names of the batch's adapters."""
+        """Return the names of the batch's adapters."""
         return ", ".join(self.data.names[index] for index in batch[1].tolist())
 
     def pipeline(self) -> CondPDiffPipeline:
-        """The generator: all trained parts, with a few-step solver."""
+        """Return the generator: all trained parts, with a few-step solver."""
         bank = self.bank
         sizes = [len(file) for file in bank.previews]
         index = ConditionIndex(bank.facts, bank.encoder.condition_dim, bank.names, **bank.encoder.index_options, preview_sizes=sizes)

@@ -49,10 +49,10 @@ class Stage(Protocol):
         """Draw a batch. All randomness of a step comes from `rng`, a CPU generator."""
 
     def loss(self, module: nn.Module, batch: Any, rng: torch.Generator) -> torch.Tensor:
-        """The loss of a batch under `module` (the wrapped form of `self.module`)."""
+        """Return the loss of a batch under `module` (the wrapped form of `self.module`)."""
 
     def describe(self, batch: Any) -> str:
-        """What is in the batch, for error messages."""
+        """Say what is in the batch, for error messages."""
 
 
 def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False) -> None:
@@ -98,19 +98,19 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
 
 
 def rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """The share of the learning rate with which a step is done: a linear warm-up, then a cosine to zero."""
+    """Return the share of the learning rate with which a step is done: a linear warm-up, then a cosine to zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps))
 
 
 def learning_rate(config: FitConfig, step: int) -> float:
-    """That of a step."""
+    """Return the learning rate of a step."""
     return config.learning_rate * rate_factor(step, config.steps, config.warmup_steps)
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
-    """The random numbers of one step of one process."""
+    """Return the random numbers of one step of one process."""
     digest = hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

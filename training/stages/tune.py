@@ -53,7 +53,7 @@ class Episode:
 
 
 class ParamsGenerator(nn.Module):
-    """What of a text generator writes params from prompts, with gradients to the parts that are trained.
+    """The part of a text generator that writes params from prompts, with gradients to the parts that are trained.
 
     Args:
         pipe: the generator; its U-Net is trained in place, and its decoder if the settings say so.
@@ -71,11 +71,11 @@ class ParamsGenerator(nn.Module):
                 part.requires_grad_(True)
 
     def train(self, mode: bool = True) -> ParamsGenerator:
-        """Norms stay as they are in use."""
+        """Stay in evaluation mode whatever is asked: norms stay as they are in use."""
         return super().train(False)
 
     def forward(self, prompts: Sequence[TaskPrompt], rng: torch.Generator) -> torch.Tensor:
-        """Params for each prompt by the pipeline's own steps, fewer of them; shape `(len(prompts), num_params)`."""
+        """Generate params for each prompt by the pipeline's own steps, fewer of them; shape `(len(prompts), num_params)`."""
         (pipe,), config = self._pipe, self.config
         if pipe.codec.normalizer.device != self.unet.device:
             pipe.to(self.unet.device)
@@ -86,7 +86,7 @@ class ParamsGenerator(nn.Module):
 
 
 class TuneStage:
-    """See `cond_pdiff.training.stages.loop.Stage`.
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains a text generator on the loss of its adapters.
 
     Args:
         pipe: a text generator, which is trained in place.
@@ -108,19 +108,19 @@ class TuneStage:
         self.module: nn.Module = ParamsGenerator(pipe, config)
 
     def _sha256(self) -> str:
-        """Of all that episodes are drawn from."""
+        """Return the sha256 of all that episodes are drawn from."""
         digest = hashlib.sha256()
         for task, rows in zip(self.tasks, self.rows, strict=True):
             digest.update(json.dumps([task.description, task.labels, rows], sort_keys=True).encode())
         return digest.hexdigest()
 
     def draw(self, batch_size: int, rng: torch.Generator) -> list[Episode]:
-        """`batch_size` episodes of tasks that are all equally likely."""
+        """Draw `batch_size` episodes of tasks that are all equally likely."""
         choice = random.Random(int(torch.randint(2**31, (1,), generator=rng)))
         return [self._episode(choice, index) for index in choice.choices(range(len(self.tasks)), k=batch_size)]
 
     def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
-        """Mean cross-entropy of the episodes' examples under generated adapters, against prototypes with and without examples."""
+        """Return the mean cross-entropy of episodes' examples under generated adapters, against prototypes with and without examples."""
         template = self.pipe.codec.template
         tensors = torch.vmap(template.to_tensors)(module([episode.prompt for episode in batch], rng))
         texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
@@ -132,14 +132,14 @@ class TuneStage:
 
     @staticmethod
     def _episode_loss(episode: Episode, embeddings: torch.Tensor) -> torch.Tensor:
-        """From the embeddings of label names and examples, shape `(rows, embedding_dim)`."""
+        """Return the loss of an episode from the embeddings of label names and examples, shape `(rows, embedding_dim)`."""
         names, examples = embeddings.split([len(episode.prompt.labels), len(episode.texts)])
         targets, asked = episode.targets.to(examples.device), episode.asked.to(examples.device)
         both = (LOGIT_SCALE * examples @ names.T, held_out_logits(names, examples, targets))
         return torch.stack([nn.functional.cross_entropy(logits[asked], targets[asked]) for logits in both]).mean()
 
     def describe(self, batch: list[Episode]) -> str:
-        """Names of the episodes' tasks."""
+        """Return the names of the episodes' tasks."""
         return ", ".join(episode.task.name for episode in batch)
 
     def _episode(self, rng: random.Random, index: int) -> Episode:
@@ -198,7 +198,7 @@ def tune(
 
 
 def _texts_by_class(task: Task) -> dict[int, list[Text]]:
-    """The training texts of each class that has at least two."""
+    """Return the training texts of each class that has at least two."""
     by_class: dict[int, list[Text]] = {}
     for text, label in task.rows("train"):
         by_class.setdefault(label, []).append(text)

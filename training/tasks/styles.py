@@ -31,7 +31,7 @@ STYLE_TYPE = "style"
 PICTURE_SPLITS = ("train", "test")
 STYLE_FILES = ("style.png", "style.jpg", "style.webp")
 PREVIEW_SIDE, PREVIEW_QUALITY = 48, 80
-"""Of the small picture of each style that goes with a generator: about 700 bytes."""
+"""The side and quality of the small picture of each style that goes with a generator: about 700 bytes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Style(ZooTask):
         return StyleImage.open(path)
 
     def pictures(self, split: str) -> tuple[torch.Tensor, list[str]]:
-        """Pictures in the style, uint8, shape `(count, height, width, 3)`, and their captions."""
+        """Return pictures in the style, uint8, shape `(count, height, width, 3)`, and their captions."""
         path = self.folder / "pictures.safetensors"
         try:
             pixels = load_file(path)[split]
@@ -84,33 +84,33 @@ class Style(ZooTask):
         return pixels, [str(caption) for caption in captions]
 
     def conditions(self, count: int, split: str = "train") -> list[StyleImage]:
-        """Square crops of the style picture, and every second time of a picture made in the style.
+        """Return square crops of the style picture, and every second time of a picture made in the style.
 
         Args:
             split: of the pictures made in the style.
         """
         shown = self.image.image
         pixels, _ = self.pictures(split)
-        variants = []
+        crops = []
         for index in range(count):
             rng = random.Random(f"{self.name}/variant/{split}/{index}")
             image = shown if index % 2 == 0 else Image.fromarray(pixels[rng.randrange(len(pixels))].numpy())
-            variants.append(StyleImage(square_crop(image, 1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0), rng)))
-        return variants
+            crops.append(StyleImage(square_crop(image, 1.0 if index == 0 else rng.uniform(SMALLEST_CROP, 1.0), rng)))
+        return crops
 
     def zoo_facts(self) -> dict[str, Any]:
-        """Of a recoloured style also where it comes from."""
+        """Return what the zoo records of the style; of a recoloured style also where it comes from."""
         return {**super().zoo_facts(), **({"source": self.source} if self.source else {})}
 
     def preview(self) -> bytes:
-        """The first scene in the style, small."""
+        """Return the first scene in the style, small."""
         scene, file = Image.fromarray(self.pictures("train")[0][0].numpy()), io.BytesIO()
         scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX).save(file, "WEBP", quality=PREVIEW_QUALITY)
         return file.getvalue()
 
 
 def load_styles(folder: str | Path, names: Sequence[str] | None = None) -> list[Style]:
-    """The named styles below `folder`, or all, sorted by name; `TaskDataError` if one is missing or malformed."""
+    """Load the named styles below `folder`, or all, sorted by name; raise `TaskDataError` if one is missing or malformed."""
     folder = Path(folder)
     if names is None:
         names = sorted(path.parent.name for path in folder.glob("*/meta.json"))

@@ -10,7 +10,7 @@ from cond_pdiff.conditions.condition import Condition
 
 
 class ZooTask(ABC):
-    """One task of a zoo: something to fine-tune an adapter on, and many ways to ask for that adapter.
+    """One task of a zoo: something to fine-tune an adapter on, and many conditions to ask for that adapter.
 
     A family of base models reads its tasks (`Family.load_tasks`) and knows what else they hold.
     """
@@ -24,20 +24,20 @@ class ZooTask(ABC):
 
     @abstractmethod
     def conditions(self, count: int) -> Sequence[Condition]:
-        """Ways to ask for the task, the same ones every time; the first is the plainest."""
+        """Return conditions that ask for the task, the same ones every time; the first is the plainest."""
 
     def zoo_facts(self) -> dict[str, Any]:
-        """What the zoo records of it; `source` names the task that it was made from, if there is one."""
+        """Return what the zoo records of it; `source` names the task that it was made from, if there is one."""
         return {"group": self.group, "licence": self.licence}
 
     def adapter_facts(self) -> dict[str, Any]:
-        """What an adapter records of it, beside its name."""
+        """Return what an adapter records of it, beside its name."""
         return {}
 
     def index_facts(self) -> dict[str, Any]:
-        """What a generator's index keeps of it."""
+        """Return what a generator's index keeps of it."""
         return {"group": self.group}
 
     def preview(self) -> bytes | None:
-        """A small WebP file that stands for it in a generator's index, if its kind of task has one."""
+        """Return a small WebP file that stands for it in a generator's index, if its kind of task has one."""
         return None

@@ -36,9 +36,9 @@ SPLITS = ("train", "validation", "test")
 UNLABELLED = (None, -1)
 """How data sets mark rows without a label; such rows are left out of an import."""
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
-"""Of the prompts that a generator is trained on."""
+"""The numbers of examples of the prompts that a generator is trained on."""
 WORD_DROPOUT = 0.15
-"""Share of a description's words that such a prompt leaves out."""
+"""The share of a description's words that such a prompt leaves out."""
 CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
 REGRESSION_TYPE = "pair-regression"
 
@@ -105,7 +105,7 @@ class Task(ZooTask):
         return task
 
     def rows(self, split: str) -> list[Row]:
-        """All (text, label) rows of a split; `TaskDataError` names the first bad line."""
+        """Read all (text, label) rows of a split; `TaskDataError` names the first bad line."""
         path = next((path for path in self._files(split) if path.exists()), None)
         if path is None:
             raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz")
@@ -126,15 +126,15 @@ class Task(ZooTask):
 
     @property
     def test_split(self) -> str:
-        """The split that numbers are reported on: test where there is one, else validation. Nothing is selected on it."""
+        """The test split, or the validation split where there is none: numbers are reported on it, and nothing is selected on it."""
         return "test" if any(path.exists() for path in self._files("test")) else "validation"
 
     def test_rows(self, limit: int | None) -> list[Row]:
-        """Up to `limit` rows of the test split, a fixed random choice."""
+        """Return up to `limit` rows of the test split, a fixed random choice."""
         return sample_rows(self.rows(self.test_split), limit, f"{self.name}/report")
 
     def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
-        """The task as a condition, with `num_examples` training rows as examples, of as many classes as possible.
+        """Return the task as a condition, with `num_examples` training rows as examples, of as many classes as possible.
 
         The classes of a regression task's examples are their scores, to the nearest whole number.
         """
@@ -148,19 +148,19 @@ class Task(ZooTask):
         return TaskPrompt(self.description, spread_over_labels(rows, num_examples, self.labels), self.labels)
 
     def conditions(self, count: int) -> list[TaskPrompt]:
-        """The full prompt, then with other examples, fewer parts, and words left out (see `prompt_variant`)."""
-        return [prompt_variant(self, index) for index in range(count)]
+        """Return the full prompt, then prompts with other examples, fewer parts, and words left out (see `varied_prompt`)."""
+        return [varied_prompt(self, index) for index in range(count)]
 
     def zoo_facts(self) -> dict[str, Any]:
-        """Description and labels beside what every task has."""
+        """Return description and labels beside what the zoo records of every task."""
         return {**super().zoo_facts(), "description": self.description, "labels": list(self.labels)}
 
     def adapter_facts(self) -> dict[str, Any]:
-        """The label names, in the order of a head's outputs."""
+        """Return the label names, in the order of a head's outputs."""
         return {"labels": list(self.labels)}
 
     def index_facts(self) -> dict[str, Any]:
-        """Description and labels beside what every task has."""
+        """Return description and labels beside what a generator's index keeps of every task."""
         return {**super().index_facts(), "description": self.description, "labels": list(self.labels)}
 
     def _files(self, split: str) -> tuple[Path, Path]:
@@ -186,8 +186,8 @@ class Task(ZooTask):
         return text
 
 
-def prompt_variant(task: Task, index: int) -> TaskPrompt:
-    """The index-th way to ask for a task: the full prompt, then with other examples, fewer parts, and words left out.
+def varied_prompt(task: Task, index: int) -> TaskPrompt:
+    """Make the index-th condition of a task: the full prompt, then with other examples, fewer parts, and words left out.
 
     People word a task in their own way and give what they have; a generator that has only seen one wording takes everything
     else for another task.
@@ -212,14 +212,14 @@ def _label_range(value: Any) -> tuple[float, float]:
 
 
 def sample_rows(rows: Sequence[Row], limit: int | None, seed: str) -> list[Row]:
-    """Up to `limit` rows, a random choice that depends only on `seed`, in their original order."""
+    """Return up to `limit` rows, a random choice that depends only on `seed`, in their original order."""
     if limit is None or len(rows) <= limit:
         return list(rows)
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
 def spread_over_labels(rows: Iterable[Row], count: int, labels: Sequence[str]) -> list[tuple[Text, str]]:
-    """`count` (text, label name) examples from `rows`, in turn from every class that has rows."""
+    """Choose `count` (text, label name) examples from `rows`, in turn from every class that has rows."""
     by_label: dict[int, list[Text]] = {}
     for text, label in rows:
         by_label.setdefault(label, []).append(text)
@@ -233,7 +233,7 @@ def spread_over_labels(rows: Iterable[Row], count: int, labels: Sequence[str]) -
 
 
 def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[Task]:
-    """The named tasks below `folder`, or all classification tasks there, sorted by name.
+    """Load the named tasks below `folder`, or all classification tasks there, sorted by name.
 
     Regression tasks must be named: not everything that is done with a folder of tasks can be done with them.
 
@@ -258,7 +258,7 @@ def load_tasks(folder: str | Path, names: Sequence[str] | None = None) -> list[T
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The `meta.json` of a task folder; `TaskDataError` if it is missing or no JSON object."""
+    """Read the `meta.json` of a task folder; raise `TaskDataError` if it is missing or no JSON object."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -14,10 +14,10 @@ SIZE = 64
 """Height and width of a picture in pixels, the unit of all lengths here."""
 HORIZON = 40.0
 VARIANTS = 4
-"""Of each sky and each place. Together with the few positions of objects they make pictures that a small network can learn:
+"""The number of looks of each sky and each place. With the few positions of objects they make pictures that a small network can learn:
 random blades of grass cost it as much as objects do, and nobody asks for them."""
 SINGLE, FIRST, SECOND = 14.0, 12.5, 9.0
-"""Half widths: of an object alone, of the main one of two, of the other."""
+"""The half widths: of an object alone, of the main one of two, of the other."""
 AIRBORNE = ("balloon", "bird", "rocket")
 SKIES: dict[str, tuple[Colour, Colour]] = {  # at the top, at the horizon
     "morning": ((150, 165, 225), (255, 225, 205)),
@@ -30,7 +30,7 @@ OBJECT_LIGHT = {"morning": (1.0, 0.97, 0.97), "day": (1.0, 1.0, 1.0), "sunset": 
 
 
 def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """A picture of the scene, uint8 of shape `(64, 64, 3)`; backdrop and positions come from `rng`."""
+    """Draw a picture of the scene, uint8 of shape `(64, 64, 3)`; backdrop and positions come from `rng`."""
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE))
     draw = ImageDraw.Draw(image)
     _sky(draw, scene.time, random.Random(f"{scene.time}/{rng.randrange(VARIANTS)}"))
@@ -44,7 +44,7 @@ def render(scene: Scene, rng: random.Random) -> np.ndarray:
 
 
 def _arrange(scene: Scene, rng: random.Random) -> list[tuple[str, str, float, float, float]]:
-    """(object, colour, x of the middle, y of the foot, half width) of what is to be drawn, back to front."""
+    """Return (object, colour, x of the middle, y of the foot, half width) of what is to be drawn, back to front."""
     if scene.second is None or scene.second_colour is None:
         return [(scene.object, scene.colour, rng.choice((24.0, 32.0, 40.0)), 32.0 if scene.object in AIRBORNE else 56.0, SINGLE)]
     side = {"left of": -1, "right of": 1}.get(scene.relation or "", rng.choice((-1, 1)))
@@ -57,7 +57,7 @@ def _arrange(scene: Scene, rng: random.Random) -> list[tuple[str, str, float, fl
 
 
 def _stand(canvas: Brush, place: str, name: str, x: float, base: float, size: float) -> None:
-    """What keeps an object from floating: a shadow on the ground, an islet on the sea."""
+    """Draw what keeps an object from floating: a shadow on the ground, an islet on the sea."""
     if name in AIRBORNE:
         return
     wide = abs(size) * 0.95
@@ -70,7 +70,7 @@ def _stand(canvas: Brush, place: str, name: str, x: float, base: float, size: fl
 
 
 def _vary(colour: Colour, amount: float, rng: random.Random) -> Colour:
-    """The colour, each channel moved by up to `amount`."""
+    """Return the colour, each channel moved by up to `amount`."""
     red, green, blue = (int(min(255, max(0, channel + rng.uniform(-amount, amount)))) for channel in colour)
     return red, green, blue
 

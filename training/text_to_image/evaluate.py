@@ -22,7 +22,7 @@ from cond_pdiff.training.text_to_image.scenes import ATTRIBUTES, Scene
 from cond_pdiff.training.text_to_image.train_classifier import NONE, UNKNOWN, SceneClassifier, attribute_labels
 
 EVALUATION_SEED = 1_000_003
-"""Of the held-out scenes: no stage trains on this stream."""
+"""The seed of the held-out scenes: no stage trains on this stream."""
 SHOWN = 10
 
 
@@ -60,7 +60,7 @@ def evaluate_base(pipeline_folder: Path, classifier: SceneClassifier, config: Sa
 
 
 def sample(pipe: PixArtAlphaPipeline, prompts: list[str], config: SampleConfig, first: int = 0) -> torch.Tensor:
-    """One picture a prompt, uint8 of shape `(num_prompts, 3, height, width)`; picture i has the seed `config.seed + first + i`."""
+    """Draw one picture a prompt, uint8 of shape `(num_prompts, 3, height, width)`; picture i has the seed `config.seed + first + i`."""
     generators = [torch.Generator().manual_seed(config.seed + first + index) for index in range(len(prompts))]
     images = pipe(
         prompts,
@@ -76,19 +76,19 @@ def sample(pipe: PixArtAlphaPipeline, prompts: list[str], config: SampleConfig, 
 
 @torch.no_grad()
 def reconstruct(autoencoder: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures after the autoencoder, in its own words: the mean of the latents, decoded."""
+    """Return uint8 pictures after the autoencoder, in its own words: the mean of the latents, decoded."""
     parts = [autoencoder.decode(autoencoder.encode(to_input(part)).latent_dist.mean).sample for part in pictures.split(32)]
     return ((torch.cat(parts) + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
 def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio of uint8 pictures, in dB."""
+    """Return the mean peak signal-to-noise ratio of uint8 pictures, in dB."""
     errors = (pictures.float() - others.float()).square().mean(dim=(1, 2, 3)).clamp(min=1e-3)
     return float((10 * torch.log10(255**2 / errors)).mean())
 
 
 def shares(classifier: SceneClassifier, pictures: torch.Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Share of pictures whose attribute is that of the scene, by attribute, and the mean over the attributes.
+    """Return the share of pictures whose attribute is that of the scene, by attribute, and the mean over the attributes.
 
     Only what a full caption names counts: a second object, where the scene has one, and its side, where the caption tells it.
     """
@@ -101,7 +101,7 @@ def shares(classifier: SceneClassifier, pictures: torch.Tensor, scenes: list[Sce
 
 
 def _seconds(pipe: PixArtAlphaPipeline, prompts: list[str], config: SampleConfig) -> float:
-    """The shortest of three runs."""
+    """Return the seconds of the shortest of three runs."""
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

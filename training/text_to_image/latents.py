@@ -62,7 +62,7 @@ class SceneLatents:
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
-    """Of all tensors of a module, in order."""
+    """Return the sha256 of all tensors of a module, in order."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -71,7 +71,7 @@ def weights_sha256(module: torch.nn.Module) -> str:
 
 @torch.no_grad()
 def _part(path: Path, autoencoder: AutoencoderKL, found: list) -> torch.Tensor:
-    """Latents in half precision, from the file or made now."""
+    """Return latents in half precision, from the file or made now."""
     if path.exists():
         try:
             return load_file(path)["latents"]

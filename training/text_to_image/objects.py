@@ -13,14 +13,14 @@ OUTLINE = 0.055
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
-    """`first`, with a share (clipped to 0 … 1) of `second`."""
+    """Return `first`, with a share (clipped to 0 … 1) of `second`."""
     share = min(max(share, 0.0), 1.0)
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 class Brush:
-    """Draws in the coordinates of one object: its foot is (0, 0), its half width 1, and y falls upwards; colours under its light.
+    """A brush in the coordinates of one object: its foot is (0, 0), its half width 1, and y falls upwards; colours under its light.
 
     Args:
         draw: of an image `SCALE` times as large as the picture.
@@ -44,7 +44,7 @@ class Brush:
         return (self._lit(INK), max(2, round(OUTLINE * abs(self.size) * SCALE))) if outline else (None, 0)
 
     def polygon(self, points: Sequence[tuple[float, float]], colour: Colour, outline: bool = False) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         corners = [self._at(*point) for point in points]
         self.draw.polygon(corners, self._lit(colour))
         pen, width = self._pen(outline)
@@ -52,23 +52,23 @@ class Brush:
             self.draw.line([*corners, corners[0], corners[1]], pen, width, joint="curve")
 
     def rect(self, left: float, top: float, right: float, bottom: float, colour: Colour, outline: bool = False, lamp: bool = False) -> None:
-        """A filled rectangle; a `lamp` shines by itself."""
+        """Draw a filled rectangle; a `lamp` shines by itself."""
         self.draw.rectangle(self._box(left, top, right, bottom), colour if lamp else self._lit(colour), *self._pen(outline))
 
     def ellipse(self, left: float, top: float, right: float, bottom: float, colour: Colour, outline: bool = False) -> None:
-        """A filled ellipse in a box."""
+        """Draw a filled ellipse in a box."""
         self.draw.ellipse(self._box(left, top, right, bottom), self._lit(colour), *self._pen(outline))
 
     def disc(self, x: float, y: float, radius: float, colour: Colour, outline: bool = False) -> None:
-        """A filled circle."""
+        """Draw a filled circle."""
         self.ellipse(x - radius, y - radius, x + radius, y + radius, colour, outline)
 
     def slice(self, left: float, top: float, right: float, bottom: float, start: float, end: float, colour: Colour) -> None:
-        """A part of an ellipse from the angle `start` to `end`, in degrees clockwise from three o'clock."""
+        """Draw a part of an ellipse from the angle `start` to `end`, in degrees clockwise from three o'clock."""
         self.draw.chord(self._box(left, top, right, bottom), start, end, self._lit(colour), *self._pen(True))
 
     def line(self, points: Sequence[tuple[float, float]], colour: Colour, width: float) -> None:
-        """A line of a width in the object's unit."""
+        """Draw a line of a width in the object's unit."""
         pixels = max(1, round(width * abs(self.size) * SCALE))
         self.draw.line([self._at(*point) for point in points], self._lit(colour), pixels, joint="curve")
 
@@ -222,4 +222,4 @@ DRAWINGS: dict[str, Callable[[Brush, Colour], None]] = {
     "house": _house, "tree": _tree, "boat": _boat, "car": _car, "cat": _cat, "bird": _bird, "flower": _flower, "balloon": _balloon,
     "mushroom": _mushroom, "umbrella": _umbrella, "tent": _tent, "castle": _castle, "rocket": _rocket, "ball": _ball,
 }  # fmt: skip
-"""Object → its drawing, about two half widths high."""
+"""The drawing of each object, about two half widths high."""

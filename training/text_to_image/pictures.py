@@ -17,7 +17,7 @@ from cond_pdiff.training.text_to_image.scenes import Scene, scene_stream
 
 
 def render_pool(count: int, seed: int, held_out: bool = False) -> tuple[list[Scene], torch.Tensor]:
-    """The first scenes of a stream and their pictures, uint8 of shape `(count, 3, 64, 64)`."""
+    """Render the first scenes of a stream: the scenes and their pictures, uint8 of shape `(count, 3, 64, 64)`."""
     scenes, pictures = [], torch.empty((count, 3, 64, 64), dtype=torch.uint8)
     for index, (scene, rng) in enumerate(islice(scene_stream(seed, held_out), count)):
         scenes.append(scene)
@@ -26,12 +26,12 @@ def render_pool(count: int, seed: int, held_out: bool = False) -> tuple[list[Sce
 
 
 def to_input(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as networks read them: float32 from -1 to 1."""
+    """Turn uint8 pictures into what networks read: float32 from -1 to 1."""
     return pictures.float() / 127.5 - 1
 
 
 def effects(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Each picture after a random choice of changes.
+    """Change each picture in ways that are drawn at random.
 
     Args:
         pictures: float32 from 0 to 1, shape `(batch, 3, height, width)`.
@@ -50,7 +50,7 @@ def effects(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def recolour(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Each picture in wholly other colours: its channels exchanged and mixed, or its brightness as a way through random colours.
+    """Put each picture into wholly other colours: its channels exchanged and mixed, or its brightness as a way through random colours.
 
     Args:
         pictures: float32 from 0 to 1, shape `(batch, 3, height, width)`.
@@ -65,13 +65,13 @@ def recolour(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def patterns(batch_size: int, size: int, rng: torch.Generator) -> torch.Tensor:
-    """Coloured noise at several scales, float32 from 0 to 1, shape `(batch_size, 3, size, size)`."""
+    """Draw coloured noise at several scales, float32 from 0 to 1, shape `(batch_size, 3, size, size)`."""
     levels = cloud(batch_size, 3, size, rng, _uniform(batch_size, 0.5, 1.4, rng))
     return (0.5 + 0.3 * levels).clamp(0, 1)
 
 
 def cloud(batch_size: int, channels: int, size: int, rng: torch.Generator, fall: torch.Tensor) -> torch.Tensor:
-    """Noise of unit variance whose amplitude grows with the scale as `scale ** fall`; `fall` has the shape `(batch_size, 1, 1, 1)`."""
+    """Draw noise of unit variance whose amplitude grows with the scale as `scale ** fall`; `fall` has the shape `(batch_size, 1, 1, 1)`."""
     total = torch.zeros(batch_size, channels, size, size)
     scale = 1
     while scale <= size // 2:
@@ -86,13 +86,13 @@ def _uniform(count: int, low: float, high: float, rng: torch.Generator) -> torch
 
 
 def _mix_pictures(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Each picture with parts of another, cut by a mask of soft noise."""
+    """Put parts of another picture into each, cut by a mask of soft noise."""
     mask = torch.sigmoid(6 * cloud(len(pictures), 1, pictures.shape[-1], rng, _uniform(len(pictures), 0.8, 1.6, rng)))
     return torch.lerp(pictures, pictures.roll(1, 0), mask)
 
 
 def _displace(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Pixels taken from near by: bent and frayed shapes."""
+    """Take pixels from near by: bent and frayed shapes."""
     size = pictures.shape[-1]
     axis = torch.linspace(-1, 1, size)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
@@ -101,7 +101,7 @@ def _displace(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _flatten(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Kuwahara's filter: each pixel becomes the mean of the calmest of the four squares that touch it, as in thick paint."""
+    """Apply Kuwahara's filter: each pixel becomes the mean of the calmest of the four squares that touch it, as in thick paint."""
     side = 3 if torch.rand(1, generator=rng) < 0.6 else 5
     size = pictures.shape[-1]
     padded = pad(pictures, (side - 1,) * 4, mode="replicate")
@@ -114,7 +114,7 @@ def _flatten(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _outline(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Dark or light lines along edges."""
+    """Draw dark or light lines along edges."""
     grey = pad(pictures.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across, down = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2], grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
     edges = (across.square() + down.square()).sqrt() * _uniform(len(pictures), 0.5, 2.5, rng)
@@ -122,7 +122,7 @@ def _outline(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _colour_matrix(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Channels mixed at random, with another brightness and contrast."""
+    """Mix channels at random, with another brightness and contrast."""
     return _mix_channels(pictures, torch.eye(3), 0.45, rng)
 
 
@@ -133,7 +133,7 @@ def _mix_channels(pictures: torch.Tensor, matrix: torch.Tensor, spread: float, r
 
 
 def _gradient_map(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Brightness as a way through five random colours."""
+    """Make brightness a way through five random colours."""
     palette = torch.rand(len(pictures), 3, 5, generator=rng)
     place = pictures.mean(1).clamp(0, 1) * 3.999
     lower = place.long()
@@ -143,7 +143,7 @@ def _gradient_map(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _strokes(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Noise smeared along a direction that changes slowly: the marks of a brush."""
+    """Smear noise along a direction that changes slowly: the marks of a brush."""
     count, size = len(pictures), pictures.shape[-1]
     angle = 2 * cloud(count, 1, size, rng, torch.full((count, 1, 1, 1), 1.5)) + _uniform(count, 0, 3.14, rng)
     step = torch.cat((angle.cos(), angle.sin()), 1).movedim(1, -1) * 2 / size
@@ -157,18 +157,18 @@ def _strokes(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def _texture(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Noise at several scales, added to the picture."""
+    """Add noise at several scales to the picture."""
     noise = cloud(len(pictures), 3, pictures.shape[-1], rng, _uniform(len(pictures), -0.3, 0.8, rng))
     return pictures + _uniform(len(pictures), 0.02, 0.12, rng) * noise
 
 
 def _shade(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Light that falls from one side."""
+    """Let light fall from one side."""
     axis = torch.linspace(-1, 1, pictures.shape[-1])
     tilt = torch.randn(2, len(pictures), 3, 1, 1, generator=rng) * 0.2
     return pictures + tilt[0] * axis + tilt[1] * axis[:, None]
 
 
 def _grain(pictures: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Noise in every pixel."""
+    """Add noise to every pixel."""
     return pictures + _uniform(len(pictures), 0.01, 0.08, rng) * torch.randn(pictures.shape, generator=rng)

@@ -23,13 +23,13 @@ OBJECTS: dict[str, tuple[str, ...]] = {
     "rocket": ("rocket",),
     "ball": ("ball",),
 }
-"""Object → its words in captions, a word as often as it is drawn."""
+"""The words of each object in captions, a word as often as it is drawn."""
 
 NATURAL = {
     "house": "red", "tree": "green", "boat": "blue", "car": "red", "cat": "orange", "bird": "blue", "flower": "pink", "balloon": "red",
     "mushroom": "red", "umbrella": "purple", "tent": "orange", "castle": "white", "rocket": "white", "ball": "yellow",
 }  # fmt: skip
-"""Object → the colour that it has when a caption names none."""
+"""The colour that each object has when a caption names none."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -66,7 +66,7 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     "right of": ("right of", "to the right of", "on the right of"),
     "in front of": ("in front of", "before"),
 }
-"""Where the main object stands, seen from the second; `beside` is either side."""
+"""The places of the main object, seen from the second, and their words; `beside` is either side."""
 
 OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a painting of ", "a drawing of ", "a scene with ", "there is ")
 HELD_OUT_SHARE = 0.1
@@ -93,7 +93,7 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: random.Random, held_out: bool = False) -> Scene:
-        """A random scene of the training part, or of the part that is `held_out`."""
+        """Draw a random scene of the training part, or of the part that is `held_out`."""
         while True:
             name = rng.choice(list(OBJECTS))
             scene = cls(name, _draw_colour(name, rng), rng.choice(list(PLACES)), rng.choice(list(TIMES)))
@@ -105,12 +105,12 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Is this combination of main object, colour and place kept for evaluation? A fixed tenth of all combinations is."""
+        """Whether this combination of main object, colour and place is kept for evaluation; a fixed tenth of all combinations is."""
         digest = hashlib.sha256("/".join((self.object, self.colour, self.place)).encode()).digest()
         return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
     def caption(self, rng: random.Random, full: bool = False) -> str:
-        """One of many wordings; unless it is to be `full`, attributes are sometimes left out. Lower case, as PixArt reads it."""
+        """Draw one of many wordings; unless it is to be `full`, attributes are sometimes left out. Lower case, as PixArt reads it."""
         subject = _noun(self.object, self.colour, rng, full)
         if self.second and self.second_colour and self.relation:
             subject += f" {rng.choice(RELATIONS[self.relation])} {_noun(self.second, self.second_colour, rng, full)}"
@@ -131,7 +131,7 @@ def _facts(scene: Scene) -> tuple[str, str, str, str]:
 
 
 def _draw_colour(name: str, rng: random.Random) -> str:
-    """Any colour, but the natural one more often, so that a caption may leave it out."""
+    """Draw any colour, but the natural one more often, so that a caption may leave it out."""
     return NATURAL[name] if rng.random() < 0.2 else rng.choice(list(COLOURS))
 
 
@@ -143,7 +143,7 @@ def _noun(name: str, colour: str, rng: random.Random, full: bool) -> str:
 
 
 def caption_words() -> list[str]:
-    """Every word that a caption may hold, sorted: the vocabulary of the tokenizer."""
+    """Return every word that a caption may hold, sorted: the vocabulary of the tokenizer."""
     phrases: list[Iterable[str]] = [
         *OBJECTS.values(), *PLACES.values(), *TIMES.values(), *RELATIONS.values(), OBJECTS, COLOURS, PLACES, TIMES, OPENINGS,
         ("a", "an", "the"),
@@ -152,7 +152,7 @@ def caption_words() -> list[str]:
 
 
 def scene_stream(seed: int, held_out: bool = False) -> Iterator[tuple[Scene, random.Random]]:
-    """Endless scenes, each with the random numbers to render and word it; the n-th depends on `seed` and n only."""
+    """Yield scenes without end, each with the random numbers to render and word it; the n-th depends on `seed` and n only."""
     index = 0
     while True:
         rng = random.Random(f"scene/{seed}/{held_out}/{index}")

@@ -25,14 +25,14 @@ class ReconstructedPictures(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The reconstruction from latents drawn with standard normal `noise`, and the latents' mean and log variance."""
+        """Return the reconstruction from latents drawn with standard normal `noise`, and the latents' mean and log variance."""
         posterior = self.autoencoder.encode(pictures).latent_dist
         latents = posterior.mean + posterior.std * noise
         return self.autoencoder.decode(latents).sample, posterior.mean, posterior.logvar
 
 
 def _initialise(autoencoder: AutoencoderKL, logvar: float) -> None:
-    """Convolutions that keep the variance of their input, residual branches that begin at zero, latents with little noise.
+    """Let convolutions keep the variance of their input, residual branches begin at zero, and latents have little noise.
 
     With diffusers' own beginning the signal fades from layer to layer, and training takes several times as many steps.
     """
@@ -53,7 +53,7 @@ def _bias(convolution: nn.Conv2d | None) -> torch.Tensor:
 
 
 class ImageAutoencoderStage:
-    """See `cond_pdiff.training.stages.loop.Stage`."""
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains the variational autoencoder on rendered scenes."""
 
     name = "image_autoencoder"
     at_once = None
@@ -72,7 +72,7 @@ class ImageAutoencoderStage:
         return render_pool(self.config.scenes, self.config.fit.seed)[1]
 
     def draw(self, batch_size: int, rng: torch.Generator) -> torch.Tensor:
-        """Pictures, float32 from 0 to 1: scenes as they are, changed scenes, and patterns."""
+        """Draw pictures, float32 from 0 to 1: scenes as they are, changed scenes, and patterns."""
         plain = self.pictures[torch.randint(len(self.pictures), (batch_size,), generator=rng)].float() / 255
         kinds = torch.rand(batch_size, 1, 1, 1, generator=rng)
         config = self.config
@@ -80,7 +80,7 @@ class ImageAutoencoderStage:
         return torch.where(kinds < config.plain_share, plain, effects(other, rng))
 
     def loss(self, module: nn.Module, batch: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-        """Absolute error of pixels at several scales and of neighbours' differences, plus the latents' divergence from N(0, 1)."""
+        """Return the absolute error of pixels at several scales and of neighbours' differences, plus latents' divergence from N(0, 1)."""
         pictures = batch * 2 - 1
         config = self.autoencoder.config
         side = pictures.shape[-1] // 2 ** (len(config.block_out_channels) - 1)
@@ -95,7 +95,7 @@ class ImageAutoencoderStage:
         return pixels + self.config.edge_weight * edges + self.config.kl_weight * divergence
 
     def describe(self, batch: torch.Tensor) -> str:
-        """How many pictures there are."""
+        """Say how many pictures there are."""
         return f"{len(batch)} rendered pictures"
 
     @torch.no_grad()

@@ -26,11 +26,11 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "second_colour": (NONE, *COLOURS),
     "relation": (NONE, *SIDES),
 }
-"""Attribute → what it may be. `beside` is no class: it is said of pictures with the main object on either side."""
+"""The values of each attribute. `beside` is no class: it is said of pictures with the main object on either side."""
 
 
 def attribute_labels(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Class indices, shape `(num_scenes, num_attributes)`; `UNKNOWN` where the scene does not determine the picture (`beside`)."""
+    """Return class indices, shape `(num_scenes, num_attributes)`; `UNKNOWN` where the scene does not determine the picture (`beside`)."""
     rows = [[_label(name, getattr(scene, name)) for name in ATTRIBUTES] for scene in scenes]
     return torch.tensor(rows)
 
@@ -56,19 +56,19 @@ class SceneClassifier(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(16 * channels[-1], len(classes)) for classes in CLASSES.values())
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of each attribute, for pictures from -1 to 1."""
+        """Return the logits of each attribute, for pictures from -1 to 1."""
         features = self.features(pictures)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
     def predict(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Class indices, shape `(num_pictures, num_attributes)`, for uint8 pictures of shape `(num_pictures, 3, 64, 64)`."""
+        """Predict class indices, shape `(num_pictures, num_attributes)`, for uint8 pictures of shape `(num_pictures, 3, 64, 64)`."""
         parts = [self(to_input(part)) for part in pictures.split(64)]
         return torch.cat([torch.stack([logits.argmax(1) for logits in part], 1) for part in parts])
 
 
 class SceneClassifierStage:
-    """See `cond_pdiff.training.stages.loop.Stage`."""
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains the classifier on rendered scenes."""
 
     name = "scene_classifier"
     at_once = None
@@ -87,7 +87,7 @@ class SceneClassifierStage:
         return pictures, attribute_labels(scenes)
 
     def draw(self, batch_size: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures, a little noisy, moved and sometimes softened, with their labels."""
+        """Draw pictures, a little noisy, moved and sometimes softened, with their labels."""
         pictures, labels = self.data
         picks = torch.randint(len(pictures), (batch_size,), generator=rng)
         inputs = to_input(pictures[picks])
@@ -98,12 +98,12 @@ class SceneClassifierStage:
         return inputs.roll(shift, (2, 3)) + grain, labels[picks]
 
     def loss(self, module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], rng: torch.Generator) -> torch.Tensor:
-        """Sum of the attributes' cross entropies."""
+        """Return the sum of the attributes' cross entropies."""
         device = next(module.parameters()).device
         inputs, labels = batch[0].to(device), batch[1].to(device)
         answers = zip(module(inputs), labels.unbind(1), strict=True)
         return torch.stack([nn.functional.cross_entropy(logits, right, ignore_index=UNKNOWN) for logits, right in answers]).sum()
 
     def describe(self, batch: tuple[torch.Tensor, torch.Tensor]) -> str:
-        """How many scenes there are."""
+        """Say how many scenes there are."""
         return f"{len(batch[0])} rendered scenes"

@@ -42,7 +42,7 @@ class TextToVelocity(nn.Module):
         self.transformer, self.text_encoder = transformer, text_encoder
 
     def forward(self, noisy: torch.Tensor, levels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The velocity at `noisy`, shape `(batch, channels, side, side)`; noise levels from 0 to 1, shape `(batch,)`."""
+        """Predict the velocity at `noisy`, shape `(batch, channels, side, side)`; noise levels from 0 to 1, shape `(batch,)`."""
         embeddings = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
         return self.transformer(
             noisy,
@@ -71,7 +71,7 @@ def _look_around(text_encoder: T5EncoderModel) -> None:
 
 
 class TransformerStage:
-    """See `cond_pdiff.training.stages.loop.Stage`."""
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains transformer and text encoder on the latents of scenes."""
 
     name = "transformer"
     at_once = None
@@ -92,7 +92,7 @@ class TransformerStage:
         self.identity: dict[str, Any] = {"config": asdict(config), "latents": data.sha256, "words": len(self.tokenizer)}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> CaptionedBatch:
-        """Scenes, each with a wording of its own."""
+        """Draw scenes, each with a wording of its own."""
         picks = torch.randint(len(self.data.scenes), (batch_size,), generator=rng)
         words = random.Random(int(torch.randint(2**62, (1,), generator=rng)))
         captions = [self._caption(index, words) for index in picks.tolist()]
@@ -108,7 +108,7 @@ class TransformerStage:
         return " ".join(words)
 
     def loss(self, module: nn.Module, batch: CaptionedBatch, rng: torch.Generator) -> torch.Tensor:
-        """Conditional flow matching along straight lines from latents to noise."""
+        """Return the loss of conditional flow matching along straight lines from latents to noise."""
         device = next(module.parameters()).device
         levels = draw_noise_levels(len(batch.latents), self.config.time_shift, rng)
         noisy, velocity = flow_pair(batch.latents, torch.randn(batch.latents.shape, generator=rng), levels)
@@ -116,11 +116,11 @@ class TransformerStage:
         return denoising_loss(velocity.to(device), predicted)
 
     def describe(self, batch: CaptionedBatch) -> str:
-        """The captions."""
+        """Return the captions."""
         return "; ".join(batch.captions)
 
     def pipeline(self, autoencoder: AutoencoderKL) -> PixArtAlphaPipeline:
-        """The base model: diffusers' own pipeline with a few-step solver for flows."""
+        """Return the base model: diffusers' own pipeline with a few-step solver for flows."""
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",

@@ -92,14 +92,14 @@ def collect(
 
 
 def collected(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path) -> Zoo:
-    """The zoo, which is collected, or collected to the end, if it is not complete; see `collect`."""
+    """Return the zoo, which is collected, or collected to the end, if it is not complete; see `collect`."""
     if (Path(zoo_folder) / "zoo.json").exists() and not (zoo := Zoo(zoo_folder)).missing:
         return zoo
     return collect(config, tasks_folder, zoo_folder)
 
 
 def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
-    """Neighbouring jobs of one run number, at most `most`, whose learning rate is one; the multi-task job stays alone."""
+    """Group neighbouring jobs of one run number, at most `most`, whose learning rate is one; the multi-task job stays alone."""
     for _, alike in itertools.groupby(jobs, key=lambda job: (job[0] == MULTITASK, job[1])):
         group = list(alike)
         for start in range(0, len(group), most):
@@ -170,7 +170,7 @@ def _peft_config(config: CollectConfig, task_type: str | None) -> LoraConfig:
 
 
 class _FineTuner:
-    """Fine-tunes adapters on one base model, one after another or side by side."""
+    """A fine-tuner of adapters on one base model, one after another or side by side."""
 
     def __init__(self, fine_tuning: FineTuning, config: CollectConfig, zoo: Zoo, lora_a: dict[str, torch.Tensor]) -> None:
         self.fine_tuning, self.config, self.zoo, self.lora_a = fine_tuning, config, zoo, lora_a
@@ -250,17 +250,17 @@ class _FineTuner:
         return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}/{run}".encode()).digest()[:4], "big")
 
     def _trained(self, name: str) -> tuple[str, ...]:
-        """What the names of the tensors that a run trains have in them; the multi-task baseline trains both factors, which is best."""
+        """Return what the names of tensors that a run trains have in them; the multi-task baseline trains both factors, which is best."""
         train_lora_a = self.config.train_lora_a or name == MULTITASK
         return (".lora_B.", ".modules_to_save.", *([".lora_A."] if train_lora_a else []))
 
     def _keeps(self, step: int, steps: int) -> bool:
-        """Is the adapter after this many of `steps` steps one of the last checkpoints?"""
+        """Return whether the adapter after this many of `steps` steps is one of the last checkpoints."""
         back, rest = divmod(steps - step, self.config.checkpoint_every)
         return rest == 0 and back < self.config.last_checkpoints
 
     def _start(self, name: str) -> dict[str, torch.Tensor]:
-        """What a run's adapter is before its first step: the zoo's `lora_A` and head, or the multi-task adapter."""
+        """Return what a run's adapter is before its first step: the zoo's `lora_A` and head, or the multi-task adapter."""
         if not self.config.from_multitask or name == MULTITASK:
             return dict(self.lora_a)
         if (start := self.zoo.multitask()) is None:
@@ -272,7 +272,7 @@ class _FineTuner:
 
 
 def one_of(fine_tuning: FineTuning, tasks: Sequence[Any], seed: int) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Endless batches, each of one of the tasks, drawn at random; as lists of a batch and its task."""
+    """Yield batches without end, each of one of the tasks, drawn at random; as lists of a batch and its task."""
     rng = random.Random(seed)
     streams = [(task, fine_tuning.batches(task, rng)) for task in tasks]
     while True:

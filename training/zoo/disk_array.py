@@ -17,12 +17,12 @@ from cond_pdiff.errors import TrainingError
 
 TENSOR = "array"
 DTYPES = {torch.float32: ("F32", "<f4"), torch.uint8: ("U8", "u1")}
-"""Of an array → safetensors' name and numpy's."""
+"""The type of an array → safetensors' name for it and numpy's."""
 NUMBERS_AT_ONCE = 2**22
 
 
 class DiskArray:
-    """Reads an array from disk: `array[index]` is a tensor of its own, nothing else stays in memory.
+    """An array on disk: `array[index]` is read as a tensor of its own, nothing else stays in memory.
 
     The file is mapped for each read alone: pages that were read once would otherwise count as this process's memory.
 
@@ -74,7 +74,7 @@ class DiskArray:
         return torch.from_numpy(np.array(self._map()[tuple(np.asarray(place) for place in places)]))
 
     def chunks(self, rows: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        """All rows, or these, in order, a few megabytes at a time."""
+        """Yield all rows, or these, in order, a few megabytes at a time."""
         order = torch.arange(len(self)) if rows is None else rows
         for part in order.split(max(1, NUMBERS_AT_ONCE // math.prod(self.shape[1:]))):
             yield self[part]

@@ -83,20 +83,20 @@ class ZooParams:
         return len(self.rows)
 
     def __getitem__(self, adapters: torch.Tensor) -> torch.Tensor:
-        """Params of these adapters (indices, or a mask), shape `(n, num_params)`."""
+        """Return the params of these adapters (indices, or a mask), shape `(n, num_params)`."""
         return self.matrix[self.rows[adapters]]
 
     def chunks(self) -> Iterator[torch.Tensor]:
-        """Params of all adapters in order, a few megabytes at a time, shape `(n, num_params)`."""
+        """Yield the params of all adapters in order, a few megabytes at a time, shape `(n, num_params)`."""
         return self.matrix.chunks(self.rows)
 
     def part(self, adapters: Sequence[int]) -> ZooParams:
-        """Of these adapters only."""
+        """Return these adapters only."""
         return replace(self, tasks=self.tasks[adapters], names=[self.names[index] for index in adapters], rows=self.rows[adapters])
 
     @cached_property
     def sha256(self) -> str:
-        """Of the matrix: a run may only be continued on the data it began with."""
+        """The sha256 of the matrix: a run may only be continued on the data it began with."""
         digest = hashlib.sha256()
         for chunk in self.chunks():
             digest.update(chunk.numpy().data)

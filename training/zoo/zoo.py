@@ -31,11 +31,11 @@ from cond_pdiff.training.config import PAIRS, modern_collect
 RUN_FILE = "run.json"
 MULTITASK = "multitask"
 ZOO_PARTS = ("base", "lora", "collect", "tasks", "unseen")
-"""Of `zoo.json`, each a JSON object."""
+"""The parts of `zoo.json`, each a JSON object."""
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -81,11 +81,11 @@ class ZooRun:
 
     @property
     def files(self) -> dict[Path, str]:
-        """Folders of the adapter and, if they were kept, of its earlier checkpoints → sha256 of the weights."""
+        """The folders of the adapter and, if they were kept, of its earlier checkpoints → sha256 of the weights."""
         return {self.folder: self.facts["sha256"]} | {self.folder / name: sha for name, sha in self.facts.get("checkpoints", {}).items()}
 
     def adapters(self) -> Iterator[LoraAdapter]:
-        """The adapter and, if they were kept, its earlier checkpoints, loaded one after the other."""
+        """Yield the adapter and, if they were kept, its earlier checkpoints, loaded one after the other."""
         return (self._load(folder, sha256) for folder, sha256 in self.files.items())
 
     def _load(self, folder: Path, sha256: str) -> LoraAdapter:
@@ -120,7 +120,7 @@ class Zoo:
 
     @property
     def family(self) -> Family:
-        """Of its base model.
+        """The family of its base model.
 
         Raises:
             CondPDiffError: it is not known here.
@@ -143,18 +143,18 @@ class Zoo:
         return Backbone.from_json(self.facts["base"])
 
     def run_folder(self, task: str, run: int) -> Path:
-        """Where the adapter of a task's k-th run is, or will be."""
+        """Return where the adapter of a task's k-th run is, or will be."""
         return self.folder / "tasks" / task / f"run-{run}"
 
     def runs(self, task: str) -> list[ZooRun]:
-        """The finished runs of a task, in order."""
+        """Return the finished runs of a task, in order."""
         paths = (self.folder / "tasks" / task).glob(f"run-*/{RUN_FILE}")
         runs = [ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
         return sorted(runs, key=lambda run: int(run.facts["run"]))
 
     @property
     def jobs(self) -> list[Job]:
-        """All runs that the zoo's settings ask for, ordered by run: a zoo cut short covers all tasks."""
+        """The runs that the zoo's settings ask for, ordered by run: a zoo cut short covers all tasks."""
         collect, names = self.facts["collect"], self.task_names
         made = {name for name, facts in self.facts["tasks"].items() if facts.get("source")}  # there for variety: one run says it
         jobs = [(name, 0) for name in (*names, *self.unseen_names)]
@@ -165,7 +165,7 @@ class Zoo:
 
     @property
     def missing(self) -> list[Job]:
-        """Runs that have not been collected yet; none of a complete zoo."""
+        """The runs that have not been collected yet; none of a complete zoo."""
         return [job for job in self.jobs if not (self.job_folder(job) / RUN_FILE).exists()]
 
     def check_complete(self) -> None:
@@ -178,12 +178,12 @@ class Zoo:
             )
 
     def job_folder(self, job: Job) -> Path:
-        """Where a job's adapter is, or will be."""
+        """Return where a job's adapter is, or will be."""
         name, run = job
         return self.folder / MULTITASK if name == MULTITASK else self.run_folder(name, run)
 
     def multitask(self) -> ZooRun | None:
-        """The multi-task baseline, if it has been collected."""
+        """Return the multi-task baseline, if it has been collected."""
         path = self.folder / MULTITASK / RUN_FILE
         return ZooRun(path.parent, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
@@ -194,5 +194,5 @@ class Zoo:
 
 
 def soup(adapters: list[LoraAdapter]) -> LoraAdapter:
-    """The mean, in ΔW, of one task's adapters (the paper's "model soup" baseline)."""
+    """Return the mean, in ΔW, of one task's adapters (the paper's "model soup" baseline)."""
     return LoraAdapter.mean(adapters)
