@@ -51,7 +51,7 @@ WITH_EXAMPLES = (*NAMES_ONLY, "one", "raw", "logistic", "setfit", "quick", "refi
 QUICK_STEPS = 2
 
 
-class Bench:
+class TaskMeasurer:
     """A generator and the adapters that it is compared with."""
 
     def __init__(self, generator: str, zoo: Zoo) -> None:
@@ -302,20 +302,20 @@ def main() -> None:
     parser.add_argument("--setfit-labels", type=int, default=4, help="SetFit is trained on tasks with so many labels at most: its pairs")
     arguments = parser.parse_args()
     zoo = Zoo(arguments.zoo)
-    bench = Bench(arguments.generator, zoo)
+    measurer = TaskMeasurer(arguments.generator, zoo)
     tasks = [Task.load(arguments.tasks / name) for name in arguments.task or zoo.unseen_names]
     results = []
     for task in tasks:
         other = Task.load(arguments.tasks / zoo.unseen_names[(zoo.unseen_names.index(task.name) + 1) % len(zoo.unseen_names)])
         folder = arguments.out / task.name
-        names_only = once(folder / "names_only.json", functools.partial(bench.names_only, task, other))
+        names_only = once(folder / "names_only.json", functools.partial(measurer.names_only, task, other))
         seeded = [
-            once(folder / f"seed_{seed}.json", functools.partial(bench.with_examples, task, other, arguments.shots, seed))
+            once(folder / f"seed_{seed}.json", functools.partial(measurer.with_examples, task, other, arguments.shots, seed))
             for seed in range(arguments.seeds)
         ]
         with_setfit = importlib.util.find_spec("setfit") and len(task.labels) <= arguments.setfit_labels
         for seed, columns in enumerate(seeded if with_setfit else ()):
-            found = once(folder / f"setfit_{seed}.json", functools.partial(bench.setfit, task, arguments.shots, seed))
+            found = once(folder / f"setfit_{seed}.json", functools.partial(measurer.setfit, task, arguments.shots, seed))
             for name, values in found.items():
                 columns["accuracy"][name], columns["seconds"][name] = values["accuracy"], values["seconds"]
         results.append({"task": task.name, "names only": names_only, "with examples": seeded})

@@ -33,7 +33,7 @@ from cond_pdiff.training.tasks.styles import Style, load_styles
 COLUMNS = ("base", "generated", "base_floor")
 
 
-class Bench:
+class StyleMeasurer:
     """The generator, its base model, and the base's pictures, which are the same for all styles."""
 
     def __init__(self, seed: int) -> None:
@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--trained", type=int, default=8, help="how many trained styles (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice and of all noise (default: %(default)s)")
     arguments = parser.parse_args()
-    bench, results = Bench(arguments.seed), []
-    names = choose_trained(bench.pipe.condition_index.names, arguments.trained, arguments.seed)[1]
+    measurer, results = StyleMeasurer(arguments.seed), []
+    names = choose_trained(measurer.pipe.condition_index.names, arguments.trained, arguments.seed)[1]
     for style in load_styles(arguments.tasks, [*read_recipe(RECIPE)["collect"]["unseen"], *names]):
         path = arguments.out / "styles" / f"{style.name}.json"
-        results.append({"style": style.name, **once(path, partial(bench.measure, style))})
+        results.append({"style": style.name, **once(path, partial(measurer.measure, style))})
     facts = {"generator": GENERATOR, "seed": arguments.seed, "num_inference_steps": DEFAULT_STEPS}
     write_text(arguments.out / "floor.json", dump_json({**facts, "styles": results}))
     write_text(arguments.out / "floor.md", to_markdown(results))

@@ -52,7 +52,7 @@ def choose_forms(pipe: CondPDiffPipeline, images: Path, count: int, seed: int) -
             yield f"{name}_recoloured_{FORM}", form
 
 
-class Bench:
+class StyleMeasurer:
     """The generator, its base model, and the scenes."""
 
     def __init__(self) -> None:
@@ -96,9 +96,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=12, help="styles (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of their choice (default: %(default)s)")
     arguments = parser.parse_args()
-    bench, results = Bench(), []
+    measurer, results = StyleMeasurer(), []
     for name, form in choose_forms(CondPDiffPipeline.from_pretrained(GENERATOR), arguments.images, arguments.count, arguments.seed):
-        results.append({"style": name, **once(arguments.out / f"{name}.json", partial(bench.measure, form))})
+        results.append({"style": name, **once(arguments.out / f"{name}.json", partial(measurer.measure, form))})
         print(name, results[-1]["kid"], flush=True)
     write_text(arguments.out / "views.json", dump_json({"scenes": SCENES, "seed": arguments.seed, "styles": results}))
     write_text(arguments.out / "views.md", to_markdown(results))
