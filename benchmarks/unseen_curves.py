@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from few_shot import Bench, once
+from few_shot import TaskMeasurer, once
 
 from cond_pdiff import TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
@@ -57,41 +57,41 @@ LOOKS = {
 }  # fmt: skip
 
 
-def with_examples(bench: Bench, task: Task, shots: int) -> dict[str, float]:
+def with_examples(measurer: TaskMeasurer, task: Task, shots: int) -> dict[str, float]:
     """Measure the accuracies with this number of examples a class, for everybody; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", shots * len(task.labels))
     adapters = {
         "base": None,
-        "multi-task": bench.baselines.multitask,
-        "mean of the zoo": bench.baselines.mean,
-        "kernel regression": bench.baselines.regressed(prompt),
-        "generated": bench.generate(prompt, 1).adapters[0],
+        "multi-task": measurer.baselines.multitask,
+        "mean of the zoo": measurer.baselines.mean,
+        "kernel regression": measurer.baselines.regressed(prompt),
+        "generated": measurer.generate(prompt, 1).adapters[0],
     }
     if shots > 1:  # each example is told apart by the others of its class
-        adapters["refined"] = refine(bench.classifier(task, adapters["generated"], prompt))
-    found = {column: bench.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
-    found["logistic regression"] = bench.logistic(task, prompt)
-    return {**found, "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
+        adapters["refined"] = refine(measurer.classifier(task, adapters["generated"], prompt))
+    found = {column: measurer.accuracy(task, adapter, prompt) for column, adapter in adapters.items()}
+    found["logistic regression"] = measurer.logistic(task, prompt)
+    return {**found, "trained": measurer.accuracy(task, measurer.zoo.runs(task.name)[0].adapter())}
 
 
-def with_steps(bench: Bench, task: Task, steps: int) -> dict[str, float]:
+def with_steps(measurer: TaskMeasurer, task: Task, steps: int) -> dict[str, float]:
     """Measure the accuracies after so many steps, with eight examples a class in the prototypes; of the trained adapter with names only."""
     prompt = task.prompt("shots/0", 8 * len(task.labels))
-    generated = bench.generate(prompt, 1).adapters[0]
-    found = {"base": bench.accuracy(task, None, prompt), "trained": bench.accuracy(task, bench.zoo.runs(task.name)[0].adapter())}
+    generated = measurer.generate(prompt, 1).adapters[0]
+    found = {"base": measurer.accuracy(task, None, prompt), "trained": measurer.accuracy(task, measurer.zoo.runs(task.name)[0].adapter())}
     for column, start in (("refined", generated), ("refined from nothing", generated.scaled(0.0))):
-        adapter = refine(bench.classifier(task, start, prompt), steps) if steps else start
-        found[column] = bench.accuracy(task, adapter, prompt)
+        adapter = refine(measurer.classifier(task, start, prompt), steps) if steps else start
+        found[column] = measurer.accuracy(task, adapter, prompt)
     return found
 
 
-def with_fewer_tasks(bench: Bench, task: Task) -> dict[str, float]:
+def with_fewer_tasks(measurer: TaskMeasurer, task: Task) -> dict[str, float]:
     """Measure the accuracies of one sample, with eight examples a class and with none."""
     prompts = {"": task.prompt("shots/0", 8 * len(task.labels)), ", names only": TaskPrompt(task.description, labels=task.labels)}
     found = {}
     for name, prompt in prompts.items():
-        for column, adapter in (("base", None), ("generated", bench.generate(prompt, 1).adapters[0])):
-            found[column + name] = bench.accuracy(task, adapter, prompt)
+        for column, adapter in (("base", None), ("generated", measurer.generate(prompt, 1).adapters[0])):
+            found[column + name] = measurer.accuracy(task, adapter, prompt)
     return found
 
 
@@ -117,14 +117,14 @@ def part_of(zoo: Zoo, names: Sequence[str], folder: Path) -> Zoo:
 def points(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> Iterator[tuple[int, Callable[[Task], dict[str, float]]]]:
     """Yield the numbers that a curve is over, and what measures a task there."""
     if curve != "tasks":
-        bench = Bench(f"cond-pdiff/{GENERATOR}", zoo)
+        measurer = TaskMeasurer(f"cond-pdiff/{GENERATOR}", zoo)
         numbers, measured = (SHOTS, with_examples) if curve == "examples" else (STEPS, with_steps)
         for number in numbers:
-            yield number, lambda task, number=number: measured(bench, task, number)
+            yield number, lambda task, number=number: measured(measurer, task, number)
         return
     for count in (round(share * len(zoo.task_names)) for share in SHARES):
         generator = generator_of(zoo, count, tasks_folder, out / "generators" / str(count))
-        yield count, partial(with_fewer_tasks, Bench(str(generator), zoo))
+        yield count, partial(with_fewer_tasks, TaskMeasurer(str(generator), zoo))
 
 
 def measure(curve: str, zoo: Zoo, tasks_folder: Path, out: Path) -> None:

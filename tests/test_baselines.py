@@ -239,7 +239,7 @@ def test_the_curve_over_examples_has_all_its_columns(
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     few_shot, curves = (importlib.import_module(name) for name in ("few_shot", "unseen_curves"))
-    bench, task = few_shot.Bench(str(tiny_generator), Zoo(tiny_zoo)), Task.load(tasks_folder / "likeness")
+    bench, task = few_shot.TaskMeasurer(str(tiny_generator), Zoo(tiny_zoo)), Task.load(tasks_folder / "likeness")
     assert set(curves.with_examples(bench, task, 2)) == set(curves.COLUMNS["examples"]) <= set(curves.LOOKS)
 
 
