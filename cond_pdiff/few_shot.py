@@ -88,6 +88,25 @@ def separation(examples: torch.Tensor, targets: torch.Tensor) -> float | None:
 
 
 @dataclass(frozen=True)
+class FewShotRequest:
+    """The labelled examples that candidates are chosen by, and what is known of the request that they belong to.
+
+    Args:
+        labels: label names; for adapters with heads, in the order of their outputs.
+        examples: `(text, label)` pairs of these labels.
+        max_length: texts are cut at this many tokens.
+        similarity, known, model: see `choose`.
+    """
+
+    labels: Sequence[str]
+    examples: Sequence[tuple[Text, str]]
+    max_length: int
+    similarity: float = 0.0
+    known: bool = False
+    model: GainModel | None = None
+
+
+@dataclass(frozen=True)
 class Choice:
     """The choice that the examples of a prompt make among generated adapters and the base model.
 

@@ -17,7 +17,7 @@ from cond_pdiff.conditions.texts import Text
 from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family, family_of
-from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice
+from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice, FewShotRequest
 from cond_pdiff.locks import load_once, lock_of
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
@@ -315,9 +315,15 @@ class CondPDiffPipeline(GeneratorPipeline):
     ) -> Choice | None:
         if not examples or len(adapters) < self.family.fewest_judged:
             return None
-        length, similarity = self.template.config.max_length, nearest[0].similarity if nearest else 0.0
-        known, model = self.knows(nearest, labels), self.condition_index.gain_model
-        return self.family.choose(self.base_model(), adapters, labels, examples, length, similarity, known, model)
+        request = FewShotRequest(
+            labels,
+            examples,
+            self.template.config.max_length,
+            nearest[0].similarity if nearest else 0.0,
+            self.knows(nearest, labels),
+            self.condition_index.gain_model,
+        )
+        return self.family.choose(self.base_model(), adapters, request)
 
     def knows(self, nearest: Sequence[Neighbour], labels: Sequence[str]) -> bool:
         """Return whether a request with these neighbours and label names is one of the trained tasks, in about its own words."""

@@ -16,9 +16,7 @@ from cond_pdiff.lora import LoraSpec, adapted_module, base_fingerprint
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
-    from cond_pdiff.conditions.texts import Text
-    from cond_pdiff.few_shot import Choice
-    from cond_pdiff.gain import GainModel
+    from cond_pdiff.few_shot import Choice, FewShotRequest
 
 
 class Family(ABC):
@@ -80,23 +78,11 @@ class Family(ABC):
 
     # --- using adapters -----------------------------------------------------------------------------------------
 
-    def choose(
-        self,
-        base: Any,
-        adapters: Sequence[LoraAdapter],
-        labels: Sequence[str],
-        examples: Sequence[tuple[Text, str]],
-        max_length: int,
-        similarity: float = 0.0,
-        known: bool = False,
-        model: GainModel | None = None,
-    ) -> Choice | None:
-        """Choose the best of at least `fewest_judged` candidates by labelled examples, or the base model; None: they tell nothing.
+    def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice | None:
+        """Choose the best of at least `fewest_judged` candidates, or the base model, by labelled examples; None: they tell nothing.
 
         Args:
             base: from `load`.
-            max_length: texts are cut at this many tokens.
-            similarity, known, model: see `cond_pdiff.few_shot.choose`.
         """
         return None
 

@@ -10,10 +10,8 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
-from cond_pdiff.conditions.texts import Text
 from cond_pdiff.families.family import Family, register_family
-from cond_pdiff.few_shot import Choice, choose
-from cond_pdiff.gain import GainModel
+from cond_pdiff.few_shot import Choice, FewShotRequest, choose
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -47,19 +45,10 @@ class SentenceEncoder(Family):
         """Load the transformers model alone."""
         return SentenceBackbone.load(base).model
 
-    def choose(
-        self,
-        base: Any,
-        adapters: Sequence[LoraAdapter],
-        labels: Sequence[str],
-        examples: Sequence[tuple[Text, str]],
-        max_length: int,
-        similarity: float = 0.0,
-        known: bool = False,
-        model: GainModel | None = None,
-    ) -> Choice:
-        """Choose an adapter, or the base model, by labelled examples; see `cond_pdiff.few_shot.choose`."""
-        return choose(PrototypeClassifier(base, labels, adapters[0], max_length, examples), adapters, similarity, known, model)
+    def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
+        """Choose by class prototypes; see `cond_pdiff.few_shot.choose`."""
+        classifier = PrototypeClassifier(base, request.labels, adapters[0], request.max_length, request.examples)
+        return choose(classifier, adapters, request.similarity, request.known, request.model)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
         """Load text tasks from a folder."""

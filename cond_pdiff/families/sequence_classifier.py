@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, register_family
-from cond_pdiff.few_shot import Choice, choose_with_head
-from cond_pdiff.gain import GainModel
+from cond_pdiff.few_shot import Choice, FewShotRequest, choose_with_head
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, LoraSpec
 from cond_pdiff.models.head_backbone import HeadBackbone
@@ -48,19 +46,9 @@ class SequenceClassifier(Family):
         """Refuse to load one: a head has its labels' number of outputs, which a reference does not tell."""
         raise AdapterError("adapters with a head are attached to a base that was loaded for their number of labels")
 
-    def choose(
-        self,
-        base: Any,
-        adapters: Sequence[LoraAdapter],
-        labels: Sequence[str],
-        examples: Sequence[tuple[Text, str]],
-        max_length: int,
-        similarity: float = 0.0,
-        known: bool = False,
-        model: GainModel | None = None,
-    ) -> Choice:
-        """Choose an adapter by labelled examples; see `cond_pdiff.few_shot.choose_with_head`."""
-        return choose_with_head(base, labels, examples, adapters, max_length)
+    def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
+        """Choose by the heads' logits; see `cond_pdiff.few_shot.choose_with_head`."""
+        return choose_with_head(base, request.labels, request.examples, adapters, request.max_length)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
         """Load text tasks from a folder."""
