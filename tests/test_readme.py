@@ -1,5 +1,7 @@
 """The README's code runs as it stands there, and its commands exist."""
 
+import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +12,7 @@ from PIL import Image
 from cond_pdiff import cli
 from cond_pdiff.cli import main
 from cond_pdiff.hub import BUNDLED_FOLDER, MINILM, bundled_generators, find_backbone
+from cond_pdiff.training.evaluate.text_table import TextTable
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -49,6 +52,17 @@ def test_python_blocks_run_in_order(inside: Path, capsys: pytest.CaptureFixture[
         assert house.size == (256, 256)
     for name in ("my-adapter", "refined-adapter"):
         assert {path.name for path in (inside / name).iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_the_table_of_text_tasks_is_the_measured_one() -> None:
+    measured = json.loads((Path(__file__).parent.parent / "results" / "text_tasks.json").read_text(encoding="utf-8"))
+    lines = TextTable().to_markdown(measured).splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("| mean over"))
+    table = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+    assert len(table) == 6
+    card = (BUNDLED_FOLDER / "minilm-text-tasks" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(table) in README
+    assert "\n".join(table) in card
 
 
 def test_generate_and_classify_run(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
