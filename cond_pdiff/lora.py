@@ -64,6 +64,9 @@ class LoraSpec:
             raise AdapterError("target_modules is empty; name at least one module")
         if not isinstance(self.fan_in_fan_out, bool):
             raise AdapterError(f"fan_in_fan_out must be true or false, got {self.fan_in_fan_out!r}")
+        for name in ("base_fingerprint", "family"):
+            if not isinstance(getattr(self, name), str | None):
+                raise AdapterError(f"{name} must be a string or null, got {getattr(self, name)!r:.80}")
         if not all(isinstance(head, str) and head for head in self.modules_to_save):
             raise AdapterError(f"modules_to_save must name modules, got {self.modules_to_save!r:.80}")
         # The order means nothing to peft, so specifications that differ only in it are equal.
