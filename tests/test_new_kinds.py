@@ -23,6 +23,7 @@ from cond_pdiff.component import COMPONENTS, ExactComponent, register_component
 from cond_pdiff.conditions.condition import CONDITIONS, Condition, register_condition
 from cond_pdiff.errors import ConditionError, CondPDiffError, HubError, TrainingError
 from cond_pdiff.families.family import FAMILIES, Family, register_family
+from cond_pdiff.families.sentence_encoder import SentenceEncoder
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
@@ -257,6 +258,28 @@ def test_what_its_kinds_cannot_do_is_refused(made: tuple[Zoo, Path, Path], tmp_p
         tune({}, generator, tasks, tmp_path / "tune")
     with pytest.raises(ConditionError, match="reads 3 numbers, got a str"):
         CondPDiffPipeline.from_pretrained(generator)("in words")
+
+
+def test_a_name_belongs_to_one_class(made: tuple[Zoo, Path, Path]) -> None:
+    for register, kind in ((register_family, RegressionFamily), (register_condition, Point), (register_component, PointConditionEncoder)):
+        assert register(kind) is kind
+        with pytest.raises(CondPDiffError, match=r"there is a .*already"):
+            register(type(kind.__name__, (kind,), {}))
+    with pytest.raises(CondPDiffError, match="there is a family 'text-to-image' already"):
+        register_family(type("Painter", (RegressionFamily,), {"name": "text-to-image"}))
+    assert type(FAMILIES["two-layer-regression"]) is RegressionFamily
+    assert CONDITIONS["point"] is Point
+
+
+def test_a_family_that_looks_like_a_shipped_one_is_recorded(
+    recipe: dict[str, Any], tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("OtherEncoder", (SentenceEncoder,), {"name": "other-encoder"})
+    monkeypatch.setitem(FAMILIES, "other-encoder", kind())
+    short = {"tasks": ["moods"], "unseen": [], "runs": 1, "steps": 2, "multitask_steps": 0}
+    section = {**recipe["collect"], "family": "other-encoder", **short}
+    zoo = collect(parse(CollectConfig, section, "collect"), tasks_folder, tmp_path / "zoo")
+    assert zoo.runs("moods")[0].adapter().family is FAMILIES["other-encoder"]
 
 
 def test_without_its_modules_nothing_is_loaded(made: tuple[Zoo, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,14 @@ Kind = TypeVar("Kind", bound=type[Family])
 
 
 def register_family(kind: Kind) -> Kind:
-    """Make a family known by its name; a class decorator."""
+    """Make a family known by its name; a class decorator.
+
+    Raises:
+        CondPDiffError: another class has its name; adapters that are there would be of another family.
+    """
+    shipped = BUILT_IN.get(kind.name, kind.__module__)  # perhaps not imported yet
+    if type(FAMILIES.get(kind.name, kind())) is not kind or kind.__module__ != shipped:
+        raise CondPDiffError(f"there is a family {kind.name!r} already; give that of {kind.__module__} another name")
     FAMILIES[kind.name] = kind()
     return kind
 
