@@ -99,7 +99,8 @@ class CondPDiffPipeline(GeneratorPipeline):
     def interrupt(self) -> bool:
         """Whether the call in progress is to stop: `pipe.interrupt = True` in a callback or another thread ends denoising after that step.
 
-        The call goes on from the latents as they are then. Each call begins with False.
+        The call goes on from the latents as they are then; its adapters record no seed, which would not make them again. Each call begins
+        with False.
         """
         return self._interrupt
 
@@ -205,6 +206,8 @@ class CondPDiffPipeline(GeneratorPipeline):
             with self.progress_bar(total=num_inference_steps) as bar:
                 on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 latents = self._denoise(latents, condition_embeddings, num_inference_steps, generator, on_step, schedule)
+            if self._interrupt:  # no seed makes these again
+                seeds = [None] * num_adapters
             if schedule:
                 num_inference_steps = len(self.scheduler.timesteps.unique())
             result = latents if output_type == "latent" else self.decode(latents)
@@ -304,11 +307,16 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     def base_model(self) -> Any:
         """Return the frozen base model, as its family loads it; on first use. Never attach to it for longer than a call."""
-        family, spec = self.family, self.template.spec
-        labels = next(iter(self.condition_index.config.tasks.values())).get("labels", ())
-        base = load_once(self._base, lambda: family.load(self.template.base, spec, len(labels)))
+        family = self.family
+        base = load_once(self._base, lambda: family.load(self.template.base, self.template.spec, self._head_labels))
         base.to(self._execution_device)
         return base
+
+    @property
+    def _head_labels(self) -> int | None:
+        """The number of labels that the adapters' heads tell apart; None where they bring none, or no trained task says it."""
+        task = next(iter(self.condition_index.config.tasks.values()), {})
+        return len(task.get("labels", ())) or None if self.template.spec.modules_to_save else None
 
     def _choose(
         self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
@@ -343,7 +351,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         checked = self.condition_encoder.condition_kind.of(condition)
-        told = len(next(iter(self.condition_index.config.tasks.values())).get("labels", ()))
-        if self.template.spec.modules_to_save and len(checked.labels) not in (0, told):
+        told = self._head_labels
+        if told is not None and len(checked.labels) not in (0, told):
             raise ConditionError(f"the adapters' heads tell {told} labels apart, the prompt names {len(checked.labels)}")
         return checked

@@ -232,7 +232,9 @@ def test_the_callback_may_interrupt_and_the_next_call_runs_through(pipe: CondPDi
     stopped = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop, output_type="latent")
     assert len(seen) == 2
     assert torch.equal(stopped, seen[1])
-    assert len(pipe(PROMPT, generator=seeds(0)).adapters) == 1
+    half_done = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop).adapter
+    assert half_done.metadata["seed"] is None  # a seed is a promise for `verify`
+    assert pipe(PROMPT, generator=seeds(0)).adapter.metadata["seed"] == 0
     assert not pipe.interrupt
 
 
