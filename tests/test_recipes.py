@@ -57,6 +57,8 @@ TINY_AE = TINY_RECIPE["autoencoder"]["model"]
         (AutoencoderConfig, {"model": [1]}, "here: model must be"),
         (UNetConfig, {"condition_encoder": "ClipConditionEncoder"}, "here: condition_encoder must be"),
         (CollectConfig, {"learning_rates": []}, "here: learning_rates must have at least 1 item"),
+        (CollectConfig, ["tasks"], "here must be an object"),
+        (CollectConfig, {"kind": ["text"]}, "here: unknown entry 'kind'"),
         (CollectConfig, {"tasks": "moods"}, "here: tasks must be"),
         (CollectConfig, {"tasks": ["moods", 1]}, "here, tasks: entry 1 must be a valid string, got 1"),
         (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be a valid boolean, got 1"),
