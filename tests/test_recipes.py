@@ -210,6 +210,16 @@ def test_recipes_of_the_first_release_name_the_same_denoiser() -> None:
         parse(UNetConfig, {**forms[0], **forms[1]}, "unet")
 
 
+def test_reproductions_of_the_first_release_are_read() -> None:
+    zoos: dict[str, Any] = {"runs": {}, "both": {"train_lora_a": True}}
+    old = {"ways": zoos, "table_ways": ["both"], "distribution_way": "both", "performance_way": "both"}
+    new = {"zoos": zoos, "table_zoos": ["both"], "distribution_zoo": "both", "performance_zoo": "both"}
+    assert parse(ReproduceConfig, old, "reproduce") == parse(ReproduceConfig, new, "reproduce")
+    rows: list[dict[str, Any]] = [{"group": "g", "name": "n", word: "both"} for word in ("way", "zoo")]
+    assert parse(Ablation, rows[0], "ablation") == parse(Ablation, rows[1], "ablation")
+    assert parse(AblationConfig, {"variants": rows}, "ablation") == parse(AblationConfig, {"ablations": rows}, "ablation")
+
+
 BERT = [f"layer.{layer}.attention.{name}" for layer in range(12) for name in ("self.query", "self.key", "self.value", "output.dense")]
 PIXART = [
     f"transformer_blocks.{block}.{attention}.{name}"
