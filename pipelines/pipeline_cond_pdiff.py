@@ -47,8 +47,9 @@ class CondPDiffPipeline(GeneratorPipeline):
         condition_index: the trained tasks.
     """
 
-    model_cpu_offload_seq: Any = "condition_encoder->unet->autoencoder"
-    _exclude_from_cpu_offload: Any = ("normalizer", "template", "condition_index")  # small, and read in other ways than by `forward`
+    model_cpu_offload_seq: Any = "unet->autoencoder"
+    # These are small, and read in other ways than by `forward`, or have no parameters at all.
+    _exclude_from_cpu_offload: Any = ("condition_encoder", "normalizer", "template", "condition_index")
     _callback_tensor_inputs = ("latents", "condition_embeddings")
 
     autoencoder: Autoencoder
@@ -181,7 +182,7 @@ class CondPDiffPipeline(GeneratorPipeline):
                 out-of-distribution style picture, `cond_pdiff.conditions.style_image.STYLE_VIEWS` of each for every adapter.
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
-            prompt, image: diffusers' words for `condition`; give one of the three.
+            prompt, image: diffusers' words for `condition`, of a text or a style generator; give one of the three.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -191,7 +192,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             ConditionError: the condition cannot be used.
             CondPDiffError: another argument is out of its range, or not for this generator's scheduler.
         """
-        condition = only_condition(condition, prompt, image)
+        condition = only_condition(self.condition_encoder.condition_kind.keyword, condition, prompt, image)
         checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale

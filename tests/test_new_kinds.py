@@ -262,6 +262,8 @@ def test_what_its_kinds_cannot_do_is_refused(made: tuple[Zoo, Path, Path], tmp_p
     pipe, adapter = CondPDiffPipeline.from_pretrained(generator), zoo.runs("along")[0].adapter()
     with pytest.raises(ConditionError, match="reads 3 numbers, got a str"):
         pipe("in words")
+    with pytest.raises(ConditionError, match="reads no prompt; give its condition as condition="):
+        pipe(prompt="in words")
     with pytest.raises(AdapterError, match="not classified by prototypes under adapters for a two-layer-regression"):
         PrototypeClassifier(pipe.base_model(), ["yes", "no"], adapter)
     with pytest.raises(AdapterError, match="is not an adapter for texts"):

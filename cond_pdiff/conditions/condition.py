@@ -30,6 +30,8 @@ class Condition(ABC):
     """Whether it can name classes, and hold labelled examples of them."""
     own_key: ClassVar[str | None] = None
     """An entry that no other kind's records have; for the kinds that came first, whose records do not say their `type`."""
+    keyword: ClassVar[str] = ""
+    """The argument of the pipeline that it may be given by beside `condition`: "prompt" or "image", diffusers' words; empty: none."""
     file_option: ClassVar[str] = ""
     """The option that `cond-pdiff verify` needs beside the adapter, where the record does not hold the whole condition."""
 
