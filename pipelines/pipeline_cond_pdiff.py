@@ -316,7 +316,7 @@ class CondPDiffPipeline(GeneratorPipeline):
     @property
     def _head_labels(self) -> int | None:
         """The number of labels that the adapters' heads tell apart; None where they bring none, or no trained task says it."""
-        task = next(iter(self.condition_index.config.tasks.values()), {})
+        task: dict[str, Any] = next(iter(self.condition_index.config.tasks.values()), {})
         return len(task.get("labels", ())) or None if self.template.spec.modules_to_save else None
 
     def _choose(
