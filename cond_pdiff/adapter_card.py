@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cond_pdiff.conditions.condition import Condition, condition_kind
-from cond_pdiff.errors import ConditionError
+from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family
 from cond_pdiff.model_cards import fill_card
 
@@ -31,7 +31,7 @@ def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": fields["story"] + (f"\n\n![What the adapter does]({preview})" if preview else ""),
     }
-    return fill_card(adapter.family.adapter_card if adapter.family else Family.adapter_card, fields)
+    return fill_card(_family(adapter).adapter_card, fields)
 
 
 def merged_card(adapter: LoraAdapter, scale: float) -> str:
@@ -40,8 +40,16 @@ def merged_card(adapter: LoraAdapter, scale: float) -> str:
     Args:
         scale: the adapter's strength in it.
     """
-    tag, library = adapter.family.merged_card if adapter.family else Family.merged_card
+    tag, library = _family(adapter).merged_card
     return fill_card("merged_model.md", {**_fields(adapter), "tag": tag, "library": library, "scale": f"{scale:g}"})
+
+
+def _family(adapter: LoraAdapter) -> type[Family]:
+    """Return the adapter's family; where it is not known here, `Family` itself, whose cards claim nothing."""
+    try:
+        return type(adapter.family) if adapter.family else Family
+    except CondPDiffError:
+        return Family
 
 
 def _fields(adapter: LoraAdapter) -> dict[str, Any]:

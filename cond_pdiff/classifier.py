@@ -135,6 +135,8 @@ class PrototypeClassifier:
                 "attach it to an AutoModelForSequenceClassification, or load it there with peft"
             )
         if adapter is not None:
+            if adapter.family and not adapter.family.has_prototypes:
+                raise AdapterError(f"texts are not classified by prototypes under adapters for a {adapter.family.name}")
             adapter.check_base(backbone.model)
 
     @classmethod
@@ -154,7 +156,7 @@ class PrototypeClassifier:
                 refined, unless other labels are given.
         """
         adapter = LoraAdapter.load(folder)
-        if adapter.family and adapter.family.paints:
+        if adapter.family and not (adapter.family.has_prototypes or adapter.family.brings_head):
             raise AdapterError(f"{folder} is not an adapter for texts (is it a style? `cond-pdiff preview` shows those)")
         if examples is None:
             examples = () if labels else adapter.metadata.get("prototype_examples", ())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cond_pdiff.conditions.condition import Condition
-from cond_pdiff.errors import HubError
+from cond_pdiff.errors import AdapterError, HubError
 from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import LoraSpec
@@ -80,7 +80,7 @@ class GeneratorInfo:
                 weights_megabytes(folder),
                 _section(folder / "README.md", MEASURED),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, AdapterError) as error:
             raise HubError(f"the generator {name!r} is incomplete: {type(error).__name__}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def known_generators(cache_dir: str | Path | None = None) -> list[GeneratorInfo]
     """Return the generators that can be loaded without a network: bundled ones, then those in the Hub cache."""
     found = [GeneratorInfo._read(name, bundled(name), None) for name in bundled_generators()]
     for cached in cached_generators(cache_dir):
-        with contextlib.suppress(HubError):  # a fetch that broke off
+        with contextlib.suppress(HubError):  # a fetch that broke off, or of kinds that nobody has made known
             found.append(GeneratorInfo._read(*cached))
     return found
 

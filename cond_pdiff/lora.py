@@ -64,6 +64,9 @@ class LoraSpec:
             raise AdapterError("target_modules is empty; name at least one module")
         if not isinstance(self.fan_in_fan_out, bool):
             raise AdapterError(f"fan_in_fan_out must be true or false, got {self.fan_in_fan_out!r}")
+        for name in ("base_fingerprint", "family"):
+            if not isinstance(getattr(self, name), str | None):
+                raise AdapterError(f"{name} must be a string or null, got {getattr(self, name)!r:.80}")
         if not all(isinstance(head, str) and head for head in self.modules_to_save):
             raise AdapterError(f"modules_to_save must name modules, got {self.modules_to_save!r:.80}")
         # The order means nothing to peft, so specifications that differ only in it are equal.
@@ -109,7 +112,7 @@ def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
     """
     linears = target_linears(model, spec)
     weights = [module.weight for module in linears.values()]
-    state = [_shape_entries(model), *linears, *((weight.data_ptr(), weight._version, _sample(weight)) for weight in weights)]
+    state = [_shape_entries(model), *linears, *(_state(weight) for weight in weights)]
     known = _FINGERPRINTS.get(model)
     if known is None or known[0] != state:
         known = state, "+".join(_digest(model, linears, dtype) for dtype in (torch.float16, torch.bfloat16))
@@ -120,10 +123,14 @@ def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
-def _sample(weight: torch.Tensor) -> float:
-    """Return the sum of some hundred weights: one that was changed behind autograd's back has another one."""
+def _state(weight: torch.Tensor) -> tuple[int, int, float]:
+    """Return what is another where weights were changed: their place, autograd's count of changes, the sum of some hundred of them.
+
+    The sum is for changes behind autograd's back, and for models made in inference mode, whose changes are not counted.
+    """
     flat = weight.detach().reshape(-1)
-    return float(flat[:: max(1, len(flat) // 500)].float().sum())
+    changes = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), changes, float(flat[:: max(1, len(flat) // 500)].float().sum())
 
 
 def _shape_entries(model: nn.Module) -> str:

@@ -109,7 +109,7 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
         options: as for `cond_pdiff.hub.push_folder`.
 
     Raises:
-        HubError: `app` or gradio is missing, a generator cannot be read, or see `push_folder`.
+        HubError: `app` or gradio is missing, a generator cannot be read or is of a kind that `app` does not show, or see `push_folder`.
     """
     if not Path(app).is_file():
         raise HubError(f"there is no {app}; give the demo's app.py, which lies at the top of the project's repository")
@@ -124,6 +124,9 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
                 f"{name} is not a repository on the Hub, where a Space could find it; push it first (bundled ones are there anyway)"
             )
         makes = GeneratorInfo.read(name).condition.adapters
+        variable = VARIABLE.format(makes.upper())
+        if variable not in Path(app).read_text(encoding="utf-8"):
+            raise HubError(f"{name} makes {makes} adapters, which {app} has no place for: it does not read {variable}")
         if makes in shown:
             raise HubError(f"{shown[makes]} and {name} both make {makes} adapters; the demo shows one generator of a kind")
         shown[makes] = name

@@ -36,9 +36,9 @@ def weights_files(folder: Path, name: str) -> list[Path]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [index.parent / shard for shard in shards]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise HubError(f"{index} is not an index of shards: {type(error).__name__}: {error}") from error
-        files = [index.parent / shard for shard in shards]
         missing = [path.name for path in files if path.parent != index.parent or path.suffix != ".safetensors" or not path.is_file()]
         if missing or not files:
             raise HubError(f"{index} names shards that are not there: {missing or 'none at all'}; fetch the base model again")

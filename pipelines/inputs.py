@@ -15,16 +15,22 @@ MAX_STEPS = 1000
 OUTPUT_TYPES = ("adapter", "params", "pt", "latent")
 
 
-def only_condition(condition: Any, prompt: Any, image: Any) -> Any:
+def only_condition(keyword: str, condition: Any, prompt: Any, image: Any) -> Any:
     """Return the one of the three that was given.
 
+    Args:
+        keyword: the one that the generator's kind of condition may come by beside `condition`; empty: none.
+
     Raises:
-        ConditionError: none, or several.
+        ConditionError: none, or several, or what the generator does not read: a picture's path is a description, too.
     """
-    given = [value for value in (condition, prompt, image) if value is not None]
+    given = {name: value for name, value in (("condition", condition), ("prompt", prompt), ("image", image)) if value is not None}
     if len(given) != 1:
         raise ConditionError(f"give a condition: a prompt or an image, got {len(given) or 'none'} of them")
-    return given[0]
+    ((name, value),) = given.items()
+    if name not in ("condition", keyword):
+        raise ConditionError(f"this generator reads no {name}; give its condition as {keyword or 'condition'}=")
+    return value
 
 
 def check_schedule(timesteps: Any, sigmas: Any) -> None:

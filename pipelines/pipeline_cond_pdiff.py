@@ -47,8 +47,9 @@ class CondPDiffPipeline(GeneratorPipeline):
         condition_index: the trained tasks.
     """
 
-    model_cpu_offload_seq: Any = "condition_encoder->unet->autoencoder"
-    _exclude_from_cpu_offload: Any = ("normalizer", "template", "condition_index")  # small, and read in other ways than by `forward`
+    model_cpu_offload_seq: Any = "unet->autoencoder"
+    # These are small, and read in other ways than by `forward`, or have no parameters at all.
+    _exclude_from_cpu_offload: Any = ("condition_encoder", "normalizer", "template", "condition_index")
     _callback_tensor_inputs = ("latents", "condition_embeddings")
 
     autoencoder: Autoencoder
@@ -99,7 +100,8 @@ class CondPDiffPipeline(GeneratorPipeline):
     def interrupt(self) -> bool:
         """Whether the call in progress is to stop: `pipe.interrupt = True` in a callback or another thread ends denoising after that step.
 
-        The call goes on from the latents as they are then. Each call begins with False.
+        The call goes on from the latents as they are then; its adapters record no seed, which would not make them again. Each call begins
+        with False.
         """
         return self._interrupt
 
@@ -180,7 +182,7 @@ class CondPDiffPipeline(GeneratorPipeline):
                 out-of-distribution style picture, `cond_pdiff.conditions.style_image.STYLE_VIEWS` of each for every adapter.
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
-            prompt, image: diffusers' words for `condition`; give one of the three.
+            prompt, image: diffusers' words for `condition`, of a text or a style generator; give one of the three.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -190,7 +192,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             ConditionError: the condition cannot be used.
             CondPDiffError: another argument is out of its range, or not for this generator's scheduler.
         """
-        condition = only_condition(condition, prompt, image)
+        condition = only_condition(self.condition_encoder.condition_kind.keyword, condition, prompt, image)
         checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -205,6 +207,8 @@ class CondPDiffPipeline(GeneratorPipeline):
             with self.progress_bar(total=num_inference_steps) as bar:
                 on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
                 latents = self._denoise(latents, condition_embeddings, num_inference_steps, generator, on_step, schedule)
+            if self._interrupt:  # no seed makes these again
+                seeds = [None] * num_adapters
             if schedule:
                 num_inference_steps = len(self.scheduler.timesteps.unique())
             result = latents if output_type == "latent" else self.decode(latents)
@@ -304,11 +308,16 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     def base_model(self) -> Any:
         """Return the frozen base model, as its family loads it; on first use. Never attach to it for longer than a call."""
-        family, spec = self.family, self.template.spec
-        labels = next(iter(self.condition_index.config.tasks.values())).get("labels", ())
-        base = load_once(self._base, lambda: family.load(self.template.base, spec, len(labels)))
+        family = self.family
+        base = load_once(self._base, lambda: family.load(self.template.base, self.template.spec, self._head_labels))
         base.to(self._execution_device)
         return base
+
+    @property
+    def _head_labels(self) -> int | None:
+        """The number of labels that the adapters' heads tell apart; None where they bring none, or no trained task says it."""
+        task: dict[str, Any] = next(iter(self.condition_index.config.tasks.values()), {})
+        return len(task.get("labels", ())) or None if self.template.spec.modules_to_save else None
 
     def _choose(
         self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
@@ -349,7 +358,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         if isinstance(condition, (list, tuple)):
             raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         checked = self.condition_encoder.condition_kind.of(condition)
-        told = len(next(iter(self.condition_index.config.tasks.values())).get("labels", ()))
-        if self.template.spec.modules_to_save and len(checked.labels) not in (0, told):
+        told = self._head_labels
+        if told is not None and len(checked.labels) not in (0, told):
             raise ConditionError(f"the adapters' heads tell {told} labels apart, the prompt names {len(checked.labels)}")
         return checked

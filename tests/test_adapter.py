@@ -240,6 +240,11 @@ def test_a_base_is_hashed_once_until_it_changes(
         tiny_adapter.attach(model)
 
 
+@torch.inference_mode()
+def test_a_base_made_in_inference_mode_is_recognised(tiny_adapter: LoraAdapter) -> None:
+    tiny_adapter.check_base(make_bert())
+
+
 def test_fingerprint_sees_every_targeted_weight_and_the_config(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter) -> None:
     model = sentence_backbone.model
     known = {base_fingerprint(model, tiny_adapter.spec)}

@@ -158,9 +158,14 @@ def test_config_and_metadata_may_not_contradict_each_other(
         (lambda m: m["lora"].pop("rank"), "rank"),
         (lambda m: m.update(lora=[]), "not a LoRA specification"),
         (lambda m: m["lora"].update(rank=10**6), "rank"),
+        (lambda m: m["lora"].update(base_fingerprint=5), "base_fingerprint must be a string or null, got 5"),
+        (lambda m: m["lora"].update(family=["x"]), r"family must be a string or null, got \['x'\]"),
         (lambda m: m["base"].update(repo_id="some/other-base"), "some/other-base"),
     ],
-    ids=["layout short", "layout shape", "layout words", "lora more", "lora less", "lora a list", "lora rank", "base reference"],
+    ids=[
+        *("layout short", "layout shape", "layout words", "lora more", "lora less", "lora a list", "lora rank"),
+        *("fingerprint a number", "family a list", "base reference"),
+    ],
 )
 def test_contradictory_or_malformed_metadata_is_refused(saved: Path, change: Change, message: str) -> None:
     edit_json(saved / METADATA_FILE, change)

@@ -188,14 +188,32 @@ def check_kinds(module: str, tree: ast.AST) -> Iterator[str]:
     if under(module, KINDS_HOME):
         return
     for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass") and len(node.args) == 2:
-            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & set(KINDS)
-            yield from (f"{module}:{node.lineno} asks for a {name}" for name in sorted(asked))
-        elif isinstance(node, ast.Compare):
-            sides = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
-            named = {part.value for part in sides if isinstance(part, ast.Constant) and isinstance(part.value, str)} & set(KIND_NAMES)
-            named |= {part.id for part in (node.left, *node.comparators) if isinstance(part, ast.Name)} & set(KINDS)
-            yield from (f"{module}:{node.lineno} compares with {name}" for name in sorted(named))
+            yield from (f"{module}:{line} asks for a {name}" for name in sorted(classes_in(*ast.walk(node.args[1]))))
+        elif isinstance(node, (ast.Compare, ast.Match)):
+            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [case.pattern for case in node.cases]
+            parts = [part for side in sides for part in ast.walk(side)]
+            patterns = [part.cls for part in parts if isinstance(part, ast.MatchClass)]
+            named = strings_in(*parts) | classes_in(*(part for side in sides for part in (side, *getattr(side, "elts", ()))), *patterns)
+            yield from (f"{module}:{line} compares with {name}" for name in sorted(named))
+        elif isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.value, ast.Dict):
+            named = strings_in(*node.value.keys) | classes_in(*node.value.keys)
+            yield from (f"{module}:{line} chooses by {name}" for name in sorted(named))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("startswith", "endswith", "get"):
+            named = strings_in(*(part for argument in node.args for part in ast.walk(argument)))
+            yield from (f"{module}:{line} asks for {name}" for name in sorted(named))
+
+
+def strings_in(*nodes: ast.AST | None) -> set[str]:
+    """The names of kinds among literal strings."""
+    return {str(node.value) for node in nodes if isinstance(node, ast.Constant)} & set(KIND_NAMES)
+
+
+def classes_in(*nodes: ast.AST | None) -> set[str]:
+    """The classes of kinds, by their own name or as `module.Name`."""
+    names = [node for node in nodes if isinstance(node, (ast.Name, ast.Attribute))]
+    return {node.id if isinstance(node, ast.Name) else node.attr for node in names} & set(KINDS)
 
 
 def check_bare_imports(where: str, tree: ast.AST) -> Iterator[str]:
@@ -262,6 +280,15 @@ def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
         ("cond_pdiff.training.new", "found = zoo.family.name == 'text-to-image'", "compares with text-to-image"),
         ("cond_pdiff.training.new", "found = type(x).__name__ == 'StyleCnnConditionEncoder'", "compares with StyleCnnConditionEncoder"),
         ("cond_pdiff.verify", "found = 'image_sha256' in recorded", "compares with image_sha256"),
+        ("cond_pdiff.verify", "found = recorded.get('image_sha256')", "asks for image_sha256"),
+        ("cond_pdiff.pipelines.new", "if isinstance(x, task_prompt.TaskPrompt):\n    pass", "asks for a TaskPrompt"),
+        ("cond_pdiff.training.new", "found = encoder.condition_kind is style_image.StyleImage", "compares with StyleImage"),
+        ("cond_pdiff.training.new", "found = type(x) in (TaskPrompt, str)", "compares with TaskPrompt"),
+        ("cond_pdiff.training.new", "match family.name:\n    case 'text-to-image':\n        pass", "compares with text-to-image"),
+        ("cond_pdiff.training.new", "match x:\n    case TaskPrompt(description='x'):\n        pass", "compares with TaskPrompt"),
+        ("cond_pdiff.training.new", "found = {'sentence-encoder': 1}[family.name]", "chooses by sentence-encoder"),
+        ("cond_pdiff.training.new", "found = {StyleImage: 1}.get(type(x))", "chooses by StyleImage"),
+        ("cond_pdiff.training.new", "found = type(x).__name__.startswith('StyleImage')", "asks for StyleImage"),
         ("cond_pdiff.training.new", "found = encoder.condition_kind is StyleImage", "compares with StyleImage"),
         ("cond_pdiff.hub", "import gradio", "belongs in app only"),
         ("cond_pdiff.adapter", "from huggingface_hub import HfApi", "belongs in hub only"),

@@ -346,6 +346,11 @@ def test_what_is_no_zoo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "zoo.json").write_text("{")
     with pytest.raises(TaskDataError, match="not valid JSON"):
         Zoo(tmp_path)
+    parts: dict[str, Any] = {"base": {}, "lora": {}, "tasks": {}, "unseen": {}}
+    for collect_facts in ({"kind": "sound"}, {"kind": ["text"]}, {"family": 5}):
+        (tmp_path / "zoo.json").write_text(json.dumps({**parts, "collect": collect_facts}))
+        with pytest.raises(TaskDataError, match="collect names no family of base models"):
+            Zoo(tmp_path)
 
 
 def test_runs_come_in_their_order(copied: Zoo) -> None:

@@ -81,6 +81,12 @@ def test_shards_and_files_of_other_names_are_loaded_all_the_same(tiny_backbone: 
     with pytest.raises(HubError, match=rf"names shards that are not there: \['{shards[1].name}'\]"):
         find_backbone(Backbone(str(sharded)))
 
+    outside = shutil.copy(shards[0], tmp_path / "outside.safetensors")
+    for shard in ("../outside.safetensors", str(outside), "..", 5):
+        (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+        with pytest.raises(HubError, match=r"names shards that are not there|is not an index of shards"):
+            find_backbone(Backbone(str(sharded)))
+
     named = Path(shutil.copytree(tiny_backbone.repo_id, tmp_path / "named"))
     (named / "model.safetensors").rename(named / "model.fp16.safetensors")
     assert torch.equal(SentenceBackbone.load(Backbone(str(named))).embed(["the good film"]), whole)
@@ -197,10 +203,26 @@ def test_a_pulled_generator_is_complete_harmless_and_then_works_offline(
     assert torch.equal(*(each("Is the film good?", latents=latents, output_type="params") for each in (pipe, local)))
 
 
-def test_a_fetch_that_broke_off_is_not_listed(tiny_generator: Path, tmp_path: Path) -> None:
-    for name, lost in (("whole", "nothing"), ("half", "template")):
+def test_what_cannot_be_used_is_not_listed(tiny_generator: Path, tmp_path: Path) -> None:
+    def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
+        def edited(folder: Path) -> None:
+            data = json.loads((folder / name).read_text())
+            change(data)
+            (folder / name).write_text(json.dumps(data))
+
+        return edited
+
+    cached: dict[str, Callable[[Path], object]] = {
+        "whole": lambda folder: None,
+        "half": lambda folder: shutil.rmtree(folder / "template"),
+        "encoder": edit("model_index.json", lambda index: index.update(condition_encoder=["cond_pdiff", "NobodysEncoder"])),
+        "no-encoder": edit("model_index.json", lambda index: index.update(condition_encoder="")),
+        "rank": edit("template/config.json", lambda config: config["lora"].update(rank=0)),
+        "card": lambda folder: (folder / "README.md").write_bytes(b"\xff"),
+    }
+    for name, spoil in cached.items():
         repository = tmp_path / f"models--owner--{name}"
-        shutil.copytree(tiny_generator, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns(lost))
+        spoil(Path(shutil.copytree(tiny_generator, repository / "snapshots" / ("0" * 40))))
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0" * 40)
     assert [info.name for info in known_generators(tmp_path) if info.revision] == ["owner/whole"]

@@ -15,18 +15,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from diffusers.configuration_utils import register_to_config
+from loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cond_pdiff import CondPDiffPipeline, LoraAdapter
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.component import COMPONENTS, ExactComponent, register_component
 from cond_pdiff.conditions.condition import CONDITIONS, Condition, register_condition
-from cond_pdiff.errors import ConditionError, CondPDiffError, HubError, TrainingError
+from cond_pdiff.convert import save_comfyui, save_merged
+from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubError, TrainingError
 from cond_pdiff.families.family import FAMILIES, Family, register_family
+from cond_pdiff.families.sentence_encoder import SentenceEncoder
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.models.condition_encoder import ConditionEncoder, EncoderReport
+from cond_pdiff.publish import push_generator, push_space
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
@@ -255,8 +259,53 @@ def test_what_its_kinds_cannot_do_is_refused(made: tuple[Zoo, Path, Path], tmp_p
         evaluate(generator, zoo.folder, tasks, tmp_path / "evaluation", EvaluateConfig())
     with pytest.raises(TrainingError, match="this generator makes adapters for a two-layer-regression"):
         tune({}, generator, tasks, tmp_path / "tune")
+    pipe, adapter = CondPDiffPipeline.from_pretrained(generator), zoo.runs("along")[0].adapter()
     with pytest.raises(ConditionError, match="reads 3 numbers, got a str"):
-        CondPDiffPipeline.from_pretrained(generator)("in words")
+        pipe("in words")
+    with pytest.raises(ConditionError, match="reads no prompt; give its condition as condition="):
+        pipe(prompt="in words")
+    with pytest.raises(AdapterError, match="not classified by prototypes under adapters for a two-layer-regression"):
+        PrototypeClassifier(pipe.base_model(), ["yes", "no"], adapter)
+    with pytest.raises(AdapterError, match="is not an adapter for texts"):
+        PrototypeClassifier.load(zoo.runs("along")[0].folder, ["yes", "no"])
+    with pytest.raises(AdapterError, match="only adapters of PixArt's attention layers can be converted"):
+        save_comfyui(adapter, tmp_path / "lora.safetensors")
+
+
+def test_the_demo_has_no_place_for_it(made: tuple[Zoo, Path, Path], hub: LoopbackHub) -> None:
+    push_generator(made[1], "owner/points")
+    with pytest.raises(HubError, match=r"owner/points makes regression adapters, which .*app\.py has no place for"):
+        push_space(Path(__file__).parents[1] / "app.py", "owner/demo", ("owner/points",), dry_run=True)
+
+
+def test_a_new_kind_is_merged_into_its_base(made: tuple[Zoo, Path, Path], tmp_path: Path) -> None:
+    zoo, _, _ = made
+    adapter = zoo.runs("along")[0].adapter()
+    merged = save_merged(adapter, tmp_path / "merged")
+    model = zoo.family.load_adapted(Backbone(str(merged)))
+    assert error_of(model, None, POINTS["along"]) == pytest.approx(error_of(zoo.family.load_adapted(zoo.base), adapter, POINTS["along"]))
+
+
+def test_a_name_belongs_to_one_class(made: tuple[Zoo, Path, Path]) -> None:
+    for register, kind in ((register_family, RegressionFamily), (register_condition, Point), (register_component, PointConditionEncoder)):
+        assert register(kind) is kind
+        with pytest.raises(CondPDiffError, match=r"there is a .*already"):
+            register(type(kind.__name__, (kind,), {}))
+    with pytest.raises(CondPDiffError, match="there is a family 'text-to-image' already"):
+        register_family(type("Painter", (RegressionFamily,), {"name": "text-to-image"}))
+    assert type(FAMILIES["two-layer-regression"]) is RegressionFamily
+    assert CONDITIONS["point"] is Point
+
+
+def test_a_family_that_looks_like_a_shipped_one_is_recorded(
+    recipe: dict[str, Any], tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("OtherEncoder", (SentenceEncoder,), {"name": "other-encoder"})
+    monkeypatch.setitem(FAMILIES, "other-encoder", kind())
+    short = {"tasks": ["moods"], "unseen": [], "runs": 1, "steps": 2, "multitask_steps": 0}
+    section = {**recipe["collect"], "family": "other-encoder", **short}
+    zoo = collect(parse(CollectConfig, section, "collect"), tasks_folder, tmp_path / "zoo")
+    assert zoo.runs("moods")[0].adapter().family is FAMILIES["other-encoder"]
 
 
 def test_without_its_modules_nothing_is_loaded(made: tuple[Zoo, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +316,8 @@ def test_without_its_modules_nothing_is_loaded(made: tuple[Zoo, Path, Path], tmp
     monkeypatch.delattr("cond_pdiff.PointConditionEncoder", raising=False)
     with pytest.raises(CondPDiffError, match="no family of base models 'two-layer-regression'; known are sentence-encoder"):
         _ = adapter.family
+    again = LoraAdapter.load(adapter.scaled(0.5).save(tmp_path / "half"))  # with a card that says less
+    assert again.spec.family == "two-layer-regression"
     with pytest.raises(HubError, match="PointConditionEncoder"):
         CondPDiffPipeline.from_pretrained(generator)
     with pytest.raises(HubError, match="PointConditionEncoder"):

@@ -43,7 +43,10 @@ def test_diffusers_words_are_understood(pipe: CondPDiffPipeline) -> None:
     wanted = pipe(PROMPT, output_type="params", generator=seeds(0), **options)
     assert torch.equal(pipe(prompt=PROMPT, output_type="pt", generator=seeds(0), **options), wanted)
     with pytest.raises(ConditionError, match="this generator reads a task description"):
-        pipe(image=picture, **options)
+        pipe(picture, **options)
+    for image in (picture, "picture.png"):  # a path is a description, too
+        with pytest.raises(ConditionError, match="this generator reads no image; give its condition as prompt="):
+            pipe(image=image, **options)
     for given in ({}, {"condition": PROMPT, "prompt": PROMPT}, {"prompt": PROMPT, "image": picture}):
         with pytest.raises(ConditionError, match=r"give a condition: a prompt or an image, got (none|2) of them"):
             pipe(**given, **options)
@@ -70,6 +73,13 @@ def test_offloading_moves_every_network_and_ends_with_the_call(
     pipe(PROMPT, output_type=output_type)
     assert set(moved) == ({"unet"} if output_type == "latent" else {"unet", "autoencoder"})
     assert freed == [True]
+
+
+def test_with_offloading_it_makes_the_same(pipe: CondPDiffPipeline) -> None:
+    wanted = params(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):  # the sentence encoder has no parameters, by which accelerate tells where a network is
+        assert torch.equal(params(pipe), wanted)
 
 
 def test_saved_again_it_does_not_tell_where_it_was(tiny_generator: Path, tmp_path: Path) -> None:
@@ -232,7 +242,9 @@ def test_the_callback_may_interrupt_and_the_next_call_runs_through(pipe: CondPDi
     stopped = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop, output_type="latent")
     assert len(seen) == 2
     assert torch.equal(stopped, seen[1])
-    assert len(pipe(PROMPT, generator=seeds(0)).adapters) == 1
+    half_done = pipe(PROMPT, generator=seeds(0), callback_on_step_end=stop).adapter
+    assert half_done.metadata["seed"] is None  # a seed is a promise for `verify`
+    assert pipe(PROMPT, generator=seeds(0)).adapter.metadata["seed"] == 0
     assert not pipe.interrupt
 
 

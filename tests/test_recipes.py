@@ -57,6 +57,8 @@ TINY_AE = TINY_RECIPE["autoencoder"]["model"]
         (AutoencoderConfig, {"model": [1]}, "here: model must be"),
         (UNetConfig, {"condition_encoder": "ClipConditionEncoder"}, "here: condition_encoder must be"),
         (CollectConfig, {"learning_rates": []}, "here: learning_rates must have at least 1 item"),
+        (CollectConfig, ["tasks"], "here must be an object"),
+        (CollectConfig, {"kind": ["text"]}, "here: unknown entry 'kind'"),
         (CollectConfig, {"tasks": "moods"}, "here: tasks must be"),
         (CollectConfig, {"tasks": ["moods", 1]}, "here, tasks: entry 1 must be a valid string, got 1"),
         (CollectConfig, {"tasks": ["moods"], "train_lora_a": 1}, "here: train_lora_a must be a valid boolean, got 1"),
@@ -206,6 +208,16 @@ def test_recipes_of_the_first_release_name_the_same_denoiser() -> None:
     assert as_recorded({"denoiser": {"type": "Other", "width": 8}}) == {"model": {"type": "Other", "width": 8}}
     with pytest.raises(TrainingError, match=r"unet: unknown entry 'model'; known are .*'denoiser'"):
         parse(UNetConfig, {**forms[0], **forms[1]}, "unet")
+
+
+def test_reproductions_of_the_first_release_are_read() -> None:
+    zoos: dict[str, Any] = {"runs": {}, "both": {"train_lora_a": True}}
+    old = {"ways": zoos, "table_ways": ["both"], "distribution_way": "both", "performance_way": "both"}
+    new = {"zoos": zoos, "table_zoos": ["both"], "distribution_zoo": "both", "performance_zoo": "both"}
+    assert parse(ReproduceConfig, old, "reproduce") == parse(ReproduceConfig, new, "reproduce")
+    rows: list[dict[str, Any]] = [{"group": "g", "name": "n", word: "both"} for word in ("way", "zoo")]
+    assert parse(Ablation, rows[0], "ablation") == parse(Ablation, rows[1], "ablation")
+    assert parse(AblationConfig, {"variants": rows}, "ablation") == parse(AblationConfig, {"ablations": rows}, "ablation")
 
 
 BERT = [f"layer.{layer}.attention.{name}" for layer in range(12) for name in ("self.query", "self.key", "self.value", "output.dense")]

@@ -74,7 +74,7 @@ FORMER_WORDS = {"cond_drop_prob": "condition_dropout", "conditions_per_task": "v
 def modern_collect(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's or zoo's section `collect` with a `family` in the place of the `kind` that those of 0.1.0 have, or leave out."""
     kind = section.get("kind", "text")
-    if kind not in PAIRS or "family" in section:
+    if not isinstance(kind, str) or kind not in PAIRS or "family" in section:
         return dict(section)
     return {**{name: value for name, value in section.items() if name != "kind"}, "family": PAIRS[kind][1]}
 
@@ -281,7 +281,8 @@ Network = TypeVar("Network")
 
 def parse(config_class: type[Config], section: Mapping[str, Any], where: str) -> Config:
     """Check a section of a recipe; `TrainingError` names the section, the entry, what was expected of it and what came."""
-    section = modern_collect(section) if config_class is CollectConfig else section
+    if config_class is CollectConfig and isinstance(section, Mapping):
+        section = modern_collect(section)
     try:
         return TypeAdapter(config_class).validate_json(json.dumps(section))
     except ValidationError as error:

@@ -103,11 +103,12 @@ def _check_generation(count: int, steps: int, guidance_scale: float | None, out:
     """Refuse numbers out of their ranges, and a folder that is not to be replaced, before a generator is loaded."""
     from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
     from cond_pdiff.atomic import check_output_folder
+    from cond_pdiff.pipelines.inputs import MAX_STEPS
     from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS
     from cond_pdiff.sampling import check_count, check_guidance
 
     check_count("num_adapters", count, MAX_ADAPTERS)
-    check_count("num_inference_steps", steps, 1000)
+    check_count("num_inference_steps", steps, MAX_STEPS)
     if guidance_scale is not None:
         check_guidance(guidance_scale)
     check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from cond_pdiff.conditions.texts import Text
-from cond_pdiff.errors import ConditionError
+from cond_pdiff.errors import ConditionError, CondPDiffError
 
 Labels = tuple[tuple[str, ...], str]
 """The label names of an adapter, and where they are from."""
@@ -30,6 +30,8 @@ class Condition(ABC):
     """Whether it can name classes, and hold labelled examples of them."""
     own_key: ClassVar[str | None] = None
     """An entry that no other kind's records have; for the kinds that came first, whose records do not say their `type`."""
+    keyword: ClassVar[str] = ""
+    """The argument of the pipeline that it may be given by beside `condition`: "prompt" or "image", diffusers' words; empty: none."""
     file_option: ClassVar[str] = ""
     """The option that `cond-pdiff verify` needs beside the adapter, where the record does not hold the whole condition."""
 
@@ -83,8 +85,13 @@ Kind = TypeVar("Kind", bound=type[Condition])
 
 
 def register_condition(kind: Kind) -> Kind:
-    """Make a kind of condition known by its name; a decorator."""
-    CONDITIONS[kind.name] = kind
+    """Make a kind of condition known by its name; a decorator.
+
+    Raises:
+        CondPDiffError: another class has its name; records that are there would be read by it.
+    """
+    if CONDITIONS.setdefault(kind.name, kind) is not kind:
+        raise CondPDiffError(f"there is a kind of condition {kind.name!r} already; give that of {kind.__module__} another name")
     return kind
 
 

@@ -36,6 +36,7 @@ class StyleImage(Condition):
     name: ClassVar[str] = "style-image"
     noun: ClassVar[str] = "style"
     adapters: ClassVar[str] = "style"
+    keyword: ClassVar[str] = "image"
     own_key: ClassVar[str | None] = "image_sha256"
     file_option: ClassVar[str] = " --image PICTURE"
 

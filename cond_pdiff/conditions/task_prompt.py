@@ -33,6 +33,7 @@ class TaskPrompt(Condition):
     noun: ClassVar[str] = "task"
     adapters: ClassVar[str] = "text"
     names_classes: ClassVar[bool] = True
+    keyword: ClassVar[str] = "prompt"
     own_key: ClassVar[str | None] = "description"
 
     description: str

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Family(ABC):
     """A family of base models: how one is loaded, what is adapted in it, how adapters for it are trained, judged and used.
 
-    A family is a subclass of which `register_family` is given an instance; zoos name it, and adapters and generators say it in their
-    `LoraSpec.family`, unless `claims` knows them.
+    A family is a subclass that `register_family` is given; zoos name it, and adapters and generators say it in their `LoraSpec.family`,
+    unless they are known as its own without that (see `claims`).
     """
 
     name: ClassVar[str]
@@ -50,7 +50,10 @@ class Family(ABC):
     # --- the base model -----------------------------------------------------------------------------------------
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """Return whether adapters with this specification and these modules are of this family, though they do not name it."""
+        """Return whether adapters with this specification and these modules are of this family, though they do not name it.
+
+        Shipped families alone are asked: their first adapters do not name them.
+        """
         return False
 
     @abstractmethod
@@ -58,7 +61,7 @@ class Family(ABC):
         """Load a frozen base model as it is used, float32, on the CPU; it has `to(device)`.
 
         Args:
-            num_labels: of the head that adapters bring.
+            num_labels: of the head that adapters bring; None: they bring none.
 
         Raises:
             HubError: not to be had, or not such a model.
@@ -115,7 +118,14 @@ Kind = TypeVar("Kind", bound=type[Family])
 
 
 def register_family(kind: Kind) -> Kind:
-    """Make a family known by its name; a class decorator."""
+    """Make a family known by its name; a class decorator.
+
+    Raises:
+        CondPDiffError: another class has its name; adapters that are there would be of another family.
+    """
+    shipped = BUILT_IN.get(kind.name, kind.__module__)  # perhaps not imported yet
+    if type(FAMILIES.get(kind.name, kind())) is not kind or kind.__module__ != shipped:
+        raise CondPDiffError(f"there is a family {kind.name!r} already; give that of {kind.__module__} another name")
     FAMILIES[kind.name] = kind()
     return kind
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic.dataclasses
 import torch
 from diffusers import schedulers
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.conditions.task_prompt import TaskPrompt
@@ -45,7 +45,9 @@ class Ablation:
 
     group: str = Field(description="what is varied")
     name: str = Field(description="of the row")
-    zoo: str = Field(default="runs", description="of `reproduce`'s zoos: which it is trained on")
+    zoo: str = Field(
+        default="runs", validation_alias=AliasChoices("zoo", "way"), description="of `reproduce`'s zoos: which it is trained on"
+    )
     adapters: Amount = Field(default=0, description="of each task that are trained on (paper: N), evenly spread; 0: all")
     autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage")
     unet: JsonObject = Field(default_factory=dict, description="changes of the stage")

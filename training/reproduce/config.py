@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pydantic.dataclasses
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from cond_pdiff.defaults import DEFAULT_STEPS
 from cond_pdiff.errors import TrainingError
@@ -41,9 +41,13 @@ class ReproduceConfig:
     )
     alphas: dict[str, Positive] = Field(default_factory=lambda: {"4": 16.0}, description="r → alpha")
     zoos: dict[str, JsonObject] = Field(
-        default_factory=lambda: dict[str, dict[str, Any]](runs={}), description="of collecting: name → other entries of `collect`"
+        default_factory=lambda: dict[str, dict[str, Any]](runs={}),
+        validation_alias=AliasChoices("zoos", "ways"),  # here and below, the second name is that of 0.1.0
+        description="of collecting: name → other entries of `collect`",
     )
-    table_zoos: Annotated[Names, Field(min_length=1)] = Field(default=("runs",), description="those of table 1")
+    table_zoos: Annotated[Names, Field(min_length=1)] = Field(
+        default=("runs",), validation_alias=AliasChoices("table_zoos", "table_ways"), description="those of table 1"
+    )
     full_learning_rate: Positive = Field(default=1e-4, description="of fine-tuning all weights")
     max_rows: Amount = Field(default=0, description="rows of the test split a task; 0: all")
     samples: Count = Field(default=20, description="adapters generated a task (paper: 20)")
@@ -55,9 +59,17 @@ class ReproduceConfig:
     guidance_scale: GuidanceScale | None = Field(default=None, description="classifier-free guidance; none: the generator's own")
     seed: Seed = Field(default=0, description="of generated adapters and of what is chosen at random")
     figure_rank: Rank = Field(default=4, description="of the figures' zoos")
-    distribution_zoo: str = Field(default="checkpoints", description="of the zoo of figures 3(e) and 4(a) …")
+    distribution_zoo: str = Field(
+        default="checkpoints",
+        validation_alias=AliasChoices("distribution_zoo", "distribution_way"),
+        description="of the zoo of figures 3(e) and 4(a) …",
+    )
     distribution_tasks: Names = Field(default=(), description="… and their tasks")
-    performance_zoo: str = Field(default="runs", description="of figure 3(f), errors and noise …")
+    performance_zoo: str = Field(
+        default="runs",
+        validation_alias=AliasChoices("performance_zoo", "performance_way"),
+        description="of figure 3(f), errors and noise …",
+    )
     performance_tasks: Names = Field(default=(), description="… and their tasks")
     noise_sizes: tuple[NotNegative, ...] = Field(
         default=(0.0, 1.0), description="of isotropic noise, in units of the update"
@@ -76,7 +88,9 @@ class AblationConfig:
     autoencoder: JsonObject = Field(default_factory=dict, description="changes of the stage, of all ablations")
     unet: JsonObject = Field(default_factory=dict, description="changes of the stage, of all ablations")
     ablations: tuple[JsonObject, ...] = Field(
-        default=(), description="see `cond_pdiff.training.reproduce.ablations.Ablation`"
+        default=(),
+        validation_alias=AliasChoices("ablations", "variants"),
+        description="see `cond_pdiff.training.reproduce.ablations.Ablation`",
     )
 
 

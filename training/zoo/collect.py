@@ -23,7 +23,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.families.family import family_named
+from cond_pdiff.families.family import family_named, family_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, same_base, target_linears, update_shape
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
@@ -120,7 +120,7 @@ def _open_zoo(
         fan_in_fan_out=config.fan_in_fan_out,
     )
     family = family_named(config.family)
-    if not family.claims(spec, list(target_linears(fine_tuning.model, spec))):
+    if family_of(spec, target_linears(fine_tuning.model, spec)) is not family:
         spec = dataclasses.replace(spec, family=family.name)
     spec = dataclasses.replace(spec, base_fingerprint=family.fingerprint(fine_tuning.model, spec))
     facts = {

@@ -114,9 +114,11 @@ class Zoo:
             raise TaskDataError(f"{self.folder / 'zoo.json'} is not valid JSON: {error}") from error
         if not isinstance(self.facts, dict) or not all(isinstance(self.facts.get(part), dict) for part in ZOO_PARTS):
             raise TaskDataError(f"{self.folder / 'zoo.json'} must hold a JSON object with {', '.join(ZOO_PARTS)}")
-        collect = self.facts["collect"]  # which in zoos of 0.1.0 has a `kind`, or does not name it
-        condition = PAIRS.get(collect.get("kind", "text"), ("", ""))[0]
-        self.facts = {"condition": condition, **self.facts, "collect": modern_collect(collect)}
+        collect = modern_collect(self.facts["collect"])  # which in zoos of 0.1.0 has a `kind`, or does not name it
+        if not isinstance(collect.get("family"), str):
+            raise TaskDataError(f"{self.folder / 'zoo.json'}: collect names no family of base models")
+        condition = PAIRS.get(str(self.facts["collect"].get("kind", "text")), ("", ""))[0]
+        self.facts = {"condition": condition, **self.facts, "collect": collect}
 
     @property
     def family(self) -> Family:
