@@ -359,14 +359,17 @@ def test_the_document_has_the_numbers_of_the_results(name: str, results: Path) -
     assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, results) == []
 
 
-def test_readme_and_card_have_the_numbers_of_table2() -> None:
+def test_readme_and_card_have_the_numbers_of_styles() -> None:
     result = json.loads((ROOT / "results" / "table2.json").read_text())
     table = StyleTable()
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "README.md").read_text(encoding="utf-8").splitlines()
-    assert set(table.means_table(result).splitlines()) <= set(readme)
     for text in (table.means_table(result), table.facts(result)):
         assert set(text.splitlines()) <= set(card)
+    part = table.means_table(json.loads((ROOT / "results" / "style_part.json").read_text())).splitlines()
+    assert len(part) == 14
+    assert set(part) <= set(readme)
+    assert set(part) <= set(card)
 
 
 def test_readme_has_the_numbers_of_the_floor() -> None:

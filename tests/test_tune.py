@@ -136,7 +136,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 
 def test_refusals(tiny_generator: Path, style_generator: Path, tasks_folder: Path, tuned: Path, tmp_path: Path, run: Any) -> None:
     recipe = {"tune": copy.deepcopy(SECTION)}
-    with pytest.raises(TrainingError, match="text adapters"):
+    with pytest.raises(TrainingError, match="tune needs adapters under which texts are classified by prototypes"):
         tune(recipe, style_generator, tasks_folder, tmp_path)
     with pytest.raises(TrainingError, match="tune: most_labels must be greater than or equal to 2, got 1"):
         tune({"tune": {**SECTION, "most_labels": 1}}, tiny_generator, tasks_folder, tmp_path)
