@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,15 @@ def test_classify_takes_a_repository(hub: LoopbackHub, saved: Path, capsys: pyte
     assert main(["classify", "owner/adapter", "the good film", "--json"]) == 0
     (answer,) = json.loads(capsys.readouterr().out)
     assert set(answer["probabilities"]) == {"positive", "negative"}
+
+
+def test_commands_take_a_repository(hub: LoopbackHub, run: Any, saved: Path, tmp_path: Path) -> None:
+    """Each says something of the adapter that it has loaded."""
+    hub.add("owner/adapter", contents(saved))
+    for words, message in (
+        (["verify", "owner/adapter"], "the adapter does not record its generator"),
+        (["convert", "owner/adapter", "--to", "comfyui", "--out", tmp_path / "file"], "only adapters of PixArt's attention layers"),
+        (["preview", "owner/adapter", "--prompt", "a house"], "owner/adapter is not a style adapter"),
+        (["preview", "owner/adapter", "--prompt", "a house", "--card"], "there is no folder owner/adapter"),
+    ):
+        assert message in run(*words).err[-1]  # behind the Hub's bar

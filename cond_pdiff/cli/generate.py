@@ -170,7 +170,7 @@ def preview(
 ) -> None:
     """Make pictures with and without a style adapter."""
     folder = Path(adapter)
-    out = out or (folder if folder.is_dir() else Path(folder.name)).with_name(f"{folder.name}-preview.png")
+    out = out or Path(f"{folder if folder.is_dir() else folder.name}-preview.png")
     if out.exists() and not force:
         raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
     if out.suffix.lower() != ".png":
