@@ -168,7 +168,7 @@ def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Co
                 raise AdapterError(
                     f"module {name!r} is a {type(module).__name__}, expected a Linear or a Conv1D (is an adapter already merged in?)"
                 )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def plain_lora(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torc
         ranks, alphas = (matched(pattern, modules) for pattern in patterns)
         scales = {}
         for name in modules:
-            rank, alpha = ranks.get(name, spec.rank), alphas.get(name, spec.alpha)
+            rank, alpha = int(ranks.get(name, spec.rank)), alphas.get(name, spec.alpha)
             check_factors(tensors, name, rank, "r and rank_pattern")
             scales[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return fold_scales(spec, tensors, scales)
