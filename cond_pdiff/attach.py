@@ -76,7 +76,7 @@ def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
             own = head.named_parameters(recurse=False)
-            heads.append((head, HeadHook.of(head, {part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})))
+            heads.append((head, HeadHook({part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})))
         handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
         handles += [layer.register_forward_hook(head_hook, with_kwargs=True) for layer, head_hook in heads]
         return Attachment(handles, lock_of(model))
@@ -153,21 +153,22 @@ class GroupedUpdateHook:
 
 @dataclass(frozen=True, eq=False)
 class HeadHook:
-    """A forward hook that puts the output of another module in the place of a module's own."""
+    """A forward hook that puts the output of a module with other parameters in the place of the module's own; it takes keywords, too.
 
-    replacement: nn.Module
+    Args:
+        parameters: the name of each of the module's own parameters (not its children's) → another one.
+    """
 
-    @classmethod
-    def of(cls, module: nn.Module, parameters: Mapping[str, torch.Tensor]) -> HeadHook:
-        """Return the hook for a copy of `module` with these tensors for its own parameters; all else is shared."""
-        replacement = copy.copy(module)
-        # Plain tensors, so that gradients flow into them.
-        replacement._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
-        return cls(replacement)
+    parameters: Mapping[str, torch.Tensor]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Return the other module's output for the same input."""
-        return self.replacement.forward(*args, **kwargs)  # not a call of the module: that would run this hook again
+        """Return what the module makes of the same input with the other parameters, where its output is."""
+        device = next(value.device for value in (output, *args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        inputs = [value.to(device) if isinstance(value, torch.Tensor) else value for value in args]
+        others: dict[str, Any] = {name: parameter.to(device) for name, parameter in self.parameters.items()}
+        replacement = copy.copy(module)  # shares all else, its children included
+        replacement._parameters = {**module._parameters, **others}
+        return type(module).forward(replacement, *inputs, **kwargs)  # not a call of the module: that would run this hook again
 
     @staticmethod
     def on(module: nn.Module) -> bool:
