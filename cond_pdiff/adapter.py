@@ -22,12 +22,13 @@ from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
-from cond_pdiff.hub import Backbone, Push, push_folder
+from cond_pdiff.hub import Backbone, Push, find_adapter, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, same_base
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, name_suffixes, same_base
 from cond_pdiff.low_rank import weighted_product, weighted_sum
-from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config, read_json, read_tensors, spec_from_peft
+from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config, read_adapter
+from cond_pdiff.plain_lora import check_factors
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, CARD_FILE)
 PREVIEW_FILE = "preview.png"
@@ -54,18 +55,11 @@ class LoraAdapter:
     def __post_init__(self) -> None:
         modules = self.modules
         for name in modules:
-            for factor, axis in zip(FACTORS, (0, 1), strict=True):
-                key = f"{KEY_PREFIX}{name}.{factor}.weight"
-                if key not in self.tensors:
-                    raise AdapterError(f"missing tensor {key!r}")
-                shape = tuple(self.tensors[key].shape)
-                if len(shape) != 2 or shape[axis] != self.spec.rank:
-                    raise AdapterError(f"tensor {key!r} has shape {shape}, which does not fit rank {self.spec.rank}")
+            check_factors(self.tensors, name, self.spec.rank, "r")
             if not self.spec.targets(name):
                 raise AdapterError(f"tensor {KEY_PREFIX}{name}.lora_A.weight is outside target_modules {sorted(self.spec.target_modules)}")
-        for target in self.spec.target_modules:
-            if not any(name == target or name.endswith("." + target) for name in modules):
-                raise AdapterError(f"target_modules names {target!r}, but no tensor belongs to it")
+        for target in sorted(set(self.spec.target_modules) - {suffix for name in modules for suffix in name_suffixes(name)}):
+            raise AdapterError(f"target_modules names {target!r}, but no tensor belongs to it")
         for head in self.spec.modules_to_save:
             if not any(key.startswith(f"{KEY_PREFIX}{head}.") for key in self.head):
                 raise AdapterError(f"modules_to_save names {head!r}, but there is no tensor {KEY_PREFIX}{head}.…")
@@ -162,35 +156,23 @@ class LoraAdapter:
             return push_folder(self.save(folder, preview=preview), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
 
     @classmethod
-    def load(cls, folder: str | Path, layout: ParamLayout | None = None) -> LoraAdapter:
-        """Read an adapter folder strictly.
+    def load(cls, name: str | Path, layout: ParamLayout | None = None, *, revision: str | None = None) -> LoraAdapter:
+        """Read an adapter strictly: a folder, or a repository on the Hub, of which the adapter's own files alone are fetched.
+
+        It holds `adapter_config.json` and `adapter_model.safetensors`, as saved by this package or by peft. Ranks and scales that
+        differ between peft's modules are folded into one, and every ΔW stays what it is (see `cond_pdiff.plain_lora`).
 
         Args:
-            folder: holds `adapter_config.json` and `adapter_model.safetensors`, as saved by this package or by peft.
+            name: the folder, or "owner/name" where there is no such folder.
             layout: if given, the tensors must fit it exactly.
+            revision: branch, tag or commit of a repository.
 
         Raises:
-            AdapterError: anything missing, extra, malformed or contradictory; the message names the file and the field.
+            AdapterError: anything missing, extra, malformed or contradictory; the message names the file and the field, or says what is
+                there instead.
+            HubError: no such repository or revision, or no network and nothing in the cache.
         """
-        folder = Path(folder)
-        if not (folder / CONFIG_FILE).is_file():
-            raise AdapterError(f"no adapter folder at {folder}; expected {CONFIG_FILE} and {WEIGHTS_FILE} in it")
-        config = read_json(folder / CONFIG_FILE)
-        tensors = read_tensors(folder / WEIGHTS_FILE)
-        spec = spec_from_peft(config, folder / CONFIG_FILE, tensors)
-        metadata = read_json(folder / METADATA_FILE) if (folder / METADATA_FILE).exists() else {}
-        if "lora" in metadata:
-            recorded = LoraSpec.from_json(metadata.pop("lora"))
-            for name, value in recorded.__dict__.items():
-                found = getattr(spec, name)
-                if name not in ("base_fingerprint", "family") and found != value:
-                    raise AdapterError(f"{folder / CONFIG_FILE}: {name} is {found!r}, but {METADATA_FILE} records {value!r}")
-            spec = recorded
-        reference = metadata.get("base")
-        if isinstance(reference, dict) and reference.get("repo_id") != spec.base_model:
-            raise AdapterError(
-                f"{folder / METADATA_FILE}: base is {reference.get('repo_id')!r}, but {CONFIG_FILE} names {spec.base_model!r}"
-            )
+        spec, tensors, metadata = read_adapter(find_adapter(name, revision))
         if "layout" in metadata:
             ParamLayout.from_json(metadata.pop("layout")).validate(tensors)
         if layout is not None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
 
 CARD_FILE = "README.md"
+MAX_NAMED = 16
+"""The number of modules that a card names."""
 
 
 def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
@@ -91,14 +93,19 @@ def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
     if isinstance(base, Mapping):
         revision = f" at revision `{_line(base['revision'])}`" if base.get("revision") else ""
         yield "base model", f"`{_line(base.get('repo_id'))}`{revision}"
-    targets = ", ".join(f"`{_line(name)}`" for name in spec.target_modules)
-    heads = "".join(f", head `{_line(name)}`" for name in spec.modules_to_save)
+    targets = ", ".join(_first([f"`{_line(name)}`" for name in spec.target_modules]))
+    heads = "".join(f", {head}" for head in _first([f"head `{_line(name)}`" for name in spec.modules_to_save]))
     yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}, on {targets}{heads}: {adapter.layout.num_adapter_params:,} parameters"
     if isinstance(metadata.get("max_length"), int):
         yield "texts", f"read up to {metadata['max_length']} tokens, in training and in use"
     labels = metadata.get("labels")
     if isinstance(labels, list) and labels:
         yield "labels", ", ".join(f"`{_line(label)}`" for label in labels)
+
+
+def _first(names: list[str]) -> list[str]:
+    """Return the first of many names, and how many more there are."""
+    return names if len(names) <= MAX_NAMED else [*names[:MAX_NAMED], f"{len(names) - MAX_NAMED} more"]
 
 
 def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

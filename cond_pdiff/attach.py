@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.locks import lock_of
-from cond_pdiff.lora import KEY_PREFIX, LoraSpec, head_linears, target_linears, update_shape
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, head_modules, target_linears, update_shape
 
 
 def check_shapes(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
@@ -24,7 +26,7 @@ def check_shapes(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.
         raise AdapterError(f"module {name!r} is in {where}; is this the base {spec.base_model!r}?")
     for name, linear in linears.items():
         lora_a, lora_b = factors_of(tensors, name)
-        rows, columns = update_shape(linear, spec)
+        rows, columns = update_shape(linear)
         if (lora_b.shape[0], lora_a.shape[1]) != (rows, columns):
             raise AdapterError(f"module {name!r} is {rows}×{columns}, but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}")
     _check_head(spec, tensors, model)
@@ -33,8 +35,8 @@ def check_shapes(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.
 def _check_head(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     wanted = {
         f"{KEY_PREFIX}{name}.{part}": tuple(parameter.shape)
-        for name, linear in head_linears(model, spec).items()
-        for part, parameter in linear.named_parameters()
+        for name, module in head_modules(model, spec).items()
+        for part, parameter in module.named_parameters(recurse=False)
     }
     head = {key: tensor for key, tensor in tensors.items() if spec.saves(key.removeprefix(KEY_PREFIX))}
     for key in sorted(wanted.keys() | head.keys()):
@@ -64,18 +66,20 @@ def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module
         AdapterError: another adapter has its head on the model.
     """
     with lock_of(model):
-        hooks: list[tuple[nn.Module, UpdateHook | HeadHook]] = []
+        hooks, heads = [], []
         for name in adapted_names(tensors):
             linear = model.get_submodule(name)
             weight: torch.Tensor = linear.weight  # type: ignore[assignment]
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name))
             hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * spec.scaling))))
-        for name, head in head_linears(model, spec).items():
+        for name, head in head_modules(model, spec).items():
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
-            parts = {part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(head.weight) for part, _ in head.named_parameters()}
-            hooks.append((head, HeadHook(parts["weight"], parts.get("bias"))))
-        return Attachment([layer.register_forward_hook(hook) for layer, hook in hooks], lock_of(model))
+            own = head.named_parameters(recurse=False)
+            heads.append((head, HeadHook({part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})))
+        handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
+        handles += [layer.register_forward_hook(head_hook, with_kwargs=True) for layer, head_hook in heads]
+        return Attachment(handles, lock_of(model))
 
 
 @contextlib.contextmanager
@@ -149,16 +153,24 @@ class GroupedUpdateHook:
 
 @dataclass(frozen=True, eq=False)
 class HeadHook:
-    """A forward hook that puts another layer's output in the place of a linear layer's."""
+    """A forward hook that puts the output of a module with other parameters in the place of the module's own; it takes keywords, too.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    Args:
+        parameters: the name of each of the module's own parameters (not its children's) → another one.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """Return the other layer's output for the same input."""
-        return nn.functional.linear(args[0], self.weight, self.bias)
+    parameters: Mapping[str, torch.Tensor]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Return what the module makes of the same input with the other parameters, where its output is."""
+        device = next(value.device for value in (output, *args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        inputs = [value.to(device) if isinstance(value, torch.Tensor) else value for value in args]
+        others: dict[str, Any] = {name: parameter.to(device) for name, parameter in self.parameters.items()}
+        replacement = copy.copy(module)  # shares all else, its children included
+        replacement._parameters = {**module._parameters, **others}
+        return type(module).forward(replacement, *inputs, **kwargs)  # not a call of the module: that would run this hook again
 
     @staticmethod
     def on(module: nn.Module) -> bool:
-        """Return whether the layer has such a hook."""
+        """Return whether the module has such a hook."""
         return any(isinstance(hook, HeadHook) for hook in module._forward_hooks.values())

@@ -14,7 +14,7 @@ from cond_pdiff.adapter_card import CARD_FILE, merged_card
 from cond_pdiff.atomic import atomic_folder, write_bytes
 from cond_pdiff.errors import AdapterError, CondPDiffError, OutputExistsError
 from cond_pdiff.hub import ALLOWED_PATTERNS, Backbone, find_backbone
-from cond_pdiff.lora import KEY_PREFIX
+from cond_pdiff.lora import KEY_PREFIX, is_transposed
 from cond_pdiff.weights import weights_files
 
 COMFYUI_PREFIX = "transformer."
@@ -75,9 +75,9 @@ def save_comfyui(adapter: LoraAdapter, file: str | Path, overwrite: bool = False
 
 
 def _refuse_heads(adapter: LoraAdapter) -> None:
-    if adapter.spec.modules_to_save or adapter.spec.fan_in_fan_out:
+    if adapter.spec.modules_to_save:
         raise AdapterError(
-            "adapters of sequence classifiers, with a head or transposed weights, cannot be converted; load the adapter with peft "
+            "adapters with a head, as those of sequence classifiers, cannot be converted; load the adapter with peft "
             "onto an AutoModelForSequenceClassification, then merge_and_unload() and save_pretrained()"
         )
 
@@ -110,10 +110,12 @@ def save_merged(
         raise AdapterError(f"{adapter.spec.base_model!r} is of no family of base models that is known here; merge with peft instead")
     weights = adapter.family.weights_file
     source, folder = find_backbone(reference, weights), Path(folder)
-    adapter.check_base(adapter.family.load_adapted(reference))
+    model = adapter.family.load_adapted(reference)
+    adapter.check_base(model)
     shards = {path: load(path.read_bytes()) for path in weights_files(source, weights)}
     for module in adapter.modules:
         delta, key = scale * adapter.delta(module), f"{module}.weight"
+        delta = delta.T if is_transposed(model.get_submodule(module)) else delta
         tensors = next((tensors for tensors in shards.values() if key in tensors), None)
         if tensors is None:
             raise AdapterError(f"{source / weights} has no {key}: it is not saved as the model that the adapter is attached to")

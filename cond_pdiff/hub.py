@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -22,8 +23,13 @@ from cond_pdiff.weights import weights_files, weights_sha256
 ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
 """The only files ever requested from a repository: no code, no pickles."""
 
+ADAPTER_PATTERNS = ("*adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json")
+"""The files that are requested of an adapter's repository; configurations in its sub-folders tell where adapters are, if not at its top."""
+
 PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
 """The files that are sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
+
+REPO_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 MAX_JSON_BYTES = 4 << 20
 """The most bytes of one JSON file of a generator or an adapter; more is refused before it is read."""
@@ -112,17 +118,18 @@ def _folder_in_package(repo_id: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def fetch(repo_id: str, revision: str | None = None, **options: Any) -> Path:
+def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = ALLOWED_PATTERNS, **options: Any) -> Path:
     """Fetch a snapshot of a Hub repository: the allowed files only, from the cache where they are there already.
 
     Args:
+        patterns: the files that are wanted, all of them allowed ones.
         options: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `huggingface_hub.snapshot_download`.
 
     Raises:
         HubError: no such repository or revision, no network and nothing in the cache, or a broken download.
     """
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(ALLOWED_PATTERNS), **options))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), **options))
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is neither a folder nor a Hub repository name (owner/name): {error}") from error
     except LocalEntryNotFoundError as error:
@@ -262,6 +269,23 @@ def find_generator(name: str | Path, **options: Any) -> Path:
     if name.startswith(BUNDLED_NAMESPACE):
         raise HubError(f"no bundled generator is called {name!r}; there are {bundled_generators()}")
     return fetch(name, **options)
+
+
+def find_adapter(name: str | Path, revision: str | None = None) -> Path:
+    """Find the folder of an adapter: a local one, or a snapshot from the Hub if there is none and the name is that of a repository.
+
+    Raises:
+        HubError: neither is there, or see `fetch`; or a revision is asked for of a folder.
+    """
+    place = Path(name)
+    if place.exists() or not REPO_NAME.fullmatch(str(name)):
+        if revision is not None:
+            raise HubError(f"a revision is one of a Hub repository (owner/name), got {revision!r} for {name}")
+        return place
+    try:
+        return fetch(str(name), revision, ADAPTER_PATTERNS)
+    except HubError as error:
+        raise HubError(f"there is no folder {name}, and of the Hub: {error}") from error
 
 
 def check_generator(folder: Path) -> dict[str, Any]:

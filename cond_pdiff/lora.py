@@ -1,7 +1,7 @@
 """What an adapter is: its specification, and the modules of a base model that belong to it.
 
 Two kinds of modules: those that get an update ΔW (`target_modules`), and heads (`modules_to_save`), which the adapter brings
-whole, as peft does for a classification head that the base model does not have.
+whole, as peft does for a classification head that the base model does not have, or for embeddings that were trained along.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -36,12 +36,13 @@ class LoraSpec:
         base_model: Hub id of the base model, or None if unknown.
         rank: r of ΔW = (alpha / rank) · B · A (paper, equation 1).
         alpha: the scale's numerator.
-        target_modules: suffixes of the adapted modules' names.
+        target_modules: suffixes of the adapted modules' names, or the whole names.
         task_type: peft's task type, or None.
         base_fingerprint: `base_fingerprint` of the base model, or None if unknown (then attaching cannot check it). Specifications
             that differ only in it are equal: see `same_base`.
         modules_to_save: full names of the modules that the adapter brings whole: its heads.
-        fan_in_fan_out: the adapted modules keep their weights as (in, out), as GPT-2's Conv1D does. ΔW is (out, in) all the same.
+        fan_in_fan_out: peft's word for adapted modules that keep their weights as (in, out), as GPT-2's Conv1D does. It is only handed
+            on: the modules themselves tell (see `is_transposed`), as in peft, and ΔW is (out, in) all the same.
         family: of the base model, by name (see `cond_pdiff.families`); None where the rest of the specification tells it.
     """
 
@@ -80,9 +81,7 @@ class LoraSpec:
 
     def targets(self, module_name: str) -> bool:
         """Return whether the module with this full name is one of the adapted ones (peft's suffix rule; never a part of a head)."""
-        return not self.saves(module_name) and any(
-            module_name == target or module_name.endswith("." + target) for target in self.target_modules
-        )
+        return not self.saves(module_name) and any(suffix in self.target_modules for suffix in name_suffixes(module_name))
 
     def saves(self, name: str) -> bool:
         """Return whether the module or parameter with this full name is a head, or a part of one."""
@@ -101,6 +100,14 @@ class LoraSpec:
             return cls(**{**data, **lists})
         except (KeyError, TypeError, AttributeError) as error:
             raise AdapterError(f"not a LoRA specification: {error}") from error
+
+
+def name_suffixes(module_name: str) -> Iterator[str]:
+    """Yield what may stand in `target_modules` for a module: its full name "a.b.c", then "b.c", then "c"."""
+    yield module_name
+    while "." in module_name:
+        module_name = module_name.partition(".")[2]
+        yield module_name
 
 
 def base_fingerprint(model: nn.Module, spec: LoraSpec) -> str:
@@ -160,41 +167,47 @@ def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Co
             f"the model ({type(model).__name__}) has no module named {sorted(spec.target_modules)}; "
             f"these adapters are for {spec.base_model or 'another base model'}"
         )
-    kind: Any = nn.Linear
-    if spec.fan_in_fan_out:
-        from transformers.pytorch_utils import Conv1D as kind
-    linears = {name: module for name, module in found.items() if isinstance(module, kind)}
-    for name in sorted(found.keys() - linears.keys()):
-        raise AdapterError(
-            f"module {name!r} is a {type(found[name]).__name__}, expected a {kind.__name__} "
-            f"(is an adapter already merged in? fan_in_fan_out is {spec.fan_in_fan_out})"
-        )
-    return linears
+    for name, module in found.items():
+        if is_transposed(module):
+            from transformers.pytorch_utils import Conv1D
+
+            if not isinstance(module, Conv1D):
+                raise AdapterError(
+                    f"module {name!r} is a {type(module).__name__}, expected a Linear or a Conv1D (is an adapter already merged in?)"
+                )
+    return found
 
 
-def update_shape(module: nn.Linear | Conv1D, spec: LoraSpec) -> tuple[int, int]:
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a targeted module keeps its weight as (in, out): it is a Conv1D, and no Linear."""
+    return not isinstance(module, nn.Linear)
+
+
+def update_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     """Return the shape (out, in) of a targeted module's ΔW."""
     rows, columns = module.weight.shape
-    return (columns, rows) if spec.fan_in_fan_out else (rows, columns)
+    return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
-def head_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear]:
-    """Return the linear layers of the heads of `model`, by full name; raise `AdapterError` if a head is missing or of another kind."""
-    linears = {}
+def head_modules(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
+    """Return the modules of the heads of `model` that have parameters of their own, by full name.
+
+    Raises:
+        AdapterError: a head is missing.
+    """
+    parts = {}
     for head in spec.modules_to_save:
         try:
             module = model.get_submodule(head)
         except AttributeError as error:
             raise AdapterError(
-                f"the model ({type(model).__name__}) has no module {head!r}, for which the adapter brings a head; "
-                "load the base with AutoModelForSequenceClassification.from_pretrained(…, num_labels=…)"
+                f"the model ({type(model).__name__}) has no module {head!r}, which the adapter brings whole; load the base with the class "
+                "that it was trained with, such as AutoModelForSequenceClassification.from_pretrained(…, num_labels=…)"
             ) from error
         for name, part in module.named_modules(prefix=head):
-            if isinstance(part, nn.Linear):
-                linears[name] = part
-            elif next(part.parameters(recurse=False), None) is not None:
-                raise AdapterError(f"module {name!r} is a {type(part).__name__}; only heads of Linear layers are supported")
-    return linears
+            if next(part.parameters(recurse=False), None) is not None:
+                parts[name] = part
+    return parts
 
 
 def adapted_module(model: Any) -> nn.Module:

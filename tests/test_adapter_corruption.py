@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TARGETS, fingerprint
+from conftest import fingerprint
 from safetensors.torch import load_file, save_file
 
 from cond_pdiff.adapter import LoraAdapter
@@ -99,19 +99,28 @@ CONFIG_CORRUPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "alpha nan": ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),
     "alpha beyond float": ({"lora_alpha": 10**400}, "lora_alpha must be a positive number"),
     "alpha words": ({"lora_alpha": "4"}, "lora_alpha must be a positive number"),
-    "targets a regex": ({"target_modules": r".*(a+)+query"}, r"target_modules must be a list of module names, got '\.\*\(a\+\)\+query'"),
+    "targets a mapping": ({"target_modules": {"query": 1}}, r"target_modules must be a list of module names, got {'query': 1}"),
     "targets numbers": ({"target_modules": [1]}, "target_modules must be a list"),
     "targets nothing": ({"target_modules": []}, "target_modules is empty"),
     "targets too few": ({"target_modules": ["query", "key", "value"]}, "is outside target_modules"),
-    "targets too many": ({"target_modules": [*TARGETS, "intermediate.dense"]}, "target_modules names 'intermediate.dense'"),
-    "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
+    "targets excluded": ({"exclude_modules": ["layer.1.attention.self.query"]}, "layer.1.attention.self.query.*is of a module in exclude"),
+    "excluded numbers": ({"exclude_modules": [1]}, "exclude_modules must be a list"),
+    "another method": ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'; it is an adapter of another method"),
+    "no method": ({"peft_type": None}, "peft_type is None, expected 'LORA'$"),
+    "AdapterHub's": ({"peft_type": None, "config": {"reduction_factor": 16}}, "looks like an adapter of the AdapterHub library"),
+    "MLX's": ({"peft_type": None, "lora_parameters": {"rank": 8}}, "looks like an adapter of MLX"),
     "biases": ({"bias": "all"}, "bias is 'all'"),
-    "dora": ({"use_dora": True}, "use_dora is True"),
-    "rank-stabilised": ({"use_rslora": True}, "use_rslora is True"),
-    "rank pattern": ({"rank_pattern": {"query": 4}}, "rank_pattern"),
-    "alpha pattern": ({"alpha_pattern": {"query": 4}}, "alpha_pattern"),
+    "dora": ({"use_dora": True}, "use_dora is True: DoRA"),
+    "biases of its own": ({"lora_bias": True}, "lora_bias is True: LoRA with biases of its own"),
+    "rank pattern": ({"rank_pattern": {"query": 4}}, r"query\.lora_A\.weight' has shape \(2, 32\).* rank 4 \(r and rank_pattern\)"),
+    "rank pattern zero": ({"rank_pattern": {"query": 0}}, "rank_pattern: 'query' is 0, expected a positive number"),
+    "alpha pattern words": ({"alpha_pattern": {"query": "4"}}, "alpha_pattern: 'query' is '4', expected a positive number"),
+    "alpha pattern a list": ({"alpha_pattern": [4]}, "alpha_pattern must map names"),
+    "alpha pattern broken": ({"alpha_pattern": {"(query": 4}}, "are no regular expressions"),
+    "base revision": ({"revision": 3}, "revision must be the base model's branch, tag or commit, got 3"),
     "another base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa': peft changes the base model's own weights"),
-    "some layers": ({"layers_to_transform": [0]}, "layers_to_transform"),
+    "some layers": ({"layers_to_transform": [0]}, r"layer\.1\..* is of none of the layers in layers_to_transform \[0\]"),
+    "layers in words": ({"layers_to_transform": "0"}, "layers_to_transform must be whole numbers"),
     "whole modules": ({"modules_to_save": ["pooler"]}, "modules_to_save"),
     "transposed weights": ({"fan_in_fan_out": "yes"}, "fan_in_fan_out must be true or false, got 'yes'"),
 }

@@ -21,7 +21,7 @@ from cond_pdiff.adapter import FACTORS
 from cond_pdiff.convert import save_comfyui, save_merged
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, base_fingerprint, head_linears, target_linears, update_shape
+from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, base_fingerprint, head_modules, target_linears, update_shape
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config
 from cond_pdiff.training.evaluate.similarity import ZooSpace
@@ -38,10 +38,10 @@ def head_adapter(model: torch.nn.Module, base: str, seed: int = 0, heads: tuple[
     rng = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, linear in target_linears(model, spec).items():
-        rows, columns = update_shape(linear, spec)
+        rows, columns = update_shape(linear)
         for factor, shape in zip(FACTORS, ((RANK, columns), (rows, RANK)), strict=True):
             tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] = 0.1 * torch.randn(shape, generator=rng)
-    for name, linear in head_linears(model, spec).items():
+    for name, linear in head_modules(model, spec).items():
         for part, parameter in linear.named_parameters():
             tensors[f"{KEY_PREFIX}{name}.{part}"] = torch.randn(parameter.shape, generator=rng)
     return LoraAdapter(spec, tensors, {"labels": ["positive", "negative"], "base": {"repo_id": base}})
@@ -176,8 +176,8 @@ def test_heads_that_do_not_fit_are_refused_before_a_module_is_touched(
     [
         ({"modules_to_save": "classifier"}, "modules_to_save must be a list of module names"),
         ({"modules_to_save": [1]}, "modules_to_save must be a list of module names"),
-        ({"modules_to_save": None}, r"unexpected tensor '.*classifier\.(bias|weight)'"),
-        ({"modules_to_save": ["score"]}, r"unexpected tensor '.*classifier\.(bias|weight)'"),
+        ({"modules_to_save": None, "task_type": "FEATURE_EXTRACTION"}, r"unexpected tensor '.*classifier\.(bias|weight)'"),
+        ({"modules_to_save": ["score"], "task_type": None}, r"unexpected tensor '.*classifier\.(bias|weight)'"),
         ({"modules_to_save": ["classifier", "pooler"]}, "modules_to_save names 'pooler', but there is no tensor"),
         ({"fan_in_fan_out": 1}, "fan_in_fan_out must be true or false, got 1"),
     ],
@@ -238,7 +238,7 @@ def test_models_without_the_head_are_refused(model: torch.nn.Module, adapter: Lo
     with pytest.raises(AdapterError, match=r"no module 'classifier'.*AutoModelForSequenceClassification"):
         adapter.attach(model)
     model.classifier = torch.nn.Sequential(torch.nn.LayerNorm(32), torch.nn.Linear(32, 2))
-    with pytest.raises(AdapterError, match=r"'classifier\.0' is a LayerNorm; only heads of Linear layers"):
+    with pytest.raises(AdapterError, match=r"missing tensor '.*classifier\.0\.bias' of the head"):
         adapter.attach(model)
 
 
@@ -299,9 +299,9 @@ def test_heads_of_different_shapes_make_no_generator(adapter: LoraAdapter, tiny_
 def test_what_cannot_take_a_head_refuses_it(
     adapter: LoraAdapter, sentence_backbone: SentenceBackbone, saved: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError, match="with a head or transposed weights, cannot be converted"):
+    with pytest.raises(AdapterError, match="adapters with a head, as those of sequence classifiers, cannot be converted"):
         save_merged(adapter, tmp_path / "merged")
-    with pytest.raises(AdapterError, match="with a head or transposed weights, cannot be converted"):
+    with pytest.raises(AdapterError, match="adapters with a head, as those of sequence classifiers, cannot be converted"):
         save_comfyui(adapter, tmp_path / "lora.safetensors")
     with pytest.raises(AdapterError, match="brings a trained head"):
         PrototypeClassifier(sentence_backbone, ["positive", "negative"], adapter)
@@ -335,8 +335,20 @@ def test_transposed_weights(gpt2: torch.nn.Module, tmp_path: Path) -> None:
         torch.testing.assert_close(merged(tokens).logits, stock(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_weights_that_lie_the_other_way_are_refused(gpt2: torch.nn.Module, model: torch.nn.Module, adapter: LoraAdapter) -> None:
-    with pytest.raises(AdapterError, match=r"is a Conv1D, expected a Linear .*fan_in_fan_out is False"):
-        head_adapter(gpt2, "some/gpt2", **{**GPT2, "fan_in_fan_out": False})
-    with pytest.raises(AdapterError, match=r"is a Linear, expected a Conv1D .*fan_in_fan_out is True"):
-        replace(adapter, spec=replace(adapter.spec, fan_in_fan_out=True)).attach(model)
+def test_the_modules_tell_how_their_weights_lie(
+    gpt2: torch.nn.Module, model: torch.nn.Module, adapter: LoraAdapter, logits: Callable[[torch.nn.Module], torch.Tensor]
+) -> None:
+    """Many configurations have a wrong `fan_in_fan_out`; peft goes by the module, too."""
+    tokens = torch.tensor([[5, 6, 7, 0], [5, 9, 8, 7]])
+    outputs = []
+    for flag in (True, False):
+        with torch.no_grad(), head_adapter(gpt2, "some/gpt2", **{**GPT2, "fan_in_fan_out": flag}).attached(gpt2):
+            outputs.append(gpt2(tokens).logits)
+    assert torch.equal(*outputs)
+    with adapter.attached(model):
+        right = logits(model)
+    with replace(adapter, spec=replace(adapter.spec, fan_in_fan_out=True)).attached(model):
+        assert torch.equal(logits(model), right)
+    model.bert.encoder.layer[0].attention.self.query = torch.nn.Conv1d(32, 32, 1)
+    with pytest.raises(AdapterError, match=r"query' is a Conv1d, expected a Linear or a Conv1D"):
+        adapter.attach(model)

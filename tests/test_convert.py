@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import fingerprint, refused
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, GPT2Config, GPT2Model
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.convert import from_comfyui, save_comfyui, save_merged, to_comfyui
 from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, OutputExistsError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures
 from cond_pdiff.training.zoo.zoo import Zoo
@@ -77,6 +78,22 @@ def test_a_merged_sentence_model_is_the_base_with_the_adapter(
     none = save_merged(tiny_adapter, tmp_path / "none", tiny_backbone, scale=0.0)
     assert fingerprint(AutoModel.from_pretrained(none)) == fingerprint(AutoModel.from_pretrained(tiny_backbone.repo_id))
     assert fingerprint(sentence_backbone.model) == before
+
+
+def test_a_merged_gpt2_keeps_its_weights_transposed(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    """`attn.c_proj` is square, so that a ΔW the wrong way round would fit; a wrong `fan_in_fan_out` changes nothing."""
+    base = GPT2Model(GPT2Config(vocab_size=200, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    base.save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny_backbone.repo_id) / name, tmp_path / "base" / name)
+    spec = LoraSpec(str(tmp_path / "base"), 2, 4.0, ("attn.c_proj",))
+    stem = f"{KEY_PREFIX}h.0.attn.c_proj"
+    factors = {f"{stem}.lora_A.weight": torch.randn(2, 16), f"{stem}.lora_B.weight": torch.randn(16, 2)}
+    for flag in (False, True):
+        adapter = LoraAdapter(replace(spec, fan_in_fan_out=flag), factors)
+        save_merged(adapter, tmp_path / f"merged {flag}")
+        merged = AutoModel.from_pretrained(tmp_path / f"merged {flag}").h[0].attn.c_proj.weight
+        torch.testing.assert_close(merged, base.h[0].attn.c_proj.weight + adapter.delta("h.0.attn.c_proj").T)
 
 
 def test_a_merged_pixart_has_the_sums_and_is_else_the_base(style_adapter: LoraAdapter, tiny_base: Backbone, tmp_path: Path) -> None:

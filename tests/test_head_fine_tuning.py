@@ -27,7 +27,7 @@ from transformers import (
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, ParamUNet1D, PrototypeClassifier, TaskPrompt
 from cond_pdiff.errors import AdapterError, ConditionError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, LoraSpec, head_linears, target_linears, update_shape
+from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, LoraSpec, head_modules, target_linears, update_shape
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.training.config import CollectConfig, parse
@@ -283,9 +283,9 @@ def test_sizes_are_those_of_the_papers_table(name: str, rank: int) -> None:
         model = AutoModelForSequenceClassification.from_config(ARCHITECTURES[name][1]())
     linears = target_linears(model, spec)
     assert len(linears) == 12 * len(config.target_modules)
-    size = rank * sum(sum(update_shape(linear, spec)) for linear in linears.values())
+    size = rank * sum(sum(update_shape(linear)) for linear in linears.values())
     assert size == PER_RANK[name] * rank
-    size += sum(parameter.numel() for linear in head_linears(model, spec).values() for parameter in linear.parameters())
+    size += sum(parameter.numel() for linear in head_modules(model, spec).values() for parameter in linear.parameters())
     with torch.device("meta"):
         autoencoder = ParamAutoencoder(size, **recipe["autoencoder"]["model"])
         channels, length = autoencoder.latent_shape

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cond_pdiff.cli.options import AdapterFolder, AsJson, Base, Force
+from cond_pdiff.cli.options import AdapterName, AsJson, Base, Force
 from cond_pdiff.cli.output import hide_loading_bars, report
 from cond_pdiff.errors import CondPDiffError
 
@@ -17,7 +17,7 @@ commands = typer.Typer()
 
 @commands.command()
 def verify(
-    adapter: AdapterFolder,
+    adapter: AdapterName,
     *,
     generator: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where its generator is now (default: by its recorded name and commit).")
@@ -43,7 +43,7 @@ def verify(
 
 @commands.command()
 def convert(
-    adapter: AdapterFolder,
+    adapter: AdapterName,
     *,
     to: Annotated[Literal["comfyui", "merged"], typer.Option(help="A LoRA file, or a folder with base weights W + ΔW.")],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cond_pdiff.cli.options import AdapterFolder, AsJson, Base, Force, GuidanceScale, Labels, Seed, Steps, Texts
+from cond_pdiff.cli.options import AdapterName, AsJson, Base, Force, GuidanceScale, Labels, Seed, Steps, Texts
 from cond_pdiff.cli.output import hide_loading_bars, note, report
 from cond_pdiff.defaults import CHOOSE_FROM, DEFAULT_STEPS, PICTURE_GUIDANCE, PICTURE_STEPS, STYLE_GENERATOR, TEXT_GENERATOR
 from cond_pdiff.errors import ConditionError, CondPDiffError
@@ -133,7 +133,7 @@ def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, s
 
 
 @commands.command()
-def classify(adapter: AdapterFolder, text: Texts, *, label: Labels = None, base: Base = None, as_json: AsJson = False) -> None:
+def classify(adapter: AdapterName, text: Texts, *, label: Labels = None, base: Base = None, as_json: AsJson = False) -> None:
     """Classify texts with an adapter."""
     from cond_pdiff.classifier import PrototypeClassifier
     from cond_pdiff.conditions.texts import check_text
@@ -154,12 +154,12 @@ def classify(adapter: AdapterFolder, text: Texts, *, label: Labels = None, base:
 
 @commands.command()
 def preview(
-    adapter: AdapterFolder,
+    adapter: AdapterName,
     *,
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="What to show; repeatable.")],
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of the adapter.")] = 1.0,
-    mix: Annotated[tuple[Path, float] | None, typer.Option(metavar="ADAPTER SCALE", help="A second adapter and its strength.")] = None,
-    towards: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="Show the way to this adapter in six steps instead.")] = None,
+    mix: Annotated[tuple[str, float] | None, typer.Option(metavar="ADAPTER SCALE", help="A second adapter and its strength.")] = None,
+    towards: Annotated[str | None, typer.Option(metavar="ADAPTER", help="Show the way to this adapter in six steps instead.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write (default: ADAPTER-preview.png).")] = None,
     card: Annotated[bool, typer.Option("--card", help="Show the picture in the adapter's card too.")] = False,
     steps: Steps = PICTURE_STEPS,
@@ -170,13 +170,16 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Make pictures with and without a style adapter."""
-    out = out or Path(f"{str(adapter).rstrip('/')}-preview.png")
+    folder = Path(adapter)
+    out = out or Path(f"{folder if folder.is_dir() else folder.name}-preview.png")
     if out.exists() and not force:
         raise CondPDiffError(f"{out} is already there; choose another name, or --force to replace it")
     if out.suffix.lower() != ".png":
         raise CondPDiffError(f"previews are PNG files; name one that ends in .png, got {out}")
     if mix and towards:
         raise CondPDiffError("--mix adds a second adapter, --towards shows the way to one; give one of them")
+    if card and "/" in adapter and not folder.is_dir():
+        raise CondPDiffError(f"--card writes into the adapter's folder, and there is no folder {adapter}")
     places = [(adapter, scale), *([mix] if mix else [])]
 
     from cond_pdiff.adapter import LoraAdapter
@@ -186,7 +189,7 @@ def preview(
     from cond_pdiff.text_to_image import check_picture_settings, encode_png, unknown_words
 
     check_picture_settings(prompt, [strength for _, strength in places], steps, guidance_scale)
-    adapters = [(folder.name, _style_adapter(folder), strength) for folder, strength in places]
+    adapters = [(Path(name).name, _style_adapter(name), strength) for name, strength in places]
     end = LoraAdapter.load(towards) if towards else None
     _, start, _ = adapters[0]
     hide_loading_bars(of_transformers=True)
@@ -200,18 +203,18 @@ def preview(
     picture = encode_png(sheet)
     write_bytes(out, picture)
     if card:
-        start.save(adapter, overwrite=True, preview=picture)
-    shown = adapter / CARD_FILE if card else None
+        start.save(folder, overwrite=True, preview=picture)
+    shown = folder / CARD_FILE if card else None
     text = f"pictures   {out}" + (f"\ncard       {shown}" if shown else "")
     report({"pictures": str(out), "card": str(shown) if shown else None}, text, as_json)
 
 
-def _style_adapter(folder: Path) -> LoraAdapter:
+def _style_adapter(name: str) -> LoraAdapter:
     from cond_pdiff.adapter import LoraAdapter
 
-    adapter = LoraAdapter.load(folder)
+    adapter = LoraAdapter.load(name)
     if not (adapter.family and adapter.family.paints):
-        raise CondPDiffError(f"{folder} is not a style adapter (one for texts? `cond-pdiff classify` tries those)")
+        raise CondPDiffError(f"{name} is not a style adapter (one for texts? `cond-pdiff classify` tries those)")
     return adapter
 
 

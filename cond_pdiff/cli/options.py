@@ -42,7 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run of the command wrote there.")]
 Seed = Annotated[int, typer.Option(metavar="N", callback=check_seed, help="Of all that is drawn at random.")]
 
-AdapterFolder = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder.")]
+AdapterName = Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter folder, or Hub repository.")]
 GeneratorName = Annotated[str, typer.Argument(metavar="GENERATOR", help="Bundled name, folder, or Hub repository.")]
 Base = Annotated[str | None, typer.Option(metavar="FOLDER", help="The base model's folder (default: found by its recorded name).")]
 Labels = Annotated[

@@ -211,7 +211,7 @@ class _FineTuner:
         parts, device = self._trained(tasks[0].name), next(model.parameters()).device
         start = self._start(tasks[0].name)
         for name, linear in target_linears(model, self.spec).items():  # a zoo does not keep the zeros that every `lora_B` begins with
-            start.setdefault(f"{KEY_PREFIX}{name}.lora_B.weight", torch.zeros(update_shape(linear, self.spec)[0], self.spec.rank))
+            start.setdefault(f"{KEY_PREFIX}{name}.lora_B.weight", torch.zeros(update_shape(linear)[0], self.spec.rank))
         stacked = {key: torch.stack([value] * len(tasks)).to(device) for key, value in start.items()}
         trained = [value.requires_grad_() for key, value in stacked.items() if any(part in key for part in parts)]
         streams = [one_of(self.fine_tuning, [task], self._seed(job)) for job, task in zip(jobs, tasks, strict=True)]
