@@ -20,6 +20,7 @@ from torch import nn
 from cond_pdiff.adapter_card import CARD_FILE, adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
+from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.hub import Backbone, Push, push_folder
@@ -202,6 +203,7 @@ class LoraAdapter:
     def check_base(self, model: Any) -> None:
         """Raise `AdapterError` unless `model` (or a diffusers pipeline's denoiser) is this adapter's base; it is only read."""
         module = self._adapted_module(model)
+        check_state(module, self.spec)
         check_shapes(self.spec, self.tensors, module)
         fingerprint = self.family.fingerprint if self.family else base_fingerprint
         if self.spec.base_fingerprint is not None and not same_base(self.spec.base_fingerprint, fingerprint(module, self.spec)):
@@ -227,6 +229,9 @@ class LoraAdapter:
         At scale 0 the adapter's head reads what the base model sees. A model has one head, so a second one is refused.
 
         It stays for all threads; attaching and detaching wait until no other thread is inside `attached` of this model.
+
+        A model in which it would not act is refused: compiled, fused or quantised, its weights not in memory, or with an adapter of peft
+        or diffusers on it. In its first run, the model raises `AdapterError` if it runs none of the adapted layers, and warns of some.
 
         Args:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.

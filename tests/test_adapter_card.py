@@ -13,6 +13,7 @@ import yaml
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
+from cond_pdiff.attach import UpdateHook
 from cond_pdiff.hub import Backbone
 
 PROMPT = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the awful meal", "negative")])
@@ -98,7 +99,8 @@ def test_the_snippets_of_a_text_card_run(text_adapter: Path, monkeypatch: pytest
     exec(snippets(Path("plain/README.md").read_text(encoding="utf-8"))[0].replace('"adapter"', '"plain"'), scope)
     assert "label" in capsys.readouterr().out
     module = scope["model"][0].auto_model
-    assert sum(len(part._forward_hooks) for part in module.modules()) == len(LoraAdapter.load("adapter").modules)
+    hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
+    assert sum(isinstance(hook, UpdateHook) for hook in hooks) == len(LoraAdapter.load("adapter").modules)
 
 
 def test_the_snippets_of_a_style_card_run(style_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
