@@ -1,4 +1,4 @@
-"""The states of a base model in which an attached adapter would not act: refused before it is attached, or seen in the model's first run."""
+"""The states of a base model in which an adapter would not act: refused before it is attached, or seen in the model's first run."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def check_state(model: nn.Module, spec: LoraSpec) -> None:
                 "off first (peft: unload(), diffusers: unload_lora_weights()), or load that one as a LoraAdapter, too: updates add up"
             )
     adapted = [name for name in modules if _belongs(name, spec)]
-    for name in dict.fromkeys(holder for name in adapted for holder in _holders(name)):
-        _check_runs_hooks(name, modules[name])
+    for holder in dict.fromkeys(holder for name in adapted for holder in _holders(name)):
+        _check_runs_hooks(holder, modules[holder])
     for name in adapted:
         _check_weights(name, modules[name])
         parent, _, leaf = name.rpartition(".")
