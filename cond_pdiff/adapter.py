@@ -23,7 +23,7 @@ from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
 from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
-from cond_pdiff.hub import Backbone, Push, push_folder
+from cond_pdiff.hub import Backbone, Push, hub_name, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, same_base
@@ -150,7 +150,7 @@ class LoraAdapter:
         return target
 
     def push_to_hub(self, repo_id: str, preview: bytes | None = None, **options: Any) -> Push:
-        """Push the adapter folder to a Hub repository, which is created if there is none.
+        """Push the adapter folder, `shareable`, to a Hub repository, which is created if there is none.
 
         Args:
             preview: see `save`.
@@ -160,7 +160,21 @@ class LoraAdapter:
             HubError: see `push_folder`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return push_folder(self.save(folder, preview=preview), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+            place = self.shareable().save(folder, preview=preview)
+            # The card of this adapter tells all but the path.
+            (place / CARD_FILE).write_text(adapter_card(self, PREVIEW_FILE if preview else None), encoding="utf-8")
+            return push_folder(place, repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+
+    def shareable(self) -> LoraAdapter:
+        """Return the adapter as it is published: without the place of its base model, if that is a path of this machine.
+
+        `PeftModel.from_pretrained(model, …)`, which is given the base model, reads it as before; peft's `AutoPeftModel…`, which looks for
+        the base by its name, finds none. The base model's fingerprint stays.
+        """
+        if hub_name(self.spec.base_model) == self.spec.base_model:
+            return self
+        metadata = {name: fact for name, fact in self.metadata.items() if name != "base"}
+        return replace(self, spec=replace(self.spec, base_model=None), metadata=metadata)
 
     @classmethod
     def load(cls, folder: str | Path, layout: ParamLayout | None = None) -> LoraAdapter:
