@@ -15,6 +15,7 @@ from conftest import fingerprint, make_bert
 from diffusers import FluxTransformer2DModel, PixArtAlphaPipeline
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_adapter_head import head_adapter, load_classifier
 from torch import nn
 from transformers import BertModel
 from transformers.integrations.bitnet import BitLinear
@@ -22,6 +23,7 @@ from transformers.integrations.bitnet import BitLinear
 from cond_pdiff import LoraAdapter
 from cond_pdiff.attach import UpdateHook, attached_to_groups
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.hub import Backbone
 from cond_pdiff.text_to_image import make_pictures
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -198,6 +200,23 @@ def test_with_offloading_that_keeps_weights_in_memory_it_acts(
     with tiny_adapter.attached(model):
         assert torch.allclose(output(model), adapted, atol=1e-6)
     assert torch.equal(output(model), base)
+
+
+@pytest.mark.parametrize("prepare", [whole, all_mapped, groups, compile_in_place])
+def test_a_head_acts_as_well(tiny_backbone: Backbone, tmp_path: Path, prepare: Callable[[Any], object]) -> None:
+    base = load_classifier(tiny_backbone.repo_id)
+    adapter = head_adapter(base, tiny_backbone.repo_id)
+    folder = adapter.save(tmp_path / "adapter")
+    right = output(PeftModel.from_pretrained(load_classifier(tiny_backbone.repo_id), str(folder)).eval())
+    before = output(base)
+    offloaded = prepare is not compile_in_place
+    if offloaded:
+        prepare(base)
+    with adapter.attached(base):
+        if not offloaded:
+            prepare(base)
+        assert torch.allclose(output(base), right, atol=1e-6)
+    assert torch.allclose(output(base), before, atol=1e-6)
 
 
 def test_the_update_is_where_the_layer_runs_and_in_its_precision(tiny_adapter: LoraAdapter, adapted: torch.Tensor) -> None:
