@@ -20,9 +20,10 @@ from torch import nn
 from cond_pdiff.adapter_card import CARD_FILE, adapter_card
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
+from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
-from cond_pdiff.hub import Backbone, Push, find_adapter, push_folder
+from cond_pdiff.hub import Backbone, Push, find_adapter, hub_name, push_folder
 from cond_pdiff.layout import ParamLayout, check_values
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, name_suffixes, same_base
@@ -143,7 +144,7 @@ class LoraAdapter:
         return target
 
     def push_to_hub(self, repo_id: str, preview: bytes | None = None, **options: Any) -> Push:
-        """Push the adapter folder to a Hub repository, which is created if there is none.
+        """Push the adapter folder, `shareable`, to a Hub repository, which is created if there is none.
 
         Args:
             preview: see `save`.
@@ -153,7 +154,21 @@ class LoraAdapter:
             HubError: see `push_folder`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            return push_folder(self.save(folder, preview=preview), repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+            place = self.shareable().save(folder, preview=preview)
+            # The card of this adapter tells all but the path.
+            (place / CARD_FILE).write_text(adapter_card(self, PREVIEW_FILE if preview else None), encoding="utf-8")
+            return push_folder(place, repo_id, **{"commit_message": "Push a LoRA adapter", **options})
+
+    def shareable(self) -> LoraAdapter:
+        """Return the adapter as it is published: without the place of its base model, if that is a path of this machine.
+
+        `PeftModel.from_pretrained(model, …)`, which is given the base model, reads it as before; peft's `AutoPeftModel…`, which looks for
+        the base by its name, finds none. The base model's fingerprint stays.
+        """
+        if hub_name(self.spec.base_model) == self.spec.base_model:
+            return self
+        metadata = {name: fact for name, fact in self.metadata.items() if name != "base"}
+        return replace(self, spec=replace(self.spec, base_model=None), metadata=metadata)
 
     @classmethod
     def load(cls, name: str | Path, layout: ParamLayout | None = None, *, revision: str | None = None) -> LoraAdapter:
@@ -184,6 +199,7 @@ class LoraAdapter:
     def check_base(self, model: Any) -> None:
         """Raise `AdapterError` unless `model` (or a diffusers pipeline's denoiser) is this adapter's base; it is only read."""
         module = self._adapted_module(model)
+        check_state(module, self.spec)
         check_shapes(self.spec, self.tensors, module)
         fingerprint = self.family.fingerprint if self.family else base_fingerprint
         if self.spec.base_fingerprint is not None and not same_base(self.spec.base_fingerprint, fingerprint(module, self.spec)):
@@ -209,6 +225,9 @@ class LoraAdapter:
         At scale 0 the adapter's head reads what the base model sees. A model has one head, so a second one is refused.
 
         It stays for all threads; attaching and detaching wait until no other thread is inside `attached` of this model.
+
+        A model in which it would not act is refused: compiled, fused or quantised, its weights not in memory, or with an adapter of peft
+        or diffusers on it. In its first run, the model raises `AdapterError` if it runs none of the adapted layers, and warns of some.
 
         Args:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.

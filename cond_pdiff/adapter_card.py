@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cond_pdiff.conditions.condition import Condition, condition_kind
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family
+from cond_pdiff.hub import hub_name
 from cond_pdiff.model_cards import fill_card
 
 if TYPE_CHECKING:
@@ -42,26 +44,54 @@ def merged_card(adapter: LoraAdapter, scale: float) -> str:
     Args:
         scale: the adapter's strength in it.
     """
-    tag, library = _family(adapter).merged_card
-    return fill_card("merged_model.md", {**_fields(adapter), "tag": tag, "library": library, "scale": f"{scale:g}"})
+    tag, library = adapter.family.merged_card if adapter.family else Family.merged_card
+    fields = _fields(adapter) | base_fields(adapter.spec.base_model, "merge")
+    return fill_card("merged_model.md", {**fields, "tag": tag, "library": library, "scale": f"{scale:g}"})
+
+
+def base_fields(base: str | None, relation: str = "adapter") -> dict[str, str]:
+    """Return what cards say of a base model: never a path of this machine, and to the Hub only a name that it can know.
+
+    Args:
+        base: Hub id, path of a folder, or None if it is unknown.
+        relation: of what the card is of to the base model, by the Hub's word.
+    """
+    name, folder = hub_name(base), _line(re.split(r"[/\\]", (base or "").rstrip("/\\"))[-1])
+    return {
+        # JSON's strings are YAML's and Python's.
+        "base_yaml": f"base_model: {json.dumps(name)}\nbase_model_relation: {relation}\n" if name else "",
+        "base_string": json.dumps(name or f"path/to/{folder or 'the-base-model'}"),
+        "base_model": _line(name or folder or "an unknown base model"),
+    }
+
+
+def shareable_card(card: str, base: str | None) -> str:
+    """Return a card, whoever wrote it, as it is published: without `base_model` where the Hub cannot know it, and without its path."""
+    if hub_name(base):
+        return card
+    found = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
+    header = found[0] if found else ""
+    text = card.removeprefix(header)
+    # A value, on its line or as a list below it; and the tags that peft makes of it.
+    header = re.sub(r"^base_model(_relation)?:.*\n(( +|- ).*\n)*|^ *- *[\"']?base_model:.*\n", "", header, flags=re.MULTILINE)
+    return header + (text.replace(base, base_fields(base)["base_model"]) if base else text)
 
 
 def _family(adapter: LoraAdapter) -> type[Family]:
-    """Return the adapter's family; where it is not known here, `Family` itself, whose cards claim nothing."""
+    """Return the adapter's family; where it is not known here, or only guessed, `Family` itself, whose cards claim nothing."""
     try:
-        return type(adapter.family) if adapter.family else Family
+        family = adapter.family
     except CondPDiffError:
         return Family
+    return type(family) if family and family.is_certain(adapter) else Family
 
 
 def _fields(adapter: LoraAdapter) -> dict[str, Any]:
     """Return the fields that both cards have."""
-    base = adapter.spec.base_model or "an unknown base model"
     facts = (*_use(adapter), *_making(adapter.metadata), *_verdict(adapter.metadata))
     rows = [f"| {name} | {value} |" for name, value in facts if value]
     return {
-        "base_string": json.dumps(base),  # JSON's strings are YAML's and Python's
-        "base_model": _line(base),
+        **base_fields(adapter.spec.base_model),
         "story": _story(adapter.metadata),
         "facts": "\n".join(["| | |", "|---|---|", *rows]),
     }
@@ -92,7 +122,7 @@ def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
     base = metadata.get("base")
     if isinstance(base, Mapping):
         revision = f" at revision `{_line(base['revision'])}`" if base.get("revision") else ""
-        yield "base model", f"`{_line(base.get('repo_id'))}`{revision}"
+        yield "base model", f"`{base_fields(adapter.spec.base_model)['base_model']}`{revision}"
     targets = ", ".join(_first([f"`{_line(name)}`" for name in spec.target_modules]))
     heads = "".join(f", {head}" for head in _first([f"head `{_line(name)}`" for name in spec.modules_to_save]))
     yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}, on {targets}{heads}: {adapter.layout.num_adapter_params:,} parameters"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cond_pdiff.base_state import FirstRun, check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, head_modules, target_linears, update_shape
@@ -62,24 +63,26 @@ def factors_of(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[torch.
 def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module, scale: float) -> Attachment:
     """Add scale · ΔW to the targeted layers of a model that `check_shapes` has seen, and put the adapter's heads in the place of its own.
 
+    In its first run the model raises `AdapterError` if it does not run any of these layers (see `FirstRun`).
+
     Raises:
-        AdapterError: another adapter has its head on the model.
+        AdapterError: another adapter has its head on the model, or it is in a state in which adapters do not act (see `check_state`).
     """
     with lock_of(model):
-        hooks, heads = [], []
+        check_state(model, spec)
+        hooks: dict[str, tuple[nn.Module, UpdateHook | HeadHook]] = {}
         for name in adapted_names(tensors):
             linear = model.get_submodule(name)
             weight: torch.Tensor = linear.weight  # type: ignore[assignment]
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name))
-            hooks.append((linear, UpdateHook(lora_a, lora_b * (scale * spec.scaling))))
+            hooks[name] = linear, UpdateHook(lora_a, lora_b * (scale * spec.scaling))
         for name, head in head_modules(model, spec).items():
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
             own = head.named_parameters(recurse=False)
-            heads.append((head, HeadHook({part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})))
-        handles = [layer.register_forward_hook(hook) for layer, hook in hooks]
-        handles += [layer.register_forward_hook(head_hook, with_kwargs=True) for layer, head_hook in heads]
-        return Attachment(handles, lock_of(model))
+            hooks[name] = head, HeadHook({part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})
+        watch = FirstRun(model, {name: layer for name, (layer, _) in hooks.items()})
+        return Attachment([*_registered(hooks.values()), *watch.handles], lock_of(model))
 
 
 @contextlib.contextmanager
@@ -94,22 +97,48 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
         tensors: an adapter's keys → the tensors of all adapters, shape `(adapters, *shape)`. A batch has equally many neighbouring
             rows for each adapter.
     """
+    check_state(model, spec)
     hooks = {}
     for name, linear in target_linears(model, spec).items():
         lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
         hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scaling)
     with lock_of(model):
-        attachment = Attachment([linear.register_forward_hook(hook) for linear, hook in hooks.items()], lock_of(model))
+        attachment = Attachment(_registered(hooks.items()), lock_of(model))
         try:
             yield
         finally:
             attachment.detach()
 
 
+def _registered(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> list[RemovableHandle | Mark]:
+    handles: list[RemovableHandle | Mark] = []
+    for layer, hook in hooks:
+        handles += [Mark(layer), layer.register_forward_hook(hook, with_kwargs=isinstance(hook, HeadHook))]
+    return handles
+
+
+class Mark:
+    """A mark on a layer with hooks, by which compiled code that knows nothing of them is not run for it.
+
+    Dynamo takes code that it compiled for a layer, or for another like it, whether or not hooks were added since; but not where a layer
+    has a `forward` of its own. So it gets its class's as its own: for everybody else, nothing has changed.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        vars(layer).setdefault("forward", layer.forward)
+
+    def remove(self) -> None:
+        """Take it away, unless there are other hooks."""
+        forward = vars(self._layer).get("forward")
+        if not self._layer._forward_hooks and getattr(forward, "__func__", None) is type(self._layer).forward:
+            del self._layer.forward
+
+
 class Attachment:
     """The attachment of an adapter to a model; `detach` removes it. The base model's weights are never written to."""
 
-    def __init__(self, handles: list[RemovableHandle], lock: threading.RLock) -> None:
+    def __init__(self, handles: list[RemovableHandle | Mark], lock: threading.RLock) -> None:
         self._handles, self._lock = handles, lock
 
     def detach(self) -> None:
@@ -121,14 +150,18 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class UpdateHook:
-    """A forward hook that adds B · A · x to a linear layer's output."""
+    """A forward hook that adds B · A · x to a linear layer's output.
+
+    It computes where the output is and in its precision: weights may be moved for each run (offloading), or cast (autocast).
+    """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Return the layer's output with the update added."""
-        return output + nn.functional.linear(nn.functional.linear(args[0], self.lora_a), self.lora_b)
+        rows, lora_a, lora_b = (tensor.to(output) for tensor in (args[0], self.lora_a, self.lora_b))
+        return output + nn.functional.linear(nn.functional.linear(rows, lora_a), lora_b)
 
 
 @dataclass(frozen=True, eq=False)

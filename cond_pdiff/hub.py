@@ -346,6 +346,17 @@ def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
     return {"name": Path(name).name if Path(name).is_dir() else str(name), "revision": revision, "sha256": digest.hexdigest()}
 
 
+def hub_name(base: str | None) -> str | None:
+    """Return the name of a base model if it can be that of a repository on the Hub; None for an unknown base, and for a path."""
+    if base is None or Path(base).is_dir():
+        return None
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base
+
+
 def weights_megabytes(folder: Path) -> float:
     """Return the size of all weights below a folder, in units of 10⁶ bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.adapter import CONFIG_FILE, PREVIEW_FILE, LoraAdapter
-from cond_pdiff.adapter_card import CARD_FILE
+from cond_pdiff.adapter import CONFIG_FILE, METADATA_FILE, PREVIEW_FILE, WEIGHTS_FILE, LoraAdapter
+from cond_pdiff.adapter_card import CARD_FILE, base_fields, shareable_card
 from cond_pdiff.atomic import write_text
 from cond_pdiff.errors import HubError
 from cond_pdiff.generator_info import GeneratorInfo
-from cond_pdiff.hub import BUNDLED_NAMESPACE, EVAL_RESULTS, Push, push_folder
+from cond_pdiff.hub import BUNDLED_NAMESPACE, EVAL_RESULTS, Push, check_generator, push_folder
 from cond_pdiff.model_cards import fill_card
 
 CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
@@ -23,6 +23,10 @@ CARD_FILES = (CARD_FILE, "pictures", EVAL_RESULTS)
 
 LOADS_GENERATOR = re.compile(r'CondPDiffPipeline\.from_pretrained\("[^"\n]*"\)')
 PICTURE = re.compile(r"!\[[^\]\n]*\]\((?!https?:)([^)\n]+)\)\n?")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
+COMPONENT_FILES = ("config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.json")
+"""The files that diffusers saves of a component."""
+
 SPACE_FILES = (CARD_FILE, "app.py", "requirements.txt")
 VARIABLE = "COND_PDIFF_{}_GENERATOR"
 """The environment variable by which `app.py` is told a generator's name; in it, the word for what the generator makes."""
@@ -46,17 +50,40 @@ def add_card(generator: Path, source: Path | None = None, name: str | None = Non
     fields = {
         "name": name or generator.absolute().name,
         "makes": info.condition.adapters,
-        "base_model": info.base.repo_id,
-        "base_string": json.dumps(info.base.repo_id),
+        **base_fields(info.base.repo_id),
         "facts": "\n".join("    " + line for line in str(info).splitlines()[2:]),
     }
     write_text(generator / CARD_FILE, fill_card("generator.md", fields))
 
 
-def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
-    """Push a local or bundled generator with its card to a Hub repository.
+def _shown_pictures(folder: Path) -> list[str]:
+    """Return the names of the pictures in a folder, and in folders in it, that its card shows."""
+    card = (folder / CARD_FILE).read_text(encoding="utf-8") if (folder / CARD_FILE).is_file() else ""
+    names = [name for name in PICTURE.findall(card) if name.lower().endswith(PICTURE_ENDINGS)]
+    return [name for name in names if not {"..", ""} & set(name.split("/")) and (folder / name).is_file()]
 
-    The card's snippet then loads the repository, and pictures that did not come along (a pull brings none) are left out of it.
+
+def _generator_files(folder: Path) -> list[str]:
+    """Return the names of a generator's own files: its components', and the card with what belongs to it."""
+    components = [name for name, value in check_generator(folder).items() if isinstance(value, list) and value != [None, None]]
+    own = [f"{component}/{pattern}" for component in components for pattern in COMPONENT_FILES]
+    found = [path.relative_to(folder).as_posix() for pattern in (*own, f"{EVAL_RESULTS}/*.yaml") for path in folder.glob(pattern)]
+    return ["model_index.json", CARD_FILE, *found, *_shown_pictures(folder)]
+
+
+def _copy(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copy those of the named files that there are."""
+    for name in names:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
+    """Push a local or bundled generator with its card to a Hub repository: its own files, whatever else lies in its folder.
+
+    Where its base model or its condition encoder's is a local folder, the components' settings go on naming that: they are looked for
+    there. The card's snippet then loads the repository, and pictures that did not come along (a pull brings none) are left out of it.
 
     Args:
         generator: a folder, or the name of a bundled or cached one.
@@ -65,21 +92,25 @@ def push_generator(generator: str | Path, repo_id: str, **options: Any) -> Push:
     Raises:
         HubError: not a complete generator; or see `push_folder`.
     """
-    source = GeneratorInfo.read(generator).folder
+    info = GeneratorInfo.read(generator)
+    source = info.folder
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / source.absolute().name
-        shutil.copytree(source, folder)
+        _copy(_generator_files(source), source, folder)
         if not (folder / CARD_FILE).is_file():
             add_card(folder)
         card = (folder / CARD_FILE).read_text(encoding="utf-8")
         card = LOADS_GENERATOR.sub(f'CondPDiffPipeline.from_pretrained("{repo_id}")', card)
         card = PICTURE.sub(lambda found: found[0] if (folder / found[1]).is_file() else "", card)
-        write_text(folder / CARD_FILE, card)
-        return push_folder(folder, repo_id, **{"commit_message": "Push a generator of LoRA adapters", **options})
+        write_text(folder / CARD_FILE, shareable_card(card, info.base.repo_id))
+        return push_folder(folder, repo_id, patterns=("*",), **{"commit_message": "Push a generator of LoRA adapters", **options})
 
 
 def push(folder: str | Path, repo_id: str, **options: Any) -> Push:
-    """Push an adapter folder as it stands, with a new card if it has none; or a generator (see `push_generator`).
+    """Push an adapter folder's own files, with a new card if it has none; or a generator (see `push_generator`).
+
+    These are the adapter's files, the preview, and pictures that its card shows, as they stand. Only if the base model is a path of this
+    machine, the adapter is sent as `LoraAdapter.shareable` makes it, and the card without the path.
 
     Args:
         folder: of an adapter; else a generator: a folder, or the name of a bundled or cached one.
@@ -93,10 +124,18 @@ def push(folder: str | Path, repo_id: str, **options: Any) -> Push:
     if not (place / CONFIG_FILE).is_file():
         return push_generator(folder, repo_id, **options)
     adapter = LoraAdapter.load(place)
-    if (place / CARD_FILE).is_file():
-        return push_folder(place, repo_id, **{"commit_message": "Push a LoRA adapter", **options})
     preview = (place / PREVIEW_FILE).read_bytes() if (place / PREVIEW_FILE).is_file() else None
-    return adapter.push_to_hub(repo_id, preview, **options)
+    if not (place / CARD_FILE).is_file():
+        return adapter.push_to_hub(repo_id, preview, **options)
+    with tempfile.TemporaryDirectory() as parent:
+        copy, shareable = Path(parent) / "adapter", adapter.shareable()
+        if shareable is adapter:
+            _copy((CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, PREVIEW_FILE), place, copy)
+        else:
+            shareable.save(copy, preview=preview)
+        _copy(_shown_pictures(place), place, copy)
+        write_text(copy / CARD_FILE, shareable_card((place / CARD_FILE).read_text(encoding="utf-8"), adapter.spec.base_model))
+        return push_folder(copy, repo_id, patterns=("*",), **{"commit_message": "Push a LoRA adapter", **options})
 
 
 def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), **options: Any) -> Push:

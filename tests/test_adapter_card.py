@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,31 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from diffusers import LTXVideoTransformer3DModel
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    BertModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
+from cond_pdiff.adapter_card import adapter_card, shareable_card
+from cond_pdiff.attach import UpdateHook
 from cond_pdiff.hub import Backbone
 
 PROMPT = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the awful meal", "negative")])
+BASE_YAML = """base_model: "{base}"
+base_model_relation: adapter
+"""
 TEXT_CARD = """---
 library_name: peft
-base_model: "{base}"
-base_model_relation: adapter
-tags:
+{yaml}tags:
 - lora
 - peft
 - cond-pdiff
@@ -50,7 +65,7 @@ FACTS = """## How it was made
 | class prototypes | of the label names and 2 recorded examples |
 | nearest trained | {nearest} |
 | request | {request} |
-| made on | device cpu, threads 1, cpu_capability {capability} |
+| made on | {machine} |
 | versions | {versions} |
 """
 
@@ -62,31 +77,41 @@ def text_adapter(tiny_generator: Path, tmp_path: Path) -> Path:
     return out.save_adapter(tmp_path / "adapter")
 
 
-def snippets(card: str) -> list[str]:
-    return [block.split("```")[0] for block in card.split("```python\n")[1:]]
+def snippets(card: str, base: str) -> list[str]:
+    """With the base model's folder filled in, which cards do not name."""
+    return [block.split("```")[0].replace(f"path/to/{Path(base).name}", base) for block in card.split("```python\n")[1:]]
 
 
-def test_the_whole_card_of_a_generated_text_adapter(text_adapter: Path, tiny_backbone: Backbone) -> None:
-    card = (text_adapter / "README.md").read_text(encoding="utf-8")
-    facts = LoraAdapter.load(text_adapter).metadata
+@pytest.mark.parametrize("on_the_hub", [True, False])
+def test_the_whole_card_of_a_generated_text_adapter(text_adapter: Path, tiny_backbone: Backbone, on_the_hub: bool) -> None:
+    card, base = (text_adapter / "README.md").read_text(encoding="utf-8"), Path(tiny_backbone.repo_id).name
+    adapter = LoraAdapter.load(text_adapter)
+    facts, machine = adapter.metadata, {"device": "cpu", "threads": 1, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    if on_the_hub:
+        base = "owner/tiny-bert"
+        facts = {**facts, "base": {**facts["base"], "repo_id": base}}
+        card = adapter_card(replace(adapter, spec=replace(adapter.spec, base_model=base), metadata=facts))
     expected = FACTS.format(
-        base=tiny_backbone.repo_id,
+        base=base,
         sha256=facts["generator"]["sha256"][:12],
         nearest=", ".join(f"{name} {similarity:.2f}" for name, similarity in facts["nearest"]),
         request="in distribution" if facts["in_distribution"] else "**out of distribution**, unlike all that was trained on: test first",
-        capability=torch.backends.cpu.get_cpu_capability(),
+        machine=", ".join(f"{name} {machine[name]}" for name in (sorted(machine) if on_the_hub else machine)),  # sorted by loading
         settings=", ".join(f"{name} {value}" for name, value in facts["scheduler_config"].items()),
         versions=", ".join(f"{name} {facts['versions'][name]}" for name in ("cond_pdiff", "diffusers", "torch")),
     )
-    assert card.startswith(TEXT_CARD.format(base=tiny_backbone.repo_id))
+    assert card.startswith(TEXT_CARD.format(base=base, yaml=BASE_YAML.format(base=base) if on_the_hub else ""))
     assert card.endswith(expected)
     assert f"cond_pdiff {cond_pdiff.__version__}" in expected
-    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == tiny_backbone.repo_id
+    assert yaml.safe_load(card.split("---\n")[1]).get("base_model") == (base if on_the_hub else None)
+    assert tiny_backbone.repo_id not in card
 
 
-def test_the_snippets_of_a_text_card_run(text_adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_snippets_of_a_text_card_run(
+    text_adapter: Path, tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(text_adapter.parent)
-    ours, peft, sentence_transformers = snippets((text_adapter / "README.md").read_text(encoding="utf-8"))
+    ours, peft, sentence_transformers = snippets((text_adapter / "README.md").read_text(encoding="utf-8"), tiny_backbone.repo_id)
     scope: dict[str, Any] = {}
     exec(ours, scope)
     assert re.fullmatch(r"\['(positive|negative)', '(positive|negative)'\]\n", capsys.readouterr().out)
@@ -95,13 +120,16 @@ def test_the_snippets_of_a_text_card_run(text_adapter: Path, monkeypatch: pytest
     exec(sentence_transformers, scope)
     plain = LoraAdapter.load("adapter")
     replace(plain, metadata={"base": plain.metadata["base"]}).save("plain")  # records no labels
-    exec(snippets(Path("plain/README.md").read_text(encoding="utf-8"))[0].replace('"adapter"', '"plain"'), scope)
+    exec(snippets(Path("plain/README.md").read_text(encoding="utf-8"), tiny_backbone.repo_id)[0].replace('"adapter"', '"plain"'), scope)
     assert "label" in capsys.readouterr().out
     module = scope["model"][0].auto_model
-    assert sum(len(part._forward_hooks) for part in module.modules()) == len(LoraAdapter.load("adapter").modules)
+    hooks = [hook for part in module.modules() for hook in part._forward_hooks.values()]
+    assert sum(isinstance(hook, UpdateHook) for hook in hooks) == len(LoraAdapter.load("adapter").modules)
 
 
-def test_the_snippets_of_a_style_card_run(style_generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_snippets_of_a_style_card_run(
+    style_generator: Path, tiny_base: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = CondPDiffPipeline.from_pretrained(style_generator)
     pipe(pipe.condition_index.preview("lagoon")).save_adapter(tmp_path / "adapter")
     monkeypatch.chdir(tmp_path)
@@ -109,7 +137,7 @@ def test_the_snippets_of_a_style_card_run(style_generator: Path, tmp_path: Path,
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft"
     assert "from one style picture (sha256 `" in card
     scope: dict[str, Any] = {}
-    for block in snippets(card):
+    for block in snippets(card, tiny_base.repo_id):
         exec(block, scope)
     assert Path("house.png").is_file()
     assert any("lora_B" in name for name, _ in scope["pipe"].transformer.named_parameters())
@@ -144,3 +172,91 @@ def test_strange_metadata_make_no_strange_cards(tiny_adapter: LoraAdapter, tmp_p
     table = [line for line in card.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
     LoraAdapter.load(folder)
+
+
+# --- bases that the Hub does not know, adapters of others ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "called"),
+    [
+        (None, "an unknown base model"),
+        ("/home/someone/models/my|llama", r"my\\|llama"),
+        (r"C:\\models\\llama", "llama"),
+        ("../llama/", "llama"),
+        ("owner/name/deeper", "deeper"),
+    ],
+)
+def test_a_base_that_the_hub_cannot_know_is_left_out_of_the_head(
+    tiny_adapter: LoraAdapter, tmp_path: Path, base: str | None, called: str
+) -> None:
+    adapter = LoraAdapter(replace(tiny_adapter.spec, base_model=base), tiny_adapter.tensors)
+    card = (adapter.save(tmp_path / "adapter") / "README.md").read_text(encoding="utf-8")
+    assert not {"base_model", "base_model_relation"} & set(yaml.safe_load(card.split("---\n")[1]))
+    assert f"# A LoRA adapter for {called}\n" in card
+    assert base is None or base not in card
+
+
+def test_a_folder_is_no_name_of_the_hub(tiny_adapter: LoraAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = LoraAdapter(replace(tiny_adapter.spec, base_model="models/llama"), tiny_adapter.tensors)
+    monkeypatch.chdir(tmp_path)
+    assert 'base_model: "models/llama"' in adapter_card(adapter)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert "models/llama" not in adapter_card(adapter)
+
+
+FOREIGN = {
+    "a causal language model": lambda: (
+        LlamaForCausalLM(LlamaConfig(**SMALL)), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    ),
+    "a picture encoder": lambda: (CLIPVisionModel(CLIPVisionConfig(**SMALL)), LoraConfig(target_modules=["q_proj"])),
+    "features of texts": lambda: (BertModel(BertConfig(**SMALL)), LoraConfig(target_modules=["query"], task_type="FEATURE_EXTRACTION")),
+    "token classes": lambda: (BertForTokenClassification(BertConfig(**SMALL)), LoraConfig(target_modules=["query"], task_type="TOKEN_CLS")),
+    "video": lambda: (video_transformer(), LoraConfig(target_modules=["to_q"])),
+}  # fmt: skip
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def video_transformer() -> LTXVideoTransformer3DModel:
+    return LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, num_layers=1, caption_channels=16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(FOREIGN))
+def test_cards_of_others_adapters_claim_no_use_that_is_not_known(kind: str, tmp_path: Path) -> None:
+    get_peft_model(*FOREIGN[kind]()).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").unlink()
+    config = tmp_path / "theirs" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "owner/theirs"}))
+    card = adapter_card(LoraAdapter.load(tmp_path / "theirs"))
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["base_model"] == "owner/theirs"
+    assert set(header["tags"]) == {"lora", "peft", "cond-pdiff"}
+    assert not re.search("PixArt|text_to_image|text-to-image|PrototypeClassifier", card)
+    assert 'LoraAdapter.load("adapter").attach(model)' in card
+
+
+def test_a_card_by_someone_else_is_shared_without_the_path() -> None:
+    card = """---
+base_model: /home/someone/models/llama
+library_name: peft
+base_model_relation: adapter
+tags:
+- base_model:adapter:/home/someone/models/llama
+- lora
+---
+
+# Mine, for /home/someone/models/llama
+
+base_model: is a field.
+"""
+    shared = shareable_card(card, "/home/someone/models/llama")
+    assert yaml.safe_load(shared.split("---\n")[1]) == {"library_name": "peft", "tags": ["lora"]}
+    assert shared.endswith("---\n\n# Mine, for llama\n\nbase_model: is a field.\n")
+    listed = shareable_card("---\nbase_model:\n- an unknown base model\ntags:\n- lora\n---\n# Mine\n", None)
+    assert listed == "---\ntags:\n- lora\n---\n# Mine\n"
+    for untouched in (card, "# No head\n", "---\n"):
+        assert shareable_card(untouched, "owner/llama") == untouched
+    assert shareable_card("# No head, for ../llama\n", "../llama") == "# No head, for llama\n"

@@ -19,14 +19,17 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from conftest import make_bert, told
 from loopback_hub import LoopbackHub
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter
 from cond_pdiff.adapter import ADAPTER_FILES
 from cond_pdiff.errors import CondPDiffError, HubError, TaskDataError
-from cond_pdiff.hub import fetch, push_folder
+from cond_pdiff.hub import bundled, fetch, push_folder
+from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.peft_files import WEIGHTS_FILE
-from cond_pdiff.publish import push_generator
+from cond_pdiff.publish import push, push_generator
 from cond_pdiff.training.zoo.push import push_zoo
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -252,6 +255,90 @@ def test_a_dry_run_needs_no_hub(hub: LoopbackHub, run: Any, tiny_generator: Path
     (saved / "README.md").unlink()  # it gets a new one
     assert run("push", saved, "--repo", "owner/x", "--dry-run").out[-1].startswith("dry run: 4 files")
     assert hub.requests == []
+
+
+def litter(folder: Path) -> set[str]:
+    """Lay into a folder what trainers and people leave there; return what is below it then."""
+    before = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    names = (
+        *("train_rows.txt", "credentials.json", "notes.md", "pictures/private.png", "optimizer.safetensors", "training_args.yaml"),
+        *("wandb/run.json", "checkpoint-10/adapter_model.safetensors", "checkpoint-10/README.md", ".env", ".eval_results/.env"),
+        *("unet/optimizer.safetensors", "unet/checkpoint-10/config.json", "unet/credentials.json", "logs/config.json"),
+    )
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('"private"')
+    return before
+
+
+def test_nothing_else_in_an_adapters_folder_is_pushed(hub: LoopbackHub, run: Any, saved: Path) -> None:
+    card = saved / "README.md"
+    pictures = ("one.png", "shown/two.jpg", "three.png")
+    (saved / "shown").mkdir()
+    for name in ("preview.png", *pictures):
+        (saved / name).write_bytes(name.encode())
+    (saved.parent / "outside.png").write_bytes(b"outside")
+    shown = ("one.png", "shown/two.jpg", "../outside.png", str(saved / "three.png"), "https://x/y.png", "credentials.json", ".env")
+    card.write_text(card.read_text() + "".join(f"![a picture]({name})\n" for name in shown))
+    litter(saved)
+    own = {*ADAPTER_FILES, "preview.png", "one.png", "shown/two.jpg"}
+    done = told(run("push", saved, "--repo", "owner/adapter", "--dry-run", "--json"))
+    assert set(done["files"]) == own
+    assert run("push", saved, "--repo", "owner/adapter").status == 0
+    files = hub.files("owner/adapter")
+    assert set(files) == {".gitattributes", *own}
+    assert files[WEIGHTS_FILE] == (saved / WEIGHTS_FILE).read_bytes()
+    card.unlink()
+    assert set(told(run("push", saved, "--repo", "owner/adapter", "--dry-run", "--json"))["files"]) == {*ADAPTER_FILES, "preview.png"}
+
+
+def test_nothing_else_in_a_generators_folder_is_pushed(hub: LoopbackHub, tiny_generator: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_generator, tmp_path / "generator"))
+    own = litter(folder)
+    push_generator(folder, "owner/mine")
+    assert set(hub.files("owner/mine")) == {".gitattributes", *own}
+    assert set(push_generator("cond-pdiff/pixart-mini-styles", "owner/x", dry_run=True).files) == {
+        path.relative_to(bundled("cond-pdiff/pixart-mini-styles")).as_posix()
+        for path in bundled("cond-pdiff/pixart-mini-styles").rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("carded", [True, False])
+def test_no_path_of_this_machine_is_pushed_with_an_adapter(
+    hub: LoopbackHub, tiny_adapter: LoraAdapter, sentence_backbone: SentenceBackbone, saved: Path, carded: bool
+) -> None:
+    path = str(tiny_adapter.spec.base_model)
+    if carded:
+        card = (saved / "README.md").read_text()
+        (saved / "README.md").write_text(card.replace("library_name", f"base_model: {path}\nlibrary_name") + f"Trained on {path}.\n")
+    else:
+        (saved / "README.md").unlink()
+    push(saved, "owner/adapter")
+    files = hub.files("owner/adapter")
+    assert not [name for name, data in files.items() if path.encode() in data]
+    assert "base_model" not in header(files["README.md"])
+    assert Path(path).name in files["README.md"].decode()
+    pulled = fetch("owner/adapter")
+    loaded = LoraAdapter.load(pulled)
+    assert (loaded.spec.base_model, loaded.spec.base_fingerprint) == (None, tiny_adapter.spec.base_fingerprint)
+    model = sentence_backbone.model
+    ids = torch.arange(5, 21).reshape(2, 8)
+    with torch.no_grad(), loaded.attached(model):
+        ours = model(ids)[0]
+    with torch.no_grad():
+        assert torch.allclose(PeftModel.from_pretrained(model, str(pulled)).eval()(ids)[0], ours, atol=1e-6)
+
+
+def test_an_adapter_of_a_base_on_the_hub_is_pushed_as_it_stands(hub: LoopbackHub, tmp_path: Path) -> None:
+    get_peft_model(make_bert(), LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "owner/base", "revision": "abc"}))
+    (tmp_path / "README.md").write_text("---\nbase_model: owner/base\n---\n# Mine\n")
+    push(tmp_path, "owner/adapter")
+    files = hub.files("owner/adapter")
+    assert set(files) == {".gitattributes", "README.md", "adapter_config.json", WEIGHTS_FILE}
+    assert all(data == (tmp_path / name).read_bytes() for name, data in files.items() if name != ".gitattributes")
 
 
 def test_an_adapters_own_card_is_pushed(hub: LoopbackHub, run: Any, saved: Path) -> None:

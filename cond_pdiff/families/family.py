@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -55,6 +55,13 @@ class Family(ABC):
         Shipped families alone are asked: their first adapters do not name them.
         """
         return False
+
+    def is_certain(self, adapter: LoraAdapter) -> bool:
+        """Return whether an adapter says itself that it is of this family, so that its card may say how it is used with it.
+
+        What others trained is claimed by names of modules, or for want of a task type: its base may be one of another kind.
+        """
+        return adapter.spec.family is not None or isinstance(adapter.metadata.get("base"), Mapping)
 
     @abstractmethod
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:

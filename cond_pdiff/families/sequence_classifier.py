@@ -36,6 +36,10 @@ class SequenceClassifier(Family):
         """Claim adapters by peft's task type."""
         return spec.task_type == HEAD_TASK
 
+    def is_certain(self, adapter: LoraAdapter) -> bool:
+        """Be certain: the task type that it is claimed by is of nothing else."""
+        return True
+
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> HeadBackbone:
         """Load a model with new heads; see `HeadBackbone.load`."""
         if num_labels is None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.adapter_card import base_fields
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import HubError, TaskDataError
 from cond_pdiff.hub import EVAL_RESULTS, weights_megabytes
@@ -75,7 +76,7 @@ def _generator_fields(generator: Path, zoo: Zoo, evaluation: dict[str, Any]) -> 
     collect, spec = zoo.facts["collect"], pipe.template.spec
     return {
         "name": generator.name,
-        "base_model": spec.base_model,
+        **base_fields(spec.base_model),
         "base_revision": zoo.base.revision or "unknown",
         "rank": spec.rank,
         "alpha": f"{spec.alpha:g}",

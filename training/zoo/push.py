@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.adapter_card import base_fields
 from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
 from cond_pdiff.training.zoo.zoo import Zoo
@@ -46,7 +47,7 @@ def write_zoo_card(zoo: Zoo, repo_id: str) -> Path:
         "family": zoo.family.name,
         "condition": zoo.facts["condition"],
         "recipe": zoo.family.recipe or "your recipe",
-        "base_model": zoo.base.repo_id,
+        "base_model": base_fields(zoo.base.repo_id)["base_model"],
         "base_revision": f" at revision `{zoo.base.revision}`" if zoo.base.revision else "",
         "settings": "\n".join(f"| {key} | `{json.dumps(value)}` |" for key, value in sorted(settings.items())),
         "task_table": markdown_table(["task", "for training", "adapters", "metrics", "licence"], rows),
