@@ -109,16 +109,14 @@ def test_other_commands_refuse_and_write_nothing(
     assert not gone.exists()
 
 
-def test_import_task_makes_a_task_folder(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_import_task_makes_a_task_folder(run: Any, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "train.csv").write_text("text,other,mood\ngood,x,kind\nbad,y,unkind\n")
     (tmp_path / "source" / "test.csv").write_text("text,other,mood\nfine,x,kind\n")
     options = ["import-task", tmp_path / "source", "--description", "Is it kind?", "--text-column", "text", "--label-column", "mood"]
     done = run(*options, "--out", tmp_path / "tasks" / "films")
-    assert (done.status, done.out) == (0, [f"task       {tmp_path / 'tasks' / 'films'} with the labels kind, unkind"])
+    assert (done.status, done.err) == (0, [])
+    assert done.out == [f"task       {tmp_path / 'tasks' / 'films'} with the labels kind, unkind", "rows       2 train rows, 1 test rows"]
     assert Task.load(tmp_path / "tasks" / "films").rows("test") == [("fine", 0)]
     refused(run(*options, "--out", tmp_path / "tasks" / "films"), "is not empty")
     pairs = run(*options, "--text-column", "other", "--out", tmp_path / "tasks" / "pairs")

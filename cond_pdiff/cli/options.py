@@ -53,6 +53,14 @@ Texts = Annotated[
     list[str], typer.Argument(metavar="TEXT", help=f"Texts; 'A {PAIR_SEPARATOR} B' for pairs; after --, they may begin with a dash.")
 ]
 
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", metavar="NAME", help="The column of texts; twice for pairs (default: by a usual name)."),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", help="The column of labels (default: by a usual name).")
+]
+
 Steps = Annotated[int, typer.Option(metavar="N", help="Denoising steps.")]
 GuidanceScale = Annotated[
     float | None, typer.Option(metavar="G", help="Classifier-free guidance; 1 is none (default: the generator's own).")
