@@ -25,7 +25,7 @@ RANKS = {
     "adapter": 5,
     "models": 6,
     "classifier": 7, "codec": 7, "generator_info": 7, "text_to_image": 7,
-    "convert": 8, "few_shot": 8, "preview": 8, "publish": 8,
+    "convert": 8, "few_shot": 8, "preview": 8, "publish": 8, "scores": 8,
     "families": 9,
     "pipelines": 10,
     "cond_pdiff": 11, "demo": 11, "verify": 11,
