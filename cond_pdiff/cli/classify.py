@@ -84,9 +84,9 @@ def try_adapter(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Test an adapter beside its base model on labelled texts.
+    """Test an adapter on labelled texts.
 
-    Of a task folder, that is the test split. Texts that are the adapter's own examples are left out.
+    Its base model stands beside it, on the same texts: of a task folder, the test split. The adapter's own examples are left out.
     """
     labelled = read_labelled(texts, "test", text_column or (), label_column)
 
