@@ -36,7 +36,10 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     assert (zoo / "multitask" / "run.json").is_file()
 
     done = run("train", "--recipe", recipe, *data, "--out", runs)
-    assert (done.status, done.out[-1]) == (0, f"generator  {runs / 'generator'}")
+    assert (done.status, done.out[-2]) == (0, f"generator  {runs / 'generator'}")
+    assert done.out[-1].startswith("on its own  ")
+    loud = [line for line in done.err if line.startswith("WARNING: THIS GENERATOR IS NO GOOD: ")]
+    assert any("the autoencoder loses" in line for line in loud)  # after two steps
     done = run("evaluate", runs / "generator", *data, "--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card")
     assert done.status == 0
     assert done.out[0] == "# Evaluation"
@@ -48,7 +51,9 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     # All of it again: nothing is left to do, and stdout holds nothing but JSON.
     facts = told(run("collect", "--recipe", recipe, *data, "--json"))
     assert facts == {"zoo": str(zoo), "adapters": 3, "runs": 4, "missing": 0}
-    assert told(run("train", "--recipe", recipe, *data, "--out", runs, "--json")) == {"generator": str(runs / "generator")}
+    facts = told(run("train", "--recipe", recipe, *data, "--out", runs, "--json"))
+    assert facts.pop("check")["warnings"] == [line.partition("GOOD: ")[2] for line in loud]
+    assert facts == {"generator": str(runs / "generator")}
     again = ["--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card", "--json"]
     evaluation = told(run("evaluate", runs / "generator", *data, *again))
     assert evaluation == {"finished": True, **json.loads((results / "evaluation.json").read_text())}

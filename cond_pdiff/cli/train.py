@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,13 +62,27 @@ def train(
     tensorboard: Tensorboard = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a generator on a zoo (resumable)."""
+    """Train a generator on a zoo (resumable).
+
+    In the end it is checked on its own tasks; what is wrong with it is told loudly.
+    """
     from cond_pdiff.training.processes import processes
     from cond_pdiff.training.recipe import read_recipe
+    from cond_pdiff.training.stages.check import check_generator
     from cond_pdiff.training.stages.train import train
 
     generator = train(read_recipe(recipe), zoo, tasks, out, tensorboard)
-    report({"generator": str(generator)}, f"generator  {generator}", as_json, processes().print)
+    if not processes().is_main_process:
+        return
+    hide_loading_bars()
+    check = check_generator(generator, zoo, tasks, out)
+    for wrong in check.warnings:
+        print(f"WARNING: THIS GENERATOR IS NO GOOD: {wrong}", file=sys.stderr)
+    told = (
+        f"generator  {generator}\non its own  {check.routed:.0%} of {check.generated} generated adapters are nearest to their task; "
+        f"the autoencoder loses {check.reconstruction_error:.0%}; threshold {check.threshold:.2f}"
+    )
+    report({"generator": str(generator), "check": check.to_json()}, told, as_json)
 
 
 @commands.command()
