@@ -241,7 +241,7 @@ def text_rows(table: Table, text_columns: Sequence[str] = (), label_column: str 
         raise TaskDataError(f"{table.source} has no row with {missing}: {len(found)} rows, {without_text} of them without a text")
     notes += [f"{table.source}: {_count(count, 'row')} without a {what} left out, of {len(found)}"
               for what, count in (("text", without_text), ("label", without_label)) if count]  # fmt: skip
-    return TextRows(tuple(found), labels, (*table.notes, *notes))  # type: ignore[arg-type]
+    return TextRows(tuple(found), labels, (*table.notes, *notes))
 
 
 def _choose_columns(

@@ -127,6 +127,13 @@ class Task(ZooTask):
         """The test split, or the validation split where there is none: numbers are reported on it, and nothing is selected on it."""
         return "test" if any(path.exists() for path in self._files("test")) else "validation"
 
+    def check(self) -> None:
+        """Raise `TaskDataError` for a task without training rows, or without any rows to report numbers on."""
+        for split in ("train", self.test_split):
+            if not any(path.exists() for path in self._files(split)):
+                needed = "training rows" if split == "train" else "a test or validation split (`cond-pdiff import-task` makes one)"
+                raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz; a task needs {needed}")
+
     def test_rows(self, limit: int | None) -> list[Row]:
         """Return up to `limit` rows of the test split, a fixed random choice."""
         return sample_rows(self.rows(self.test_split), limit, f"{self.name}/report")
