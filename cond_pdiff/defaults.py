@@ -13,6 +13,8 @@ those of the bundled styles, which vary by 0.03 only, 1.2 as much. After ten equ
 was 0.7 on those tasks, and 3 on the styles."""
 CHOOSE_FROM = 20
 """The number of candidates where there are examples to choose on (the paper's number)."""
+MAX_EXAMPLES = 64
+"""The most examples that are taken from a file: each is read by every candidate, and kept with the adapter."""
 
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0

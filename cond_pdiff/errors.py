@@ -22,7 +22,7 @@ class OutputExistsError(CondPDiffError):
 
 
 class TaskDataError(CondPDiffError):
-    """A task folder or a zoo is malformed."""
+    """A task folder, a zoo, or a table of texts is malformed."""
 
 
 class TrainingError(CondPDiffError):

@@ -36,7 +36,10 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     assert (zoo / "multitask" / "run.json").is_file()
 
     done = run("train", "--recipe", recipe, *data, "--out", runs)
-    assert (done.status, done.out[-1]) == (0, f"generator  {runs / 'generator'}")
+    assert (done.status, done.out[-2]) == (0, f"generator  {runs / 'generator'}")
+    assert done.out[-1].startswith("on its own  ")
+    loud = [line for line in done.err if line.startswith("WARNING: THIS GENERATOR IS NO GOOD: ")]
+    assert any("the autoencoder loses" in line for line in loud)  # after two steps
     done = run("evaluate", runs / "generator", *data, "--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card")
     assert done.status == 0
     assert done.out[0] == "# Evaluation"
@@ -48,7 +51,9 @@ def test_from_tasks_to_a_generator_with_a_card(run: Any, recipe: Path, tasks_fol
     # All of it again: nothing is left to do, and stdout holds nothing but JSON.
     facts = told(run("collect", "--recipe", recipe, *data, "--json"))
     assert facts == {"zoo": str(zoo), "adapters": 3, "runs": 4, "missing": 0}
-    assert told(run("train", "--recipe", recipe, *data, "--out", runs, "--json")) == {"generator": str(runs / "generator")}
+    facts = told(run("train", "--recipe", recipe, *data, "--out", runs, "--json"))
+    assert facts.pop("check")["warnings"] == [line.partition("GOOD: ")[2] for line in loud]
+    assert facts == {"generator": str(runs / "generator")}
     again = ["--out", results, "--samples", 2, "--max-rows", 5, "--steps", 2, "--card", "--json"]
     evaluation = told(run("evaluate", runs / "generator", *data, *again))
     assert evaluation == {"finished": True, **json.loads((results / "evaluation.json").read_text())}
@@ -109,16 +114,14 @@ def test_other_commands_refuse_and_write_nothing(
     assert not gone.exists()
 
 
-def test_import_task_makes_a_task_folder(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_import_task_makes_a_task_folder(run: Any, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "train.csv").write_text("text,other,mood\ngood,x,kind\nbad,y,unkind\n")
     (tmp_path / "source" / "test.csv").write_text("text,other,mood\nfine,x,kind\n")
     options = ["import-task", tmp_path / "source", "--description", "Is it kind?", "--text-column", "text", "--label-column", "mood"]
     done = run(*options, "--out", tmp_path / "tasks" / "films")
-    assert (done.status, done.out) == (0, [f"task       {tmp_path / 'tasks' / 'films'} with the labels kind, unkind"])
+    assert (done.status, done.err) == (0, [])
+    assert done.out == [f"task       {tmp_path / 'tasks' / 'films'} with the labels kind, unkind", "rows       2 train rows, 1 test rows"]
     assert Task.load(tmp_path / "tasks" / "films").rows("test") == [("fine", 0)]
     refused(run(*options, "--out", tmp_path / "tasks" / "films"), "is not empty")
     pairs = run(*options, "--text-column", "other", "--out", tmp_path / "tasks" / "pairs")

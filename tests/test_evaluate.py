@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.errors import HubError, TaskDataError, TrainingError
+from cond_pdiff.hub import BUNDLED_FOLDER
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.config import parse
 from cond_pdiff.training.evaluate.baselines import ZooBaselines
@@ -356,7 +357,8 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
         shown = set(TABLE.columns) - hidden
         assert all(f" {TABLE.show(result['accuracy'][name])} |" in row for name in shown)
         assert ("CC0-1.0" if result["seen"] else f"{result['retrieved']} (") in row
-    assert 'from_pretrained("cond-pdiff/tiny-text-tasks")' in text
+    assert 'from_pretrained("tiny-text-tasks")' in text  # it is not one of the bundled ones
+    assert 'prompt = TaskPrompt(\n    "Is the remark kind?",\n    labels=["positive", "negative"],\n)' in text  # its own task
     assert "| adapter | LoRA, rank 2, alpha 8, on `attention.output.dense`, `key`, `query`, `value`: 1,024 parameters |" in text
     assert "| modelled | 512 parameters (`lora_B` only" in text
     assert "4 adapters of 2 tasks (2 runs a task" in text
@@ -366,7 +368,7 @@ def test_the_card_is_complete(card: Path, evaluation: dict[str, Any]) -> None:
 
 def test_the_cards_head_is_what_the_hub_reads(card: Path, evaluation: dict[str, Any], tiny_zoo: Path) -> None:
     data = ModelCard.load(card).data
-    assert (data.library_name, data.license) == ("cond-pdiff", "apache-2.0")
+    assert (data.library_name, data.license) == ("cond-pdiff", None)  # whose data it was trained on, nobody here knows
     assert data.base_model is None  # a folder, which the text calls by its name alone
     base = Zoo(tiny_zoo).base.repo_id
     assert f"`{Path(base).name}`" in card.read_text(encoding="utf-8")
@@ -398,6 +400,18 @@ def test_the_cards_code_is_python(card: Path) -> None:
     assert blocks
     for block in blocks:
         compile(block.split("```")[0], "card", "exec")
+
+
+def test_a_licence_that_the_owner_has_chosen_stays(card: Path, evaluation: dict[str, Any], tiny_zoo: Path) -> None:
+    chosen = "license: other\nlicense_name: mine\n"
+    card.write_text(card.read_text().replace("tags:\n", chosen + "tags:\n", 1))
+    text = write_generator_card(card.parent, tiny_zoo, evaluation).read_text()
+    assert ModelCard(text).data.license == "other"
+    assert chosen in text
+    card.write_text("no head at all")
+    assert "license" not in write_generator_card(card.parent, tiny_zoo, evaluation).read_text().split("---\n")[1]
+    for name in ("minilm-text-tasks", "pixart-mini-styles"):
+        assert ModelCard.load(BUNDLED_FOLDER / name / "README.md").data.license == "apache-2.0"
 
 
 def test_a_generator_with_a_card_still_loads(card: Path, evaluation: dict[str, Any], tiny_zoo: Path) -> None:

@@ -1,5 +1,6 @@
 """The README's code runs as it stands there, and its commands exist."""
 
+import csv
 import itertools
 import json
 import re
@@ -81,6 +82,29 @@ def test_a_picture_becomes_a_preview(inside: Path) -> None:
     assert (inside / "my-style-preview.png").is_file()
 
 
+def test_from_a_csv_to_labelled_texts_in_five_commands(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = (block for block in BASH_BLOCKS if "reviews.csv" in block)
+    install, *commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert (install[:2], len(commands)) == (["pip", "install"], 4)
+    things = ("keyboard", "screen", "battery", "charger", "speaker", "cable", "mouse", "printer", "camera", "router")
+    said = {
+        "positive": ("works perfectly", "is great", "was worth the money", "is fast and quiet", "lasts for ages"),
+        "negative": ("broke after a week", "is useless", "was a waste of money", "is slow and loud", "never worked"),
+    }
+    rows = [(f"The {thing} {what}, {end}", label) for label in said for thing in things for what in said[label] for end in ("again", "too")]
+    assert len(rows) == 200
+    with Path("reviews.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=";").writerows([("Review", "Rating"), *rows])
+    Path("new.csv").write_text("review\nit keeps disconnecting\nworth every penny\n")
+    for command in commands:
+        assert main(command[1:]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "rows       160 train rows, 40 test rows" in out
+    assert re.search(r"^40 rows, in % +base model +with the adapter +difference$", out, re.MULTILINE)
+    with Path("labelled.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["predicted"] for row in csv.DictReader(file)] == ["negative", "positive"]
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_every_command_parses(command: list[str]) -> None:
     name, *arguments = command
@@ -92,4 +116,4 @@ def test_every_command_parses(command: list[str]) -> None:
 
 
 def test_all_commands_are_covered() -> None:
-    assert {command[0] for command in COMMANDS} >= {"generate", "classify", "collect", "train", "evaluate", "import-task"}
+    assert {command[0] for command in COMMANDS} >= {"generate", "classify", "test", "collect", "train", "evaluate", "import-task"}

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from cond_pdiff.errors import OutputExistsError, TaskDataError
-from cond_pdiff.training.tasks.tasks import Row, Task, import_dataset, load_tasks, sample_rows, spread_over_labels, write_task
+from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks, sample_rows, spread_over_labels, write_task
 
 LABELS = ("kind", "unkind", "neither")
 ROWS: list[Row] = [("good film", 0), ("bad film", 1), ('a "film"\nin two lines \\ \u2028', 2), ("хороший фильм 🎬", 0)]
@@ -278,84 +277,3 @@ def test_write_task_replaces_nothing(task: Task) -> None:
     with pytest.raises(OutputExistsError, match="not empty"):
         write_task(task.folder, "Is it kind?", LABELS, {"train": ROWS})
     assert task.rows("train") == ROWS
-
-
-# --- data sets ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    assert datasets.config.HF_HUB_OFFLINE
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def write_csv(path: Path, rows: list[tuple[object, ...]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
-
-
-@pytest.mark.usefixtures("_private_cache")
-def test_import_of_a_folder_of_csv(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_csv(
-        source / "train.csv",
-        [("body", "mood"), ("good", "kind"), ("bad, very", "unkind"), ("", "kind"), ("  ", "kind"), ("fine ü", "kind")],
-    )
-    write_csv(source / "test.csv", [("body", "mood"), ("awful", "unkind"), ("what", "")])
-    task = import_dataset(str(source), tmp_path / "films", "Is it kind?", ["body"], "mood")
-    assert task == Task.load(tmp_path / "films")
-    assert task.labels == ("kind", "unkind")
-    assert task.rows("train") == [("good", 0), ("bad, very", 1), ("fine ü", 0)]
-    assert task.rows("test") == [("awful", 1)]
-    assert task.dataset == ""  # it is not the Hub's
-
-
-@pytest.mark.usefixtures("_private_cache")
-def test_import_refuses_a_label_that_training_never_shows(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_csv(source / "train.csv", [("body", "mood"), ("good", "kind"), ("bad", "unkind")])
-    write_csv(source / "test.csv", [("body", "mood"), ("what", "strange")])
-    with pytest.raises(TaskDataError, match="the test split has the label 'strange', which the train split has not"):
-        import_dataset(str(source), tmp_path / "films", "Is it kind?", ["body"], "mood")
-    assert not (tmp_path / "films").exists()
-
-
-@pytest.mark.usefixtures("_private_cache")
-def test_import_of_pairs_with_number_labels(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    write_csv(source / "train.csv", [("a", "b", "label"), ("one", "two", 10), ("three", "four", 2)])
-    task = import_dataset(str(source), tmp_path / "pairs", "Is it kind?", ["a", "b"])
-    assert task.labels == ("2", "10")
-    assert task.rows("train") == [(("one", "two"), 1), (("three", "four"), 0)]
-
-
-@pytest.mark.usefixtures("_private_cache")
-def test_import_takes_label_names_from_a_class_label_column(tmp_path: Path) -> None:
-    from datasets import ClassLabel, Dataset, Features, Value
-
-    columns = {"text": ["good", "bad", "unlabelled"], "label": [1, 0, -1]}
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["unkind", "kind"])})
-    (tmp_path / "source").mkdir()
-    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "source" / "train.parquet")
-    task = import_dataset(str(tmp_path / "source"), tmp_path / "films", "Is it kind?", ["text"])
-    assert task.labels == ("unkind", "kind")
-    assert task.rows("train") == [("good", 1), ("bad", 0)]
-
-
-@pytest.mark.usefixtures("_private_cache")
-@pytest.mark.parametrize(("columns", "label", "missing"), [(["text"], "mood", "text"), (["body"], "label", "label")])
-def test_import_names_a_missing_column(tmp_path: Path, columns: list[str], label: str, missing: str) -> None:
-    write_csv(tmp_path / "source" / "train.csv", [("body", "mood"), ("good", "kind"), ("bad", "unkind")])
-    with pytest.raises(TaskDataError, match=rf"no column '{missing}'; it has \['body', 'mood'\]"):
-        import_dataset(str(tmp_path / "source"), tmp_path / "films", "Is it kind?", columns, label)
-
-
-@pytest.mark.usefixtures("_private_cache")
-def test_import_needs_training_rows(tmp_path: Path) -> None:
-    write_csv(tmp_path / "source" / "test.csv", [("body", "mood"), ("good", "kind"), ("bad", "unkind")])
-    with pytest.raises(TaskDataError, match="train"):
-        import_dataset(str(tmp_path / "source"), tmp_path / "films", "Is it kind?", ["body"], "mood")

@@ -1,4 +1,4 @@
-"""Commands that make adapters and try them: `generate`, `classify`, `preview`, `demo`."""
+"""Commands that make adapters and show them: `generate`, `preview`, `demo`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cond_pdiff.cli.options import AdapterName, AsJson, Base, Force, GuidanceScale, Labels, Seed, Steps, Texts
+from cond_pdiff.cli.options import AdapterName, AsJson, Base, Force, GuidanceScale, LabelColumn, Labels, Seed, Steps, TextColumns
 from cond_pdiff.cli.output import hide_loading_bars, note, report
-from cond_pdiff.defaults import CHOOSE_FROM, DEFAULT_STEPS, PICTURE_GUIDANCE, PICTURE_STEPS, STYLE_GENERATOR, TEXT_GENERATOR
+from cond_pdiff.cli.texts import LabelledTexts, read_labelled, spread
+from cond_pdiff.defaults import (
+    CHOOSE_FROM,
+    DEFAULT_STEPS,
+    MAX_EXAMPLES,
+    PICTURE_GUIDANCE,
+    PICTURE_STEPS,
+    STYLE_GENERATOR,
+    TEXT_GENERATOR,
+)
 from cond_pdiff.errors import ConditionError, CondPDiffError
-from cond_pdiff.notation import PAIR_SEPARATOR, parse_example, parse_text
+from cond_pdiff.notation import PAIR_SEPARATOR, parse_example
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.conditions.condition import Condition
+    from cond_pdiff.conditions.texts import Text
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 
 commands = typer.Typer()
@@ -30,6 +40,12 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT=LABEL", help=f"A labelled example; repeatable; 'A {PAIR_SEPARATOR} B=LABEL' for pairs."),
     ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Labelled examples: CSV, TSV or JSON Lines, or a task folder.")
+    ] = None,
+    max_examples: Annotated[int, typer.Option(metavar="N", help="Take so many of them, spread over the labels.")] = MAX_EXAMPLES,
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
     label: Labels = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write the adapter.")],
     generator: Annotated[
@@ -53,11 +69,16 @@ def generate(
     """Make an adapter from a description or a style image.
 
     Candidate i uses the seed plus i. With examples, the candidate that does best on them is written, or the base model if it is expected to
-    do better.
+    do better. A task folder given as examples has a description and label names, too, which need not be repeated.
     """
-    condition, count = _condition(description, image, example or [], label or []), num_adapters
+    labels, shown = label or [], [parse_example(one) for one in example or []]
+    if examples is not None:
+        found = read_labelled(examples, "train", text_column or (), label_column)
+        description, labels = description or found.description, labels or list(dict.fromkeys([*found.labels, *(name for _, name in shown)]))
+        shown = [*_spread(found, max_examples, examples), *shown]
+    condition, count = _condition(description, image, shown, labels), num_adapters
     if count is None:
-        count = CHOOSE_FROM if example else 1
+        count = CHOOSE_FROM if condition.examples else 1
     if refine:
         _check_refinement(condition, refine)
     _check_generation(count, steps, guidance_scale, out, force)
@@ -70,20 +91,30 @@ def generate(
     if refine:
         # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
         adapter = _refined(pipe, condition, output.adapters[output.chosen], refine)
-        lines.append(f"refined    {refine} steps on {len(example or [])} examples, from candidate {output.chosen + 1} of {count}")
+        lines.append(f"refined    {refine} steps on {len(condition.examples)} examples, from candidate {output.chosen + 1} of {count}")
     adapter.save(out, overwrite=force)
     facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
 
 
-def _condition(description: str | None, image: Path | None, examples: list[str], labels: list[str]) -> Condition:
+def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, str]]:
+    """Return up to `most` examples, spread over the labels, and note how many are left."""
+    from cond_pdiff.sampling import check_count
+
+    check_count("max_examples", most, 10_000)
+    if len(found.rows) > most:
+        note(f"{most} of {len(found.rows)} rows of {where} are the examples, spread over the labels; --max-examples takes more")
+    return spread(found, most)
+
+
+def _condition(description: str | None, image: Path | None, examples: list[tuple[Text, str]], labels: list[str]) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
 
     if image is None:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
-        return TaskPrompt(description, [parse_example(example) for example in examples], labels)
+        return TaskPrompt(description, examples, labels)
     if description is not None or examples or labels:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
     return StyleImage.open(image)
@@ -92,7 +123,7 @@ def _condition(description: str | None, image: Path | None, examples: list[str],
 def _check_refinement(condition: Condition, steps: int) -> None:
     """Refuse to refine on no examples, or with a number of steps that is out of its range."""
     if not condition.examples:
-        raise ConditionError("--refine takes its steps on labelled examples; give some with --example")
+        raise ConditionError("--refine takes its steps on labelled examples; give some with --example or --examples")
 
     from cond_pdiff.few_shot import check_refinement
 
@@ -130,26 +161,6 @@ def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, s
     from cond_pdiff.few_shot import refine
 
     return refine(PrototypeClassifier(pipe.base_model(), prompt.labels, adapter, examples=prompt.examples), steps)
-
-
-@commands.command()
-def classify(adapter: AdapterName, text: Texts, *, label: Labels = None, base: Base = None, as_json: AsJson = False) -> None:
-    """Classify texts with an adapter."""
-    from cond_pdiff.classifier import PrototypeClassifier
-    from cond_pdiff.conditions.texts import check_text
-
-    texts = [check_text(parse_text(one), f"text {index}") for index, one in enumerate(text, 1)]
-    classifier = PrototypeClassifier.load(adapter, label or None, base)
-    limit = classifier.max_length
-    if cut := sum(classifier.backbone.count_tokens(one) > limit for one in texts):
-        note(f"{cut} of {len(texts)} texts longer than {limit} tokens; the rest of them is not read")
-    facts, lines = [], []
-    for one, row in zip(text, classifier.logits(texts).softmax(1).tolist(), strict=True):
-        probabilities = dict(zip(classifier.labels, row, strict=True))
-        best = max(probabilities, key=lambda name: probabilities[name])
-        facts.append({"text": one, "label": best, "probabilities": probabilities})
-        lines.append(f"{best:<24} {probabilities[best]:>4.0%}  {one[:100]}")
-    report(facts, "\n".join(lines), as_json)
 
 
 @commands.command()

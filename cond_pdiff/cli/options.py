@@ -8,7 +8,6 @@ from typing import Annotated, NamedTuple
 import typer
 
 from cond_pdiff.errors import CondPDiffError
-from cond_pdiff.notation import PAIR_SEPARATOR
 
 DEFAULT_RECIPE = "minilm-text-tasks"
 
@@ -49,8 +48,12 @@ Labels = Annotated[
     list[str] | None,
     typer.Option("--label", metavar="NAME", help="A label name; repeatable (default: of the examples, or recorded with the adapter)."),
 ]
-Texts = Annotated[
-    list[str], typer.Argument(metavar="TEXT", help=f"Texts; 'A {PAIR_SEPARATOR} B' for pairs; after --, they may begin with a dash.")
+TextColumns = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", metavar="NAME", help="The column of texts; twice for pairs (default: by a usual name)."),
+]
+LabelColumn = Annotated[
+    str | None, typer.Option("--label-column", metavar="NAME", help="The column of labels (default: by a usual name).")
 ]
 
 Steps = Annotated[int, typer.Option(metavar="N", help="Denoising steps.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,15 +12,17 @@ from cond_pdiff.cli.options import (
     DEFAULT_RECIPE,
     AsJson,
     GeneratorName,
+    LabelColumn,
     Recipe,
     RunFolder,
     Seed,
     ShardOption,
     Tasks,
     Tensorboard,
+    TextColumns,
     ZooFolder,
 )
-from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, report
+from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, note, report
 from cond_pdiff.defaults import STYLE_TEST_PICTURES, STYLE_TRAIN_PICTURES
 
 commands = typer.Typer()
@@ -59,13 +62,27 @@ def train(
     tensorboard: Tensorboard = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a generator on a zoo (resumable)."""
+    """Train a generator on a zoo (resumable).
+
+    In the end it is checked on its own tasks; what is wrong with it is told loudly.
+    """
     from cond_pdiff.training.processes import processes
     from cond_pdiff.training.recipe import read_recipe
+    from cond_pdiff.training.stages.check import check_generator
     from cond_pdiff.training.stages.train import train
 
     generator = train(read_recipe(recipe), zoo, tasks, out, tensorboard)
-    report({"generator": str(generator)}, f"generator  {generator}", as_json, processes().print)
+    if not processes().is_main_process:
+        return
+    hide_loading_bars()
+    check = check_generator(generator, zoo, tasks, out)
+    for wrong in check.warnings:
+        print(f"WARNING: THIS GENERATOR IS NO GOOD: {wrong}", file=sys.stderr)
+    told = (
+        f"generator  {generator}\non its own  {check.routed:.0%} of {check.generated} generated adapters are nearest to their task; "
+        f"the autoencoder loses {check.reconstruction_error:.0%}; threshold {check.threshold:.2f}"
+    )
+    report({"generator": str(generator), "check": check.to_json()}, told, as_json)
 
 
 @commands.command()
@@ -125,19 +142,28 @@ def make_styles(
 
 @commands.command("import-task")
 def import_task(
-    dataset: Annotated[
-        str, typer.Argument(metavar="DATASET", help="Hub name, or a folder with train.csv, test.csv, … (or .json, .parquet).")
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE", help="CSV, TSV or JSON Lines files, a folder of them, or the Hub's name of a data set."
+        ),
     ],
     *,
     description: Annotated[str, typer.Option(metavar="TEXT", help="What to decide, in a sentence or two.")],
-    text_column: Annotated[list[str], typer.Option(metavar="NAME", help="Give it twice for pairs.")],
-    label_column: Annotated[str, typer.Option(metavar="NAME", help="The column of labels.")] = "label",
+    text_column: TextColumns = None,
+    label_column: LabelColumn = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Task folder to create.")],
     as_json: AsJson = False,
 ) -> None:
-    """Convert a data set to a task folder."""
-    from cond_pdiff.training.tasks.tasks import import_dataset
+    """Make a task folder from texts with labels.
 
-    task = import_dataset(dataset, out, description, text_column, label_column)
-    facts = {"task": str(task.folder), "labels": list(task.labels)}
-    report(facts, f"task       {task.folder} with the labels {', '.join(task.labels)}", as_json)
+    Of several files, the names say which is train, validation or test. Where there is no test split, one is made.
+    """
+    from cond_pdiff.training.tasks.import_task import import_task
+
+    made = import_task(source, out, description, text_column or (), label_column)
+    for told in made.notes:
+        note(told)
+    rows = ", ".join(f"{count} {split} rows" for split, count in made.rows.items())
+    facts = {"task": str(made.task.folder), "labels": list(made.task.labels), "rows": dict(made.rows), "notes": list(made.notes)}
+    report(facts, f"task       {made.task.folder} with the labels {', '.join(made.task.labels)}\nrows       {rows}", as_json)

@@ -36,7 +36,7 @@ class HeadBackbone(TextBackbone):
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it would warn of the heads, which are meant to be new
         try:
-            model, tokenizer, missing = load_text_model(backbone, AutoModelForSequenceClassification, num_labels=num_labels)
+            model, tokenizer, _, missing = load_text_model(backbone, AutoModelForSequenceClassification, num_labels=num_labels)
         finally:
             transformers_logging.set_verbosity(verbosity)
         lost = sorted(key for key in missing if not any(key.startswith(head + ".") for head in heads))
@@ -45,8 +45,6 @@ class HeadBackbone(TextBackbone):
                 f"{backbone.repo_id} has no weights {lost[0]!r}; the adapters must bring them: add {lost[0].rpartition('.')[0]!r} "
                 "(or the module that it belongs to) to modules_to_save"
             )
-        if tokenizer.pad_token is None:  # GPT-2
-            tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:  # type: ignore[union-attr]
             model.config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
         return cls(model, tokenizer)

@@ -1,4 +1,4 @@
-"""SentenceBackbone: a frozen transformers encoder with mean pooling, as sentence-transformers uses it."""
+"""SentenceBackbone: a frozen transformers encoder with the pooling that sentence-transformers keeps beside it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedTokenizerBase
 
 from cond_pdiff.conditions.texts import Text
+from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
+from cond_pdiff.models.pooling import Pooling
 from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
 
 
@@ -18,19 +20,32 @@ class SentenceBackbone(TextBackbone):
 
     Args:
         model: a transformers encoder that returns `last_hidden_state`.
-        tokenizer: its fast tokenizer.
+        tokenizer: its fast tokenizer, which is set to pad on the right: texts then embed alike whatever stands beside them, also where a
+            model counts positions from the left or pools the last token.
+        pooling: of its last hidden states; default: the mean.
     """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pooling: Pooling | None = None) -> None:
+        super().__init__(model, tokenizer)
+        self.tokenizer.padding_side = "right"
+        self.pooling = pooling or Pooling()
 
     @classmethod
     def load(cls, backbone: Backbone) -> SentenceBackbone:
-        """Load a frozen backbone in evaluation mode, float32, on the CPU; raise `HubError` if that fails."""
-        model, tokenizer, _ = load_text_model(backbone, AutoModel)
-        return cls(model, tokenizer)
+        """Load a frozen backbone in evaluation mode, float32, on the CPU, with its own pooling (see `Pooling.load`).
+
+        Raises:
+            HubError: not to be had, no encoder, or one whose embeddings would be others than sentence-transformers'.
+        """
+        model, tokenizer, folder, _ = load_text_model(backbone, AutoModel)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise HubError(f"{backbone.repo_id} has an encoder and a decoder ({type(model).__name__}); expected one of the two")
+        return cls(model, tokenizer, Pooling.load(folder))
 
     @property
     def embedding_dim(self) -> int:
         """The length of an embedding."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return self.pooling.embedding_dim(int(self.model.config.hidden_size))  # type: ignore[union-attr, arg-type]
 
     def forward(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
         """Embed one batch, with gradients if any are wanted. Longer texts are cut at `max_length` tokens.
@@ -39,10 +54,8 @@ class SentenceBackbone(TextBackbone):
             shape `(len(texts), embedding_dim)`, each row of length 1.
         """
         batch = self.tokenize(texts, max_length)
-        hidden = self.run(batch).last_hidden_state
-        mask = batch["attention_mask"][..., None].to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-        return nn.functional.normalize(pooled, dim=-1)
+        embeddings: torch.Tensor = self.pooling(self.run(batch).last_hidden_state, batch["attention_mask"])
+        return embeddings
 
     def forward_groups(self, groups: Sequence[Sequence[Text]], max_length: int) -> list[torch.Tensor]:
         """Run `forward` on several groups in one batch, in which every group has as many rows, as adapters `attached_to_groups` need it.

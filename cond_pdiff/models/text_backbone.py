@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,24 @@ from cond_pdiff.locks import lock_of
 from cond_pdiff.models.frozen import BROKEN_MODEL, load_frozen
 
 
-def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, set[str]]:
-    """Load a model as `load_frozen` does, with its tokenizer instead of its folder."""
+def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, Path, set[str]]:
+    """Load a model as `load_frozen` does, with its tokenizer beside it.
+
+    A tokenizer without a padding token (GPT-2's, LLaMA's) pads with its end-of-text token, which no attention mask lets through.
+
+    Raises:
+        HubError: not to be had, or the tokenizer has neither token.
+    """
     model, folder, missing = load_frozen(backbone, auto_model, **options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BROKEN_MODEL as error:
         raise HubError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-    return model, tokenizer, missing
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise HubError(f"the tokenizer in {folder} has neither a padding token nor an end-of-text token; set its pad_token and save it")
+    return model, tokenizer, folder, missing
 
 
 class TextBackbone(ABC):

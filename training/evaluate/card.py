@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cond_pdiff.adapter_card import base_fields
+from cond_pdiff.adapter_card import CARD_FILE, base_fields
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import HubError, TaskDataError
-from cond_pdiff.hub import EVAL_RESULTS, weights_megabytes
+from cond_pdiff.hub import BUNDLED_FOLDER, BUNDLED_NAMESPACE, EVAL_RESULTS, weights_megabytes
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import evaluation_of
@@ -71,12 +71,31 @@ def _show_pictures(generator: Path, table: EvaluationTable, evaluation: dict[str
     return "\n".join(lines)
 
 
+def _own_words(generator: Path, tasks: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Return what a card says of the generator's owner and tasks.
+
+    That is the licence that its card names already: nobody else can choose one. And how it is loaded, and the trained task of the fewest
+    labels, to ask for in the example.
+    """
+    card = generator / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    head = text.split("---\n")[1] if text.startswith("---\n") else ""
+    task = min(tasks.values(), key=lambda facts: len(facts.get("labels", ())))
+    return {
+        "license": "".join(f"{line}\n" for line in head.splitlines() if line.startswith("license")),
+        "loads": BUNDLED_NAMESPACE * (generator.resolve().parent == BUNDLED_FOLDER) + generator.name,
+        "example_description": json.dumps(task.get("description", ""), ensure_ascii=False),
+        "example_labels": json.dumps(task.get("labels", []), ensure_ascii=False),
+    }
+
+
 def _generator_fields(generator: Path, zoo: Zoo, evaluation: dict[str, Any]) -> dict[str, Any]:
     pipe = CondPDiffPipeline.from_pretrained(generator)
     collect, spec = zoo.facts["collect"], pipe.template.spec
     return {
         "name": generator.name,
         **base_fields(spec.base_model),
+        **_own_words(generator, pipe.condition_index.config.tasks),
         "base_revision": zoo.base.revision or "unknown",
         "rank": spec.rank,
         "alpha": f"{spec.alpha:g}",

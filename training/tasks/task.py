@@ -26,6 +26,9 @@ class ZooTask(ABC):
     def conditions(self, count: int) -> Sequence[Condition]:
         """Return conditions that ask for the task, the same ones every time; the first is the plainest."""
 
+    def check(self) -> None:  # noqa: B027  # where nothing can be wrong, there is nothing to do
+        """Raise `TaskDataError` for a task that no adapters can be collected on; what is only found in the end costs a whole run."""
+
     def zoo_facts(self) -> dict[str, Any]:
         """Return what the zoo records of it; `source` names the task that it was made from, if there is one."""
         return {"group": self.group, "licence": self.licence}

@@ -9,7 +9,7 @@ A task is a folder with
   object a line, `{"text": …, "label": i}` or `{"text_a": …, "text_b": …, "label": i}`, with i an index into
   `label_names`, or a number in `label_range`.
 
-A folder of such folders is a task collection. `write_task` makes one from rows, `import_dataset` from a Hub data set.
+A folder of such folders is a task collection. `write_task` makes one from rows, `import_task.import_task` from files or a Hub data set.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ Row = tuple[Text, Any]
 """A text and its label: an index into the label names, or of a regression task a float."""
 
 SPLITS = ("train", "validation", "test")
-UNLABELLED = (None, -1)
-"""How data sets mark rows without a label; such rows are left out of an import."""
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 """The numbers of examples of the prompts that a generator is trained on."""
 WORD_DROPOUT = 0.15
@@ -128,6 +126,13 @@ class Task(ZooTask):
     def test_split(self) -> str:
         """The test split, or the validation split where there is none: numbers are reported on it, and nothing is selected on it."""
         return "test" if any(path.exists() for path in self._files("test")) else "validation"
+
+    def check(self) -> None:
+        """Raise `TaskDataError` for a task without training rows, or without any rows to report numbers on."""
+        for split in ("train", self.test_split):
+            if not any(path.exists() for path in self._files(split)):
+                needed = "training rows" if split == "train" else "a test or validation split (`cond-pdiff import-task` makes one)"
+                raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz; a task needs {needed}")
 
     def test_rows(self, limit: int | None) -> list[Row]:
         """Return up to `limit` rows of the test split, a fixed random choice."""
@@ -310,48 +315,3 @@ def write_task(
         for split in splits:
             written.rows(split)
     return Task.load(folder)
-
-
-def import_dataset(dataset: str, folder: str | Path, description: str, text_columns: Sequence[str], label_column: str = "label") -> Task:
-    """Convert a data set that `datasets.load_dataset` reads (a Hub name or a local folder of CSV, JSON or Parquet files).
-
-    Args:
-        text_columns: one column, or two for pairs.
-        label_column: a ClassLabel, integer or string column. Rows without a label (None or -1) or without a text are left out.
-    """
-    try:
-        from datasets import ClassLabel, load_dataset
-    except ImportError as error:
-        raise TaskDataError("importing data sets needs the package datasets: pip install 'cond-pdiff[train]'") from error
-    try:
-        loaded = load_dataset(dataset)
-    except Exception as error:  # datasets has a few dozen of its own, and passes on those of every reader
-        raise TaskDataError(f"{dataset} cannot be read as a data set: {type(error).__name__}: {error}") from error
-    if "train" not in loaded:
-        raise TaskDataError(f"{dataset} has no train split; it has {sorted(loaded)}")
-    missing = [column for column in (*text_columns, label_column) if column not in loaded["train"].column_names]
-    if missing:
-        raise TaskDataError(f"{dataset} has no column {missing[0]!r}; it has {loaded['train'].column_names}")
-    feature = loaded["train"].features[label_column]
-    if isinstance(feature, ClassLabel):
-        labels = list(feature.names)
-        index = {number: number for number in range(len(labels))}
-    else:
-        values = sorted(set(loaded["train"][label_column]) - set(UNLABELLED))
-        labels = [str(value) for value in values]
-        index = {value: number for number, value in enumerate(values)}
-    splits: dict[str, list[Row]] = {}
-    for split in (name for name in SPLITS if name in loaded):
-        labelled = [row for row in loaded[split] if row[label_column] not in UNLABELLED and all(map(_has_text, map(row.get, text_columns)))]
-        unknown = [row[label_column] for row in labelled if row[label_column] not in index]
-        if unknown:
-            raise TaskDataError(f"{dataset}: the {split} split has the label {unknown[0]!r}, which the train split has not")
-        texts = [row[text_columns[0]] if len(text_columns) == 1 else tuple(row[column] for column in text_columns) for row in labelled]
-        if labelled:
-            splits[split] = [(text, index[row[label_column]]) for text, row in zip(texts, labelled, strict=True)]
-    origin = {} if Path(dataset).exists() else {"dataset": dataset}
-    return write_task(folder, description, labels, splits, None, **origin)
-
-
-def _has_text(value: object) -> bool:
-    return value is not None and bool(str(value).strip())

@@ -62,6 +62,8 @@ def collect(
         raise TrainingError(f"together must be at least 1, and 1 with modules_to_save or lora_dropout, got {together}")
     family = family_named(config.family)
     found: Sequence[ZooTask] = family.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)
+    for task in found:
+        task.check()
     fine_tuning: FineTuning = family.fine_tuning(config, found)
     tasks = {task.name: task for task in found}
     if not config.tasks:

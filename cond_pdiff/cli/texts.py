@@ -1,0 +1,62 @@
+"""What commands read texts from: tables, and splits of task folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cond_pdiff.cli.output import note
+
+if TYPE_CHECKING:
+    from cond_pdiff.conditions.texts import Text
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with labels.
+
+    Args:
+        rows: (text, label) pairs.
+        labels: all label names.
+        description: of the task, where the texts are a task folder's.
+    """
+
+    rows: list[tuple[Text, str]]
+    labels: tuple[str, ...]
+    description: str | None = None
+
+
+def read_labelled(path: Path, split: str, text_columns: Sequence[str], label_column: str | None) -> LabelledTexts:
+    """Read all labelled rows of a table (see `cond_pdiff.tables`), or a split of a task folder, and note what was taken for granted.
+
+    Args:
+        split: "train" or "test": of a task folder; its validation split where it has no test split.
+    """
+    if path.is_dir():
+        from cond_pdiff.conditions.texts import check_text
+        from cond_pdiff.training.tasks.tasks import Task
+
+        task = Task.load(path)
+        rows = task.rows(task.test_split if split == "test" else split)
+        checked = [(check_text(text, f"text {index}"), task.labels[label]) for index, (text, label) in enumerate(rows, 1)]
+        return LabelledTexts(checked, task.labels, task.description)
+
+    from cond_pdiff.tables import read_table, text_rows
+
+    found = text_rows(read_table(path), text_columns, label_column)
+    for told in found.notes:
+        note(told)
+    return LabelledTexts(found.labelled, tuple(dict.fromkeys(label for _, label in found.labelled)))
+
+
+def spread(texts: LabelledTexts, count: int) -> list[tuple[Text, str]]:
+    """Choose up to `count` examples, in turn of every label, the same ones every time."""
+    import random
+
+    from cond_pdiff.training.tasks.tasks import spread_over_labels
+
+    rows = [(text, texts.labels.index(label)) for text, label in texts.rows]
+    random.Random("examples").shuffle(rows)
+    return spread_over_labels(rows, count, texts.labels)
