@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2Config, GPT2Model
 
 from cond_pdiff import LoraAdapter
+from cond_pdiff.adapter_card import merged_card
 from cond_pdiff.convert import from_comfyui, save_comfyui, save_merged, to_comfyui
 from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, OutputExistsError
 from cond_pdiff.hub import Backbone
@@ -71,7 +72,9 @@ def test_a_merged_sentence_model_is_the_base_with_the_adapter(
     names = {path.name for path in Path(tiny_backbone.repo_id).iterdir() if path.suffix in (".json", ".safetensors", ".txt", ".md")}
     assert {path.name for path in folder.iterdir()} == {*names, "README.md"}
     card = (folder / "README.md").read_text()
-    assert "base_model_relation: merge" in card
+    assert "base_model" not in card  # a folder
+    known = replace(tiny_adapter, spec=replace(tiny_adapter.spec, base_model="owner/tiny"))
+    assert 'base_model: "owner/tiny"\nbase_model_relation: merge\n' in merged_card(known, 1.0)
     assert "plus 1 times the adapter's update" in card
     with pytest.raises(CondPDiffError, match="must be a finite number, got nan"):
         save_merged(tiny_adapter, tmp_path / "nan", tiny_backbone, scale=float("nan"))
