@@ -103,7 +103,7 @@ def try_adapter(
     report(result.to_json(), f"{_told(result)}\nintervals  {INTERVALS}", as_json)
 
 
-def _load(adapter: Path, labels: list[str] | None, base: str | None) -> PrototypeClassifier:
+def _load(adapter: str, labels: list[str] | None, base: str | None) -> PrototypeClassifier:
     from cond_pdiff.classifier import PrototypeClassifier
 
     return PrototypeClassifier.load(adapter, labels or None, base)
