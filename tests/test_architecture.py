@@ -23,7 +23,7 @@ RANKS = {
     "families.family": 3, "peft_files": 3,
     "adapter_card": 4,
     "adapter": 5,
-    "models": 6,
+    "canonical": 6, "models": 6,
     "classifier": 7, "codec": 7, "generator_info": 7, "text_to_image": 7,
     "convert": 8, "few_shot": 8, "preview": 8, "publish": 8,
     "families": 9,
