@@ -132,7 +132,7 @@ def _shape_entries(model: nn.Module) -> str:
     return json.dumps({name: getattr(config, name, None) for name in named})
 
 
-def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | Conv1D], dtype: torch.dtype) -> str:
+def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | nn.Conv2d | Conv1D], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(_shape_entries(model).encode())
     for name, module in linears.items():
         digest.update(name.encode())
@@ -145,29 +145,31 @@ def same_base(recorded: str, found: str) -> bool:
     return any(first == second for first, second in zip(recorded.split("+"), found.split("+"), strict=False))
 
 
-def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Conv1D]:
-    """Return the linear modules of `model` that `spec` targets, sorted by name; raise `AdapterError` if there are none."""
+def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | nn.Conv2d | Conv1D]:
+    """Return the linear modules of `model` that `spec` targets, convolutions too, by name; raise `AdapterError` if there are none."""
     found = {name: module for name, module in sorted(model.named_modules()) if spec.targets(name)}
     if not found:
         raise AdapterError(
             f"the model ({type(model).__name__}) has no module named {sorted(spec.target_modules)}; "
             f"these adapters are for {spec.base_model or 'another base model'}"
         )
-    kind: Any = nn.Linear
+    kinds: Any = (nn.Linear, nn.Conv2d)
     if spec.fan_in_fan_out:
-        from transformers.pytorch_utils import Conv1D as kind
-    linears = {name: module for name, module in found.items() if isinstance(module, kind)}
+        from transformers.pytorch_utils import Conv1D
+
+        kinds = (Conv1D,)
+    linears = {name: module for name, module in found.items() if isinstance(module, kinds)}
     for name in sorted(found.keys() - linears.keys()):
         raise AdapterError(
-            f"module {name!r} is a {type(found[name]).__name__}, expected a {kind.__name__} "
+            f"module {name!r} is a {type(found[name]).__name__}, expected a {' or '.join(kind.__name__ for kind in kinds)} "
             f"(is an adapter already merged in? fan_in_fan_out is {spec.fan_in_fan_out})"
         )
     return linears
 
 
-def update_shape(module: nn.Linear | Conv1D, spec: LoraSpec) -> tuple[int, int]:
-    """Return the shape (out, in) of a targeted module's ΔW."""
-    rows, columns = module.weight.shape
+def update_shape(module: nn.Linear | nn.Conv2d | Conv1D, spec: LoraSpec) -> tuple[int, int]:
+    """Return the shape (out, in) of a targeted module's ΔW; of a convolution (out, in · height · width)."""
+    rows, columns = module.weight.flatten(1).shape
     return (columns, rows) if spec.fan_in_fan_out else (rows, columns)
 
 
