@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cond_pdiff.cli.options import AsJson, GeneratorName, GuidanceScale, ResultFolder, Seed, ShardOption, Steps, Tasks, ZooFolder
+from cond_pdiff.cli.options import AsJson, GeneratorName, GuidanceScale, OwnTasks, ResultFolder, Seed, ShardOption, Steps, Tasks, ZooFolder
 from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, report
 from cond_pdiff.defaults import (
     CALIBRATION_DRAWS,
@@ -27,7 +27,7 @@ def evaluate(
     generator: GeneratorName,
     *,
     zoo: ZooFolder,
-    tasks: Tasks,
+    tasks: OwnTasks = None,
     out: ResultFolder,
     samples: Annotated[int, typer.Option(metavar="N", help="Adapters generated a task.")] = EVALUATED_SAMPLES,
     max_rows: Annotated[int, typer.Option(metavar="N", help="Rows or held-out pictures a task.")] = EVALUATED_ROWS,

@@ -26,6 +26,7 @@ def generate(
     description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What to decide, in a sentence or two.")] = None,
     *,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description.")] = None,
+    vector: Annotated[Path | None, typer.Option(metavar="FILE", help="A .npy or .safetensors file with numbers instead.")] = None,
     example: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT=LABEL", help=f"A labelled example; repeatable; 'A {PAIR_SEPARATOR} B=LABEL' for pairs."),
@@ -55,7 +56,7 @@ def generate(
     Candidate i uses the seed plus i. With examples, the candidate that does best on them is written, or the base model if it is expected to
     do better.
     """
-    condition, count = _condition(description, image, example or [], label or []), num_adapters
+    condition, count = _condition(description, image, vector, example or [], label or []), num_adapters
     if count is None:
         count = CHOOSE_FROM if example else 1
     if refine:
@@ -76,10 +77,17 @@ def generate(
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
 
 
-def _condition(description: str | None, image: Path | None, examples: list[str], labels: list[str]) -> Condition:
+def _condition(
+    description: str | None, image: Path | None, vector: Path | None, examples: list[str], labels: list[str]
+) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
+    from cond_pdiff.conditions.vector import Vector
 
+    if vector is not None:
+        if image is not None or description is not None or examples or labels:
+            raise ConditionError("give a vector, or another condition, not both")
+        return Vector.of(vector)
     if image is None:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")

@@ -34,6 +34,7 @@ class TaskPrompt(Condition):
     adapters: ClassVar[str] = "text"
     names_classes: ClassVar[bool] = True
     own_key: ClassVar[str | None] = "description"
+    column: ClassVar[str] = "text"
 
     description: str
     examples: Sequence[tuple[Text, str]] = ()

@@ -43,6 +43,8 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
     """
     check_card_place(generator)
     zoo, settings = Zoo(zoo_folder), evaluation["settings"]
+    if zoo.is_imported:
+        raise TaskDataError(f"{zoo_folder} was imported: no card tells how its adapters were trained; use evaluation.md as it is")
     if settings["zoo_tasks"] < settings["generator_tasks"]:
         raise TaskDataError(
             f"{zoo_folder} holds {settings['zoo_tasks']} of the {settings['generator_tasks']} tasks that the generator was trained on; "
