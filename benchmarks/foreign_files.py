@@ -4,8 +4,8 @@
 
 Adapters of a tiny Stable Diffusion U-Net are trained by peft, each towards a U-Net with other weights and from factors of its own.
 They are saved by diffusers, by peft, and by the writers here in the keys of kohya, ComfyUI and diffusers, imported, and a generator is
-trained on them; each has a vector for its condition. Told are: how well the import keeps ΔW, task-identification accuracy (routing), and by how much the
-output of a generated adapter, written in each form and loaded by diffusers, differs from that of the adapter attached here.
+trained on them; each has a vector for its condition. Told are: how well the import keeps ΔW, task-identification accuracy (routing), and by
+how much the output of a generated adapter, written in each form and loaded by diffusers, differs from that of the adapter attached here.
 """
 
 from __future__ import annotations

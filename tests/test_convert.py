@@ -46,6 +46,13 @@ def test_comfyui_reads_down_up_and_alpha_and_they_give_the_same_update(style_ada
     assert (back.spec.base_model, back.spec.alpha) == (style_adapter.spec.base_model, style_adapter.spec.alpha)
 
 
+def test_a_pixart_file_for_diffusers_is_refused(style_adapter: LoraAdapter, tiny_base: Backbone, tmp_path: Path) -> None:
+    """Its PixArt has no loader of LoRA files: peft's folder is what is used with it."""
+    assert not hasattr(load_text_to_image(tiny_base).transformer, "load_lora_adapter")
+    with pytest.raises(AdapterError, match="cannot be written as a file for diffusers: it has comfyui"):
+        save_lora_file(style_adapter, tmp_path / "embers.safetensors", "diffusers")
+
+
 def test_a_file_is_not_replaced_and_strange_tensors_are_refused(
     style_adapter: LoraAdapter, tiny_adapter: LoraAdapter, tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ class TextToImage(Family):
 
     name = "text-to-image"
     paints = True
-    file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {"diffusers": ("transformer.", False), "comfyui": ("transformer.", False)}
+    file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {"comfyui": ("transformer.", False)}  # diffusers loads none for a PixArt
     weights_file = TRANSFORMER_WEIGHTS
     adapter_card = "style_adapter.md"
     generator_card = "style_generator.md"
