@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.formats.module_names import ModuleNames, flat, native_to_diffusers
 
-Role = Literal["lora_A", "lora_B", "alpha"]
+Role = str
+"""Which of a module's tensors a key names: "lora_A", "lora_B" or "alpha"."""
 
 ENDINGS: dict[str, Role] = {
     f"{before}{factor}": role

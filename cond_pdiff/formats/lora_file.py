@@ -118,7 +118,7 @@ class LoraFile:
         rank = max(update.rank for update in self.updates.values())
         alphas = {update.alpha for update in self.updates.values()}
         alike = len(alphas) == 1 and all(update.rank == rank for update in self.updates.values())
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for module, update in self.updates.items():
             factors = update.lora_a, update.lora_b
             if not alike:

@@ -31,8 +31,9 @@ def check_plain(adapter: LoraAdapter) -> None:
 
 def updates_of(adapter: LoraAdapter) -> dict[str, Update]:
     """Return the adapter's updates, module by module, on the CPU."""
-    factors = {module: (part.detach().to("cpu") for part in factors_of(adapter.tensors, module)) for module in adapter.modules}
-    return {module: Update(*parts, alpha=float(adapter.spec.alpha)) for module, parts in factors.items()}
+    factors = {module: factors_of(adapter.tensors, module) for module in adapter.modules}
+    alpha = float(adapter.spec.alpha)
+    return {module: Update(lora_a.detach().cpu(), lora_b.detach().cpu(), alpha) for module, (lora_a, lora_b) in factors.items()}
 
 
 def lora_file_tensors(adapter: LoraAdapter, form: str) -> dict[str, torch.Tensor]:

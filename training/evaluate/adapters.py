@@ -25,7 +25,7 @@ class AdapterEvaluator(ZooEvaluator):
         super().__init__(generator, zoo, config, out)
         self.mean = soup([run for name in zoo.task_names for run in self.trained[name]])
 
-    def load_tasks(self, folder: str | Path | None) -> Sequence[ImportedTask]:
+    def load_tasks(self, folder: str | Path | None) -> Sequence[Any]:
         """Read the conditions that the zoo holds."""
         return self.zoo.load_tasks(folder, self.zoo.task_names)
 

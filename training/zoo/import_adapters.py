@@ -136,7 +136,7 @@ def _common_spec(
 ) -> LoraSpec:
     """Return the specification of the zoo, after a look at every adapter; raise `AdapterError` where they do not fit each other."""
     shapes: dict[str, tuple[int, ...]] = {}
-    specs = []
+    specs: list[LoraSpec] = []
     for source in sources:
         adapter = read_adapter(source.path, names)
         found = {key: _without_rank(key, tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
