@@ -8,8 +8,8 @@ trained on them; each has a vector for its condition. Told are: how well the imp
 how much the output of a generated adapter, written in each form and loaded by diffusers, differs from that of the adapter attached here.
 
 With 40 adapters and 600 steps (two shared CPU cores, 6 minutes): ΔW kept to 5.1e-8, routing 100 % of 200 samples, outputs equal in all
-bits. The tiny generator tells the adapters apart but does not make them well: generated ones lie 0.97 of ‖ΔW‖ from their own, where no LoRA is
-1, the mean of the zoo 0.99, the nearest other adapter 1.32 and the autoencoder's reconstruction 0.63.
+bits. The tiny generator tells the adapters apart but does not make them well: generated ones lie 0.97 of ‖ΔW‖ from their own, where no
+LoRA is 1, the mean of the zoo 0.99, the nearest other adapter 1.32 and the autoencoder's reconstruction 0.63.
 """
 
 from __future__ import annotations
