@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cond_pdiff.codec import AdapterCodec
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
+    from cond_pdiff.conditions.vector import Vector
     from cond_pdiff.errors import CondPDiffError
     from cond_pdiff.hub import bundled
     from cond_pdiff.layout import ParamLayout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cond_pdiff.models.param_unet_1d import ParamUNet1D
     from cond_pdiff.models.prompt_encoders import ClipConditionEncoder, SentenceConditionEncoder
     from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
+    from cond_pdiff.models.vector_encoder import VectorConditionEncoder
     from cond_pdiff.normalization import ParamNormalizer
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
@@ -52,6 +54,8 @@ _WHERE = {
     "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
     "StyleImage": "cond_pdiff.conditions.style_image",
     "TaskPrompt": "cond_pdiff.conditions.task_prompt",
+    "Vector": "cond_pdiff.conditions.vector",
+    "VectorConditionEncoder": "cond_pdiff.models.vector_encoder",
     "bundled": "cond_pdiff.hub",
 }
 
@@ -76,6 +80,8 @@ __all__ = [
     "StyleCnnConditionEncoder",
     "StyleImage",
     "TaskPrompt",
+    "Vector",
+    "VectorConditionEncoder",
     "bundled",
 ]
 

@@ -41,8 +41,9 @@ class LoraAdapter:
 
     Args:
         spec: rank, alpha, target modules, base model.
-        tensors: peft key (`base_model.model.<module>.lora_A.weight`, …) → tensor; A is (rank, in), B is (out, rank). Heads, if the
-            specification names any, stand beside them with the model's own names (`base_model.model.classifier.weight`, …).
+        tensors: peft key (`base_model.model.<module>.lora_A.weight`, …) → tensor; A is (rank, in), B is (out, rank); of a convolution
+            A is (rank, in, height, width), B is (out, rank, 1, 1). Heads, if the specification names any, stand beside them with the
+            model's own names (`base_model.model.classifier.weight`, …).
         metadata: JSON-ready facts kept in `cond_pdiff.json` (labels, condition, seed, …).
 
     Raises:
@@ -106,11 +107,12 @@ class LoraAdapter:
         return ParamLayout.from_tensors(self.tensors)
 
     def factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the factors (A, B) of one module."""
-        return factors_of(self.tensors, module)
+        """Return the factors (A, B) of one module as matrices; a convolution's kernel is unrolled, `(rank, in · height · width)`."""
+        lora_a, lora_b = factors_of(self.tensors, module)
+        return lora_a.flatten(1), lora_b.flatten(1)
 
     def delta(self, module: str) -> torch.Tensor:
-        """Return ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in) (paper, equation 1)."""
+        """Return ΔW = (alpha / rank) · B · A of one module, float32, shape (out, in), kernels unrolled (paper, equation 1)."""
         lora_a, lora_b = self.factors(module)
         return self.spec.scaling * (lora_b.float() @ lora_a.float())
 
@@ -293,7 +295,8 @@ class LoraAdapter:
             factors = [adapter.factors(name) for adapter in adapters]
             if not all(torch.equal(lora_a, factors[0][0]) for lora_a, _ in factors):
                 found = weighted_product(factors, shares, first.spec.rank)
-                tensors |= {f"{KEY_PREFIX}{name}.{factor}.weight": tensor for factor, tensor in zip(FACTORS, found, strict=True)}
+                keys = [f"{KEY_PREFIX}{name}.{factor}.weight" for factor in FACTORS]
+                tensors |= {key: tensor.reshape(first.tensors[key].shape) for key, tensor in zip(keys, found, strict=True)}
         shared = dict(first.metadata)
         for other in (adapter.metadata for adapter in adapters):
             shared = {name: fact for name, fact in shared.items() if name != "seed" and name in other and other[name] == fact}

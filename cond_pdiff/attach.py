@@ -28,8 +28,11 @@ def check_shapes(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.
     for name, linear in linears.items():
         lora_a, lora_b = factors_of(tensors, name)
         rows, columns = update_shape(linear)
-        if (lora_b.shape[0], lora_a.shape[1]) != (rows, columns):
-            raise AdapterError(f"module {name!r} is {rows}×{columns}, but the adapter's update is {lora_b.shape[0]}×{lora_a.shape[1]}")
+        found = lora_b.shape[0], lora_a[0].numel()
+        if found != (rows, columns) or (lora_a.ndim == 4) != isinstance(linear, nn.Conv2d):
+            raise AdapterError(f"module {name!r} is {rows}×{columns}, but the adapter's update is {found[0]}×{found[1]}")
+        if isinstance(linear, nn.Conv2d) and (lora_a.shape[2:] != linear.weight.shape[2:] or linear.groups > 1):
+            raise AdapterError(f"module {name!r} is a {linear}, to which kernels of {tuple(lora_a.shape[2:])} cannot be attached")
     _check_head(spec, tensors, model)
 
 
@@ -75,7 +78,8 @@ def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module
             linear = model.get_submodule(name)
             weight: torch.Tensor = linear.weight  # type: ignore[assignment]
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name))
-            hooks[name] = linear, UpdateHook(lora_a, lora_b * (scale * spec.scaling))
+            kind = ConvUpdateHook if lora_a.ndim == 4 else UpdateHook
+            hooks[name] = linear, kind(lora_a, lora_b * (scale * spec.scaling))
         for name, head in head_modules(model, spec).items():
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
@@ -162,6 +166,17 @@ class UpdateHook:
         """Return the layer's output with the update added."""
         rows, lora_a, lora_b = (tensor.to(output) for tensor in (args[0], self.lora_a, self.lora_b))
         return output + nn.functional.linear(nn.functional.linear(rows, lora_a), lora_b)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvUpdateHook(UpdateHook):
+    """A forward hook that adds to a convolution's output that of a convolution into rank channels, and of one by 1 × 1 out of them."""
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Return the convolution's output with the update added."""
+        assert isinstance(module, nn.Conv2d)
+        rows, lora_a, lora_b = (tensor.to(output) for tensor in (args[0], self.lora_a, self.lora_b))
+        return output + nn.functional.conv2d(module._conv_forward(rows, lora_a, None), lora_b)
 
 
 @dataclass(frozen=True, eq=False)

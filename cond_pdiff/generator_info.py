@@ -22,6 +22,9 @@ MEASURED = "## What was measured"
 RECOLOURED = re.compile(r"_recoloured_\d+$")
 """The ending by which `make-styles` names the further forms of a style."""
 
+MOST_TARGETS = 12
+"""The most target modules that are told by name."""
+
 
 @dataclass(frozen=True)
 class GeneratorInfo:
@@ -104,6 +107,8 @@ class GeneratorInfo:
         """Write the facts as text for people."""
         spec, layout = self.spec, self.layout
         modelled = f", {layout.num_params:,} of them modelled" if layout.num_params != layout.num_adapter_params else ""
+        # Those of imported adapters are named one by one, as nobody knows which others the base has.
+        targets = spec.target_modules if len(spec.target_modules) <= MOST_TARGETS else [f"{len(spec.target_modules)} modules"]
         heads = [f"head {name}" for name in spec.modules_to_save]
         named = [name for name in self.tasks if not RECOLOURED.search(name)]
         title = f"{self.condition.noun + 's':<10} {len(named)}: "
@@ -114,7 +119,7 @@ class GeneratorInfo:
             f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
             f"makes      {self.condition.adapters} adapters for {self.base.repo_id}"
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
-            f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*spec.target_modules, *heads])}: "
+            f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*targets, *heads])}: "
             f"{layout.num_adapter_params:,} parameters in {len(layout.shapes)} tensors{modelled}",
             textwrap.fill(", ".join(named), 120, initial_indent=title, subsequent_indent=" " * 11, break_on_hyphens=False),
         ]

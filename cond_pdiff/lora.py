@@ -146,7 +146,7 @@ def _shape_entries(model: nn.Module) -> str:
     return json.dumps({name: getattr(config, name, None) for name in named})
 
 
-def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | Conv1D], dtype: torch.dtype) -> str:
+def _digest(model: nn.Module, linears: Mapping[str, nn.Linear | nn.Conv2d | Conv1D], dtype: torch.dtype) -> str:
     digest = hashlib.sha256(_shape_entries(model).encode())
     for name, module in linears.items():
         digest.update(name.encode())
@@ -159,8 +159,8 @@ def same_base(recorded: str, found: str) -> bool:
     return any(first == second for first, second in zip(recorded.split("+"), found.split("+"), strict=False))
 
 
-def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Conv1D]:
-    """Return the linear modules of `model` that `spec` targets, sorted by name; raise `AdapterError` if there are none."""
+def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | nn.Conv2d | Conv1D]:
+    """Return the linear modules of `model` that `spec` targets, convolutions too, by name; raise `AdapterError` if there are none."""
     found = {name: module for name, module in sorted(model.named_modules()) if spec.targets(name)}
     if not found:
         raise AdapterError(
@@ -173,19 +173,19 @@ def target_linears(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Linear | Co
 
             if not isinstance(module, Conv1D):
                 raise AdapterError(
-                    f"module {name!r} is a {type(module).__name__}, expected a Linear or a Conv1D (is an adapter already merged in?)"
+                    f"module {name!r} is a {type(module).__name__}, expected a Linear, Conv2d or Conv1D (is an adapter already merged in?)"
                 )
     return found
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether a targeted module keeps its weight as (in, out): it is a Conv1D, and no Linear."""
-    return not isinstance(module, nn.Linear)
+    """Return whether a targeted module keeps its weight as (in, out): it is a Conv1D, and no Linear or Conv2d."""
+    return not isinstance(module, (nn.Linear, nn.Conv2d))
 
 
-def update_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Return the shape (out, in) of a targeted module's ΔW."""
-    rows, columns = module.weight.shape
+def update_shape(module: nn.Linear | nn.Conv2d | Conv1D) -> tuple[int, int]:
+    """Return the shape (out, in) of a targeted module's ΔW; of a convolution (out, in · height · width)."""
+    rows, columns = module.weight.flatten(1).shape
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 

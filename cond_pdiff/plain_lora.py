@@ -117,7 +117,8 @@ def check_factors(tensors: Mapping[str, torch.Tensor], module: str, rank: int, w
         if key not in tensors:
             raise AdapterError(f"missing tensor {key!r}")
         shape = tuple(tensors[key].shape)
-        if len(shape) != 2 or shape[axis] != rank:
+        # Of a convolution, A has its kernel, and B is 1 × 1.
+        if len(shape) not in (2, 4) or shape[axis] != rank or (axis == 1 and shape[2:] not in ((), (1, 1))):
             raise AdapterError(f"tensor {key!r} has shape {shape}, which does not fit rank {rank} ({why})")
 
 
@@ -146,8 +147,8 @@ def fold_scales(
             folded[key_b] = folded[key_b].float() * share
         missing = rank - len(folded[key_a])
         if missing:
-            folded[key_a] = torch.nn.functional.pad(folded[key_a], (0, 0, 0, missing))
-            folded[key_b] = torch.nn.functional.pad(folded[key_b], (0, missing))
+            folded[key_a] = torch.nn.functional.pad(folded[key_a], (0, 0) * (folded[key_a].ndim - 1) + (0, missing))
+            folded[key_b] = torch.nn.functional.pad(folded[key_b], (0, 0) * (folded[key_b].ndim - 2) + (0, missing))
     return spec, folded
 
 
@@ -206,8 +207,8 @@ def _refuse_others(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         for part, what in UNSUPPORTED_TENSORS.items():
             if part in key:
                 raise AdapterError(f"tensor {key!r} is of {what}; only plain LoRA on linear layers is supported")
-        if key.endswith(FACTOR_ENDINGS) and tensor.ndim in (4, 5):
-            raise AdapterError(f"tensor {key!r} has {tensor.ndim} dimensions: LoRA on a convolution; only linear layers are supported")
+        if key.endswith(FACTOR_ENDINGS) and tensor.ndim == 5:
+            raise AdapterError(f"tensor {key!r} has {tensor.ndim} dimensions: LoRA on a 3-D convolution is not supported")
 
 
 def _listed(config: Mapping[str, Any], name: str) -> list[str]:

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2
 
 from cond_pdiff import AdapterTemplate, LoraAdapter, LoraSpec, PrototypeClassifier
 from cond_pdiff.adapter import FACTORS
-from cond_pdiff.convert import save_comfyui, save_merged
+from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.formats.lora_writer import save_lora_file
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import HEAD_TASK, KEY_PREFIX, base_fingerprint, head_modules, target_linears, update_shape
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -302,7 +303,7 @@ def test_what_cannot_take_a_head_refuses_it(
     with pytest.raises(AdapterError, match="adapters with a head, as those of sequence classifiers, cannot be converted"):
         save_merged(adapter, tmp_path / "merged")
     with pytest.raises(AdapterError, match="adapters with a head, as those of sequence classifiers, cannot be converted"):
-        save_comfyui(adapter, tmp_path / "lora.safetensors")
+        save_lora_file(adapter, tmp_path / "lora.safetensors", "comfyui")
     with pytest.raises(AdapterError, match="brings a trained head"):
         PrototypeClassifier(sentence_backbone, ["positive", "negative"], adapter)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]

@@ -103,13 +103,13 @@ def test_other_methods_are_refused_by_their_name(config: LoraConfig, message: st
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("query.lora_magnitude_vector", "is of DoRA"), ("query.lora_B.bias", "biases of its own"), ("conv.lora_A.weight", "on a convolution")],
+    [("query.lora_magnitude_vector", "is of DoRA"), ("query.lora_B.bias", "biases of its own"), ("conv.lora_A.weight", "on a 3-D convolution")],
 )
 def test_tensors_tell_what_a_configuration_conceals(tiny_adapter: LoraAdapter, key: str, message: str) -> None:
     from cond_pdiff.peft_files import peft_config
     from cond_pdiff.plain_lora import plain_lora
 
-    more = {f"base_model.model.{key}": torch.ones(2, 3, 1, 1)}
+    more = {f"base_model.model.{key}": torch.ones(2, 3, 1, 1, 1)}
     with pytest.raises(AdapterError, match=message):
         plain_lora(peft_config(tiny_adapter.spec), Path(CONFIG_FILE), {**tiny_adapter.tensors, **more})
 

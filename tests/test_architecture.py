@@ -24,7 +24,8 @@ RANKS = {
     "families.family": 3, "peft_files": 3,
     "adapter_card": 4,
     "adapter": 5,
-    "models": 6,
+    "canonical": 6, "models": 6,
+    "formats": 7,
     "classifier": 7, "codec": 7, "generator_info": 7, "text_to_image": 7,
     "convert": 8, "few_shot": 8, "preview": 8, "publish": 8, "scores": 8,
     "families": 9,
@@ -74,13 +75,15 @@ BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
 # Where a kind of condition, or a family of base models, may be asked for: where they are registered, and where `kind` of 0.1.0 is read.
 KINDS_HOME = ("cond_pdiff.conditions", "cond_pdiff.families", "cond_pdiff.training.config")
 KINDS = (
-    *("TaskPrompt", "StyleImage", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
+    *("TaskPrompt", "StyleImage", "Vector", "VectorConditionEncoder", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
+    *("StableDiffusion", "StableDiffusion3", "Flux", "AnyBase"),
     *("SentenceBackbone", "HeadBackbone", "Task", "Style", "PromptReport", "StyleReport"),
     *("TextFineTuning", "HeadFineTuning", "StyleFineTuning"),
     *("SentenceConditionEncoder", "ClipConditionEncoder", "StyleCnnConditionEncoder", "BackboneStyleConditionEncoder"),
 )
 KIND_NAMES = (
-    *("task-prompt", "style-image", "sentence-encoder", "sequence-classifier", "text-to-image"),
+    *("task-prompt", "style-image", "vector", "sentence-encoder", "sequence-classifier", "text-to-image"),
+    *("stable-diffusion", "stable-diffusion-3", "flux", "other-base"),
     *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", *KINDS),
 )
 

@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from conftest import fingerprint, refused
 from safetensors.torch import load_file, save_file
+from test_formats import made
 from transformers import AutoModel, GPT2Config, GPT2Model
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.adapter_card import merged_card
-from cond_pdiff.convert import from_comfyui, save_comfyui, save_merged, to_comfyui
+from cond_pdiff.convert import save_merged, save_peft
 from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, OutputExistsError
+from cond_pdiff.formats.lora_file import LoraFile, read_adapter
+from cond_pdiff.formats.lora_writer import lora_file_tensors, save_lora_file
+from cond_pdiff.formats.module_names import ModuleNames
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -30,16 +35,24 @@ def style_adapter(style_zoo: Zoo) -> LoraAdapter:
 
 
 def test_comfyui_reads_down_up_and_alpha_and_they_give_the_same_update(style_adapter: LoraAdapter, tmp_path: Path) -> None:
-    file = save_comfyui(style_adapter, tmp_path / "embers.safetensors")
+    file = save_lora_file(style_adapter, tmp_path / "embers.safetensors", "comfyui")
     tensors = load_file(file)
     assert len(tensors) == 3 * len(style_adapter.modules)
     for module in style_adapter.modules:
         stem = f"transformer.{module}"
         down, up, alpha = (tensors[f"{stem}.{name}"] for name in ("lora_down.weight", "lora_up.weight", "alpha"))
         torch.testing.assert_close(float(alpha) / down.shape[0] * up @ down, style_adapter.delta(module))
-    back = from_comfyui(tensors)
-    assert back.keys() == style_adapter.tensors.keys()
-    assert all(torch.equal(back[key], tensor) for key, tensor in style_adapter.tensors.items())
+    back = read_adapter(file)
+    assert back.tensors.keys() == style_adapter.tensors.keys()
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in style_adapter.tensors.items())
+    assert (back.spec.base_model, back.spec.alpha) == (style_adapter.spec.base_model, style_adapter.spec.alpha)
+
+
+def test_a_pixart_file_for_diffusers_is_refused(style_adapter: LoraAdapter, tiny_base: Backbone, tmp_path: Path) -> None:
+    """Its PixArt has no loader of LoRA files: peft's folder is what is used with it."""
+    assert not hasattr(load_text_to_image(tiny_base).transformer, "load_lora_adapter")
+    with pytest.raises(AdapterError, match="cannot be written as a file for diffusers: it has comfyui"):
+        save_lora_file(style_adapter, tmp_path / "embers.safetensors", "diffusers")
 
 
 def test_a_file_is_not_replaced_and_strange_tensors_are_refused(
@@ -48,14 +61,15 @@ def test_a_file_is_not_replaced_and_strange_tensors_are_refused(
     file = tmp_path / "there.safetensors"
     file.write_bytes(b"mine")
     with pytest.raises(OutputExistsError, match=r"there\.safetensors is already there"):
-        save_comfyui(style_adapter, file)
+        save_lora_file(style_adapter, file, "comfyui")
     assert file.read_bytes() == b"mine"
-    with pytest.raises(AdapterError, match="only adapters of PixArt's attention layers"):
-        save_comfyui(tiny_adapter, tmp_path / "text.safetensors")
-    with pytest.raises(AdapterError, match=r"unexpected tensor 'lora_unet_x\.lora_down\.weight'"):
-        from_comfyui({"lora_unet_x.lora_down.weight": torch.zeros(1)})
-    with pytest.raises(AdapterError, match="unexpected tensor"):
-        from_comfyui({**to_comfyui(style_adapter), "transformer.x.dora_scale": torch.zeros(1)})
+    with pytest.raises(AdapterError, match="cannot be written as a file for comfyui"):
+        save_lora_file(tiny_adapter, tmp_path / "text.safetensors", "comfyui")
+    with pytest.raises(AdapterError, match=r"'x' in 'x' is no part of a module's name"):
+        LoraFile.of_tensors({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, {}, ModuleNames())
+    tensors = {**lora_file_tensors(style_adapter, "comfyui"), "transformer.x.dora_scale": torch.zeros(1)}
+    with pytest.raises(AdapterError, match="is of DoRA"):
+        LoraFile.of_tensors(tensors, {}, ModuleNames())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.safetensors"]
 
 
@@ -150,6 +164,10 @@ def test_the_command_converts_both_ways(run: Any, style_adapter: LoraAdapter, ti
     assert (done.status, done.out) == (0, [f"LoRA file  {tmp_path / 'embers.safetensors'}"])
     done = run("convert", folder, "--to", "merged", "--out", tmp_path / "merged", "--base", tiny_base.repo_id)
     assert (done.status, done.out) == (0, [f"model      {tmp_path / 'merged'}"])
+    done = run("convert", tmp_path / "embers.safetensors", "--to", "peft", "--out", tmp_path / "peft")
+    assert (done.status, done.out) == (0, [f"adapter    {tmp_path / 'peft'}"])
+    back = LoraAdapter.load(tmp_path / "peft")
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in style_adapter.tensors.items())
     again = ["convert", folder, "--to", "comfyui", "--out", tmp_path / "embers.safetensors"]
     refused(run(*again), "is already there")
     assert run(*again, "--force").status == 0
@@ -158,3 +176,22 @@ def test_the_command_converts_both_ways(run: Any, style_adapter: LoraAdapter, ti
     assert run(*again, "--force").status == 0
     (tmp_path / "merged" / "mine.txt").touch()
     refused(run(*again, "--force"), "not ours to replace")
+
+
+def test_a_merged_u_net_has_the_sums_of_linear_layers_and_convolutions(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.unet.save_pretrained(tmp_path / "base" / "unet")
+    adapter = made(pipe, ("to_q", "conv1", "proj_in"))
+    with adapter.attached(pipe):
+        right = tiny_pipelines.denoised(pipe)
+    folder = save_merged(adapter, tmp_path / "merged", Backbone(str(tmp_path / "base")), scale=1.0)
+    merged = type(pipe.unet).from_pretrained(folder / "unet")
+    pipe.unet = merged
+    torch.testing.assert_close(tiny_pipelines.denoised(pipe), right, atol=1e-5, rtol=1e-4)
+
+
+def test_a_peft_folder_is_of_one_model(tmp_path: Path) -> None:
+    tensors = {"text_encoder.fc1.lora_A.weight": torch.zeros(1, 2), "text_encoder.fc1.lora_B.weight": torch.zeros(2, 1)}
+    adapter = LoraFile.of_tensors(tensors, {}, ModuleNames()).adapter("someone/sd")
+    with pytest.raises(AdapterError, match="is for text_encoder too, and a peft folder is for one model"):
+        save_peft(adapter, tmp_path / "x")

@@ -314,7 +314,7 @@ def test_without_its_modules_nothing_is_loaded(made: tuple[Zoo, Path, Path], tmp
     monkeypatch.delitem(FAMILIES, "two-layer-regression")
     monkeypatch.delitem(COMPONENTS, "PointConditionEncoder")
     monkeypatch.delattr("cond_pdiff.PointConditionEncoder", raising=False)
-    with pytest.raises(CondPDiffError, match="no family of base models 'two-layer-regression'; known are sentence-encoder"):
+    with pytest.raises(CondPDiffError, match="no family of base models 'two-layer-regression'; known are flux"):
         _ = adapter.family
     again = LoraAdapter.load(adapter.scaled(0.5).save(tmp_path / "half"))  # with a card that says less
     assert again.spec.family == "two-layer-regression"

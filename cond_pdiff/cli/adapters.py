@@ -43,23 +43,34 @@ def verify(
 
 @commands.command()
 def convert(
-    adapter: AdapterName,
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A peft folder or Hub repository, or a file of diffusers, kohya or ComfyUI.")
+    ],
     *,
-    to: Annotated[Literal["comfyui", "merged"], typer.Option(help="A LoRA file, or a folder with base weights W + ΔW.")],
+    to: Annotated[
+        Literal["diffusers", "kohya", "comfyui", "peft", "merged"],
+        typer.Option(help="A tool's LoRA file, a peft folder, or a folder with base weights W + ΔW."),
+    ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of a merged adapter.")] = 1.0,
     base: Base = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter for ComfyUI, or merged into its base."""
-    from cond_pdiff.adapter import LoraAdapter
-    from cond_pdiff.convert import save_comfyui, save_merged
+    """Write an adapter in the form of another tool.
+
+    The file is read back, and compared, before it is written.
+    """
+    from cond_pdiff.convert import save_merged, save_peft
+    from cond_pdiff.formats.lora_file import read_adapter
+    from cond_pdiff.formats.lora_writer import save_lora_file
     from cond_pdiff.hub import Backbone
 
-    loaded = LoraAdapter.load(adapter)
-    if to == "comfyui":
-        written, what = save_comfyui(loaded, out, force), "LoRA file"
-    else:
+    loaded = read_adapter(adapter, base_model=base)
+    if to == "merged":
         written, what = save_merged(loaded, out, Backbone(base) if base else None, scale, force), "model"
+    elif to == "peft":
+        written, what = save_peft(loaded, out, force), "adapter"
+    else:
+        written, what = save_lora_file(loaded, out, to, force), "LoRA file"
     report({"to": to, "written": str(written)}, f"{what:<10} {written}", as_json)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from cond_pdiff.cli.options import AsJson, GeneratorName, GuidanceScale, ResultFolder, Seed, ShardOption, Steps, Tasks, ZooFolder
+from cond_pdiff.cli.options import AsJson, GeneratorName, GuidanceScale, OwnTasks, ResultFolder, Seed, ShardOption, Steps, Tasks, ZooFolder
 from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, report
 from cond_pdiff.defaults import (
     CALIBRATION_DRAWS,
@@ -27,7 +27,7 @@ def evaluate(
     generator: GeneratorName,
     *,
     zoo: ZooFolder,
-    tasks: Tasks,
+    tasks: OwnTasks = None,
     out: ResultFolder,
     samples: Annotated[int, typer.Option(metavar="N", help="Adapters generated a task.")] = EVALUATED_SAMPLES,
     max_rows: Annotated[int, typer.Option(metavar="N", help="Rows or held-out pictures a task.")] = EVALUATED_ROWS,
@@ -47,7 +47,7 @@ def evaluate(
         raise CondPDiffError("a card tells of all tasks: give --card or --only, not both")
 
     from cond_pdiff.training.config import parse
-    from cond_pdiff.training.evaluate.card import check_card_place, write_generator_card
+    from cond_pdiff.training.evaluate.card import check_card_place, check_collected, write_generator_card
     from cond_pdiff.training.evaluate.evaluate import evaluate
     from cond_pdiff.training.evaluate.measure import EvaluateConfig
 
@@ -55,6 +55,7 @@ def evaluate(
     config = parse(EvaluateConfig, settings, "evaluate")
     if card:
         check_card_place(generator)
+        check_collected(zoo)
     evaluation = evaluate(generator, zoo, tasks, out, config, shard or (0, 1), tuple(only or ()))
     if evaluation is None:
         told = "this shard is done; tasks of other shards are missing: the process that finishes last writes the tables"

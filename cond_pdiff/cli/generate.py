@@ -36,6 +36,7 @@ def generate(
     description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What to decide, in a sentence or two.")] = None,
     *,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description.")] = None,
+    vector: Annotated[Path | None, typer.Option(metavar="FILE", help="A .npy or .safetensors file with numbers instead.")] = None,
     example: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT=LABEL", help=f"A labelled example; repeatable; 'A {PAIR_SEPARATOR} B=LABEL' for pairs."),
@@ -76,7 +77,7 @@ def generate(
         found = read_labelled(examples, "train", text_column or (), label_column)
         description, labels = description or found.description, labels or list(dict.fromkeys([*found.labels, *(name for _, name in shown)]))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image, shown, labels), num_adapters
+    condition, count = _condition(description, image, vector, shown, labels), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
     if refine:
@@ -107,10 +108,17 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
     return spread(found, most)
 
 
-def _condition(description: str | None, image: Path | None, examples: list[tuple[Text, str]], labels: list[str]) -> Condition:
+def _condition(
+    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str]
+) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
+    from cond_pdiff.conditions.vector import Vector
 
+    if vector is not None:
+        if image is not None or description is not None or examples or labels:
+            raise ConditionError("give a vector, or another condition, not both")
+        return Vector.of(vector)
     if image is None:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")

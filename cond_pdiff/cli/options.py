@@ -63,7 +63,10 @@ GuidanceScale = Annotated[
 
 Recipe = Annotated[str, typer.Option(metavar="NAME", help="Recipe name[+VARIANT] or JSON file; see `cond-pdiff recipe`.")]
 Tasks = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of task folders, or of style folders.")]
-ZooFolder = Annotated[Path, typer.Option("--zoo", metavar="FOLDER", help="A finished zoo, made by `collect`.")]
+OwnTasks = Annotated[
+    Path | None, typer.Option("--tasks", metavar="FOLDER", help="Folder of task or style folders (default: an imported zoo's own).")
+]
+ZooFolder = Annotated[Path, typer.Option("--zoo", metavar="FOLDER", help="A finished zoo, made by `collect` or `import-adapters`.")]
 RunFolder = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Run folder to create or continue.")]
 ResultFolder = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to create or continue, for what is measured.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write tensorboard events.")]

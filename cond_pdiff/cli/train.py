@@ -1,4 +1,4 @@
-"""Commands that make generators and what they are made from: `collect`, `train`, `tune`, `train-base`, `make-styles`, `import-task`."""
+"""Commands that make generators: `collect`, `import-adapters`, `train`, `tune`, `train-base`, `make-styles`, `import-task`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cond_pdiff.cli.options import (
     AsJson,
     GeneratorName,
     LabelColumn,
+    OwnTasks,
     Recipe,
     RunFolder,
     Seed,
@@ -52,12 +53,40 @@ def collect(
     report(facts, f"{count} adapters in {made.folder}{rest}", as_json)
 
 
+@commands.command("import-adapters")
+def import_adapters(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="peft folders, and LoRA files of diffusers, kohya and ComfyUI.")],
+    *,
+    conditions: Annotated[Path, typer.Option(metavar="FILE", help="CSV or JSON Lines: name, and text, image or vector.")],
+    zoo: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create.")],
+    base: Annotated[str | None, typer.Option(metavar="NAME", help="Base model: Hub name or folder (default: as recorded).")] = None,
+    family: Annotated[str | None, typer.Option(metavar="NAME", help="Its family (default: told by the modules' names).")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", min=1, help="Rank of all adapters (default: the largest).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a zoo of adapters that exist.
+
+    They are for one base model and adapt the same modules. Each gets its canonical form, which keeps its update.
+    """
+    from cond_pdiff.hub import Backbone
+    from cond_pdiff.training.zoo.import_adapters import import_adapters
+
+    made = import_adapters(folder, conditions, zoo, Backbone(base) if base else None, family, rank)
+    errors = [run.facts["delta_error"] for name in made.task_names for run in made.runs(name)]
+    facts = {
+        "zoo": str(made.folder), "adapters": len(errors), "condition": made.facts["condition"], "family": made.family.name,
+        "rank": made.facts["lora"]["rank"], "largest_error": max(errors),
+    }  # fmt: skip
+    told = f"{len(errors)} adapters in {made.folder}, of rank {facts['rank']}, each for a {facts['condition']}; family {facts['family']}"
+    report(facts, f"{told}; updates are kept to {max(errors):.1e}", as_json)
+
+
 @commands.command()
 def train(
     *,
     recipe: Recipe = DEFAULT_RECIPE,
     zoo: ZooFolder,
-    tasks: Tasks,
+    tasks: OwnTasks = None,
     out: RunFolder,
     tensorboard: Tensorboard = False,
     as_json: AsJson = False,

@@ -35,6 +35,11 @@ class Condition(ABC):
     file_option: ClassVar[str] = ""
     """The option that `cond-pdiff verify` needs beside the adapter, where the record does not hold the whole condition."""
 
+    column: ClassVar[str] = ""
+    """The column for it in a table of adapters and their conditions; empty: a table cannot hold it."""
+    column_names_files: ClassVar[bool] = False
+    """Whether that column holds names of files."""
+
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
 
@@ -63,6 +68,10 @@ class Condition(ABC):
     @abstractmethod
     def describe(cls, record: Mapping[str, Any]) -> str:
         """Say where an adapter comes from, in Markdown, as its card tells it; a record that is malformed gives what it has."""
+
+    def file(self) -> tuple[str, bytes] | None:
+        """Return the ending and the bytes of a file with what the record does not hold, for `from_json`; None: it holds all."""
+        return None
 
     def views(self) -> Sequence[Condition]:
         """Return further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class StyleImage(Condition):
     keyword: ClassVar[str] = "image"
     own_key: ClassVar[str | None] = "image_sha256"
     file_option: ClassVar[str] = " --image PICTURE"
+    column: ClassVar[str] = "image"
+    column_names_files: ClassVar[bool] = True
 
     image: Image.Image
 
@@ -64,6 +67,12 @@ class StyleImage(Condition):
         if shown.sha256 != data["image_sha256"]:
             raise ConditionError(f"{file} is not the picture that the adapter was made from (their pixels have other hashes)")
         return shown
+
+    def file(self) -> tuple[str, bytes]:
+        """Return a PNG file of the picture."""
+        written = io.BytesIO()
+        Image.frombytes("RGB", self.image.size, self.image.tobytes()).save(written, "PNG")  # pixels alone, without a camera's notes
+        return ".png", written.getvalue()
 
     @classmethod
     def describe(cls, record: Mapping[str, Any]) -> str:

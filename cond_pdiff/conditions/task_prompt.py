@@ -35,6 +35,7 @@ class TaskPrompt(Condition):
     names_classes: ClassVar[bool] = True
     keyword: ClassVar[str] = "prompt"
     own_key: ClassVar[str | None] = "description"
+    column: ClassVar[str] = "text"
 
     description: str
     examples: Sequence[tuple[Text, str]] = ()

@@ -33,7 +33,10 @@ class Family(ABC):
     has_prototypes: ClassVar[bool] = False
     """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
     paints: ClassVar[bool] = False
-    """Whether it makes pictures: then previews show an adapter, and other tools read it as a file."""
+    """Whether `preview` makes pictures with it."""
+    file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {}
+    """The tools that read its adapters as one file ("diffusers", "kohya", "comfyui") → what their keys of the denoiser begin with (with an
+    underscore at its end: names have underscores for dots), and whether their layers are FLUX's own, fused ones."""
     weights_file: ClassVar[str] = "model.safetensors"
     """The file in the base model's folder that holds the adapted weights."""
     adapter_card: ClassVar[str] = "adapter.md"
@@ -111,10 +114,17 @@ class Family(ABC):
         return None
 
 
+OTHER_BASE = "other-base"
+"""The name of the family of base models that no code here loads; it claims nothing, adapters record it."""
+
 BUILT_IN = {
     "sequence-classifier": "cond_pdiff.families.sequence_classifier",
     "text-to-image": "cond_pdiff.families.text_to_image",
+    "stable-diffusion": "cond_pdiff.families.diffusers_denoiser",
+    "flux": "cond_pdiff.families.diffusers_denoiser",
+    "stable-diffusion-3": "cond_pdiff.families.diffusers_denoiser",
     "sentence-encoder": "cond_pdiff.families.sentence_encoder",
+    OTHER_BASE: "cond_pdiff.families.any_base",
 }
 """The modules of the shipped families; imported when families are asked for, in the order in which they claim adapters."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -25,6 +25,7 @@ class TextToImage(Family):
 
     name = "text-to-image"
     paints = True
+    file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {"comfyui": ("transformer.", False)}  # diffusers loads none for a PixArt
     weights_file = TRANSFORMER_WEIGHTS
     adapter_card = "style_adapter.md"
     generator_card = "style_generator.md"
@@ -32,8 +33,10 @@ class TextToImage(Family):
     recipe = "pixart-mini-styles"
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
-        """Claim adapters by the names of diffusers' attention layers."""
-        return all(".attn1." in module or ".attn2." in module for module in modules)
+        """Claim adapters by the names of diffusers' attention layers; LTX has the same ones, U-Nets and Wan have them elsewhere."""
+        if "ltx" in str(spec.base_model).rpartition("/")[2].lower():
+            return False
+        return all(module.startswith("transformer_blocks.") and (".attn1." in module or ".attn2." in module) for module in modules)
 
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
         """Load the pipeline; see `load_text_to_image`."""

@@ -63,6 +63,6 @@ class ConditionEncoder(Component):
 
 def condition_encoders() -> dict[str, type[ConditionEncoder]]:
     """Return every condition encoder that is known, by name."""
-    from cond_pdiff.models import prompt_encoders, style_encoders  # noqa: F401  # registers them
+    from cond_pdiff.models import prompt_encoders, style_encoders, vector_encoder  # noqa: F401  # registers them
 
     return {name: kind for name, kind in COMPONENTS.items() if issubclass(kind, ConditionEncoder)}

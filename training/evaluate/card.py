@@ -32,6 +32,12 @@ def check_card_place(generator: str | Path) -> Path:
     return folder
 
 
+def check_collected(zoo_folder: str | Path) -> None:
+    """Raise `TaskDataError` if the zoo was imported: an evaluation's card tells how its adapters were trained."""
+    if Zoo(zoo_folder).is_imported:
+        raise TaskDataError(f"{zoo_folder} was imported: no card tells how its adapters were trained; use evaluation.md as it is")
+
+
 def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any], pictures: Path | None = None) -> Path:
     """Write `README.md` into a local generator folder.
 
@@ -43,6 +49,7 @@ def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: di
         TaskDataError: the evaluation is of a part of the generator's tasks.
     """
     check_card_place(generator)
+    check_collected(zoo_folder)
     zoo, settings = Zoo(zoo_folder), evaluation["settings"]
     if settings["zoo_tasks"] < settings["generator_tasks"]:
         raise TaskDataError(

@@ -9,13 +9,20 @@ from typing import Any
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TaskDataError, TrainingError
 from cond_pdiff.families.family import families
+from cond_pdiff.training.evaluate.adapters import AdapterEvaluator, AdapterTable
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, measure_all
 from cond_pdiff.training.evaluate.table import EvaluationTable
 from cond_pdiff.training.zoo.zoo import Zoo
 
 
-def evaluation_of(zoo: Zoo) -> tuple[type[ZooEvaluator], EvaluationTable]:
-    """Choose how generators of a zoo are measured, and how that is told; raise `TrainingError` where its family has no evaluation yet."""
+def evaluation_of(zoo: Zoo, by_tasks: bool = True) -> tuple[type[ZooEvaluator], EvaluationTable]:
+    """Choose how generators of a zoo are measured, and how that is told; raise `TrainingError` where its family has no evaluation yet.
+
+    Args:
+        by_tasks: there are tasks to measure by; else, for an imported zoo, the updates alone are compared.
+    """
+    if not by_tasks:
+        return AdapterEvaluator, AdapterTable()
     found = zoo.family.evaluation()
     if found is None:
         able = sorted(name for name, family in families().items() if family.evaluation())
@@ -26,7 +33,7 @@ def evaluation_of(zoo: Zoo) -> tuple[type[ZooEvaluator], EvaluationTable]:
 def evaluate(
     generator: str | Path,
     zoo_folder: str | Path,
-    tasks_folder: str | Path,
+    tasks_folder: str | Path | None,
     out: str | Path,
     config: EvaluateConfig,
     shard: tuple[int, int] = (0, 1),
@@ -41,7 +48,7 @@ def evaluate(
     Args:
         generator: bundled name, folder, or Hub repository.
         zoo_folder: a finished zoo with all tasks that the generator was trained on, or with a part of them.
-        tasks_folder: where the zoo's tasks are.
+        tasks_folder: where the zoo's tasks are. None for an imported zoo: then updates are compared, not what they do.
         out: the evaluation's folder.
         config: how much is measured.
         shard: which tasks this process measures.
@@ -55,7 +62,7 @@ def evaluate(
         The evaluation, or None while tasks of other shards are missing.
     """
     out, zoo = Path(out), Zoo(zoo_folder)
-    evaluator_class, table = evaluation_of(zoo)
+    evaluator_class, table = evaluation_of(zoo, by_tasks=tasks_folder is not None)
     evaluator = evaluator_class(generator, zoo, config, out)
     tasks = evaluator.load_tasks(tasks_folder)
     if unknown := set(only) - {task.name for task in tasks}:

@@ -85,7 +85,7 @@ class ZooEvaluator(ABC):
         }
 
     @abstractmethod
-    def load_tasks(self, folder: str | Path) -> Sequence[Any]:
+    def load_tasks(self, folder: Any) -> Sequence[Any]:
         """Load the zoo's tasks and the unseen ones."""
 
     @abstractmethod

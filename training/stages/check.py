@@ -63,7 +63,7 @@ class GeneratorCheck:
         return {**asdict(self), "warnings": self.warnings}
 
 
-def check_generator(generator: Path, zoo_folder: str | Path, tasks_folder: str | Path, run_folder: Path) -> GeneratorCheck:
+def check_generator(generator: Path, zoo_folder: str | Path, tasks_folder: str | Path | None, run_folder: Path) -> GeneratorCheck:
     """Check a generator that `train` has just made.
 
     Args:
@@ -78,7 +78,7 @@ def check_generator(generator: Path, zoo_folder: str | Path, tasks_folder: str |
     pipe = CondPDiffPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
     names = zoo.task_names[:: -(-len(zoo.task_names) // CHECKED_TASKS)]
-    tasks = zoo.family.load_tasks(tasks_folder, names)
+    tasks = zoo.load_tasks(tasks_folder, names)
     params = [pipe(task.conditions(1)[0], generator=seeded(0, 1), output_type="params")[0] for task in tasks]
     made, distances, start = [pipe.codec.to_adapter(row) for row in params], [], 0
     for chunk in data.chunks():  # the zoo is never in memory as a whole

@@ -21,14 +21,15 @@ from cond_pdiff.training.zoo.zoo import Zoo
 
 
 def train(
-    recipe: dict[str, Any], zoo_folder: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False
+    recipe: dict[str, Any], zoo_folder: str | Path, tasks_folder: str | Path | None, run_folder: str | Path, tensorboard: bool = False
 ) -> Path:
     """Train a generator on a zoo.
 
     Args:
         recipe: its `autoencoder` and `unet` sections (see `AutoencoderConfig`, `UNetConfig`).
-        zoo_folder: made by `collect`.
-        tasks_folder: the task collection that the zoo was collected on; prompts are drawn from its training rows.
+        zoo_folder: made by `collect`, or by `import-adapters`.
+        tasks_folder: the task collection that the zoo was collected on; prompts are drawn from its training rows. None for an imported
+            zoo, which holds its conditions.
         run_folder: gets `params/` (the zoo as one matrix; made again if it is deleted), `autoencoder/` and `unet/` (checkpoints,
             metrics.jsonl) and `generator/`. Several processes share it.
         tensorboard: also write tensorboard events.
@@ -44,7 +45,7 @@ def train(
     zoo = Zoo(zoo_folder)
     autoencoder_config = parse(AutoencoderConfig, recipe.get("autoencoder", {}), "autoencoder")
     unet_config = parse(UNetConfig, recipe.get("unet", {}), "unet")
-    tasks = zoo.family.load_tasks(tasks_folder, zoo.task_names)
+    tasks = zoo.load_tasks(tasks_folder, zoo.task_names)
 
     with processes().main_process_first():  # which writes the matrix that the others read
         data = ZooParams.load(zoo, run_folder / "params")

@@ -11,6 +11,9 @@ from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
 from cond_pdiff.training.zoo.zoo import Zoo
 
+COLLECTED = "fine-tuned with `cond-pdiff collect`, several runs a task that differ in data, order and learning rate"
+IMPORTED = "trained elsewhere, and brought into one canonical form with `cond-pdiff import-adapters`, which keeps their updates"
+
 
 def push_zoo(zoo: Zoo, repo_id: str, **options: Any) -> Push:
     """Write the zoo's manifest and card into its folder, and push it all; run it again to go on where it stopped.
@@ -41,6 +44,8 @@ def write_zoo_card(zoo: Zoo, repo_id: str) -> Path:
         rows.append([name, "yes" if name in zoo.task_names else "no", str(len(runs[name])), metrics or "–", licence])
     fields = {
         "repo_id": repo_id,
+        "origin": IMPORTED if zoo.is_imported else COLLECTED,
+        "tasks": "" if zoo.is_imported else " --tasks TASKS",
         "num_adapters": sum(map(len, runs.values())),
         "num_tasks": len(zoo.task_names),
         "num_unseen": len(zoo.unseen_names),

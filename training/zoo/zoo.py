@@ -1,10 +1,11 @@
-"""A zoo: a folder of adapters collected by fine-tuning, with a manifest.
+"""A zoo: a folder of adapters collected by fine-tuning, or imported, with a manifest.
 
 zoo.json                                the settings and tasks it was collected with
 lora_a.safetensors                      the one `lora_A` (and new head) that all runs start from; with `from_multitask`, the multi-task run
 tasks/<task>/run-<k>/                   an adapter folder, with `run.json`: metrics, seed, steps, machine, hash
 multitask/                              one adapter trained on all zoo tasks, both factors of it: the baseline
 tasks/<task>/run-<k>/step-<n>/          earlier checkpoints of the run, if they were kept
+conditions/                             of an imported zoo: see `cond_pdiff.training.tasks.imported`
 manifest.json                           all run.json in one table, and whether the zoo is complete
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from cond_pdiff.families.family import Family, family_named
 from cond_pdiff.hub import Backbone
 from cond_pdiff.peft_files import WEIGHTS_FILE
 from cond_pdiff.training.config import PAIRS, modern_collect
+from cond_pdiff.training.tasks.imported import read_conditions
+from cond_pdiff.training.tasks.task import ZooTask
 
 RUN_FILE = "run.json"
 MULTITASK = "multitask"
@@ -128,6 +131,19 @@ class Zoo:
             CondPDiffError: it is not known here.
         """
         return family_named(self.facts["collect"]["family"])
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether its adapters were trained elsewhere; then it holds their conditions itself."""
+        return bool(self.facts["collect"].get("imported"))
+
+    def load_tasks(self, folder: str | Path | None, names: Sequence[str]) -> Sequence[ZooTask]:
+        """Load tasks from the folder that the zoo was collected on; None: from the zoo itself, which was imported.
+
+        Raises:
+            TaskDataError: a task is missing or malformed, or the zoo does not hold its conditions.
+        """
+        return read_conditions(self.folder, names) if folder is None else self.family.load_tasks(folder, names)
 
     @property
     def task_names(self) -> list[str]:
