@@ -351,5 +351,5 @@ def test_the_modules_tell_how_their_weights_lie(
     with replace(adapter, spec=replace(adapter.spec, fan_in_fan_out=True)).attached(model):
         assert torch.equal(logits(model), right)
     model.bert.encoder.layer[0].attention.self.query = torch.nn.Conv1d(32, 32, 1)
-    with pytest.raises(AdapterError, match=r"query' is a Conv1d, expected a Linear or a Conv1D"):
+    with pytest.raises(AdapterError, match=r"query' is a Conv1d, expected a Linear, Conv2d or Conv1D"):
         adapter.attach(model)

@@ -103,7 +103,11 @@ def test_other_methods_are_refused_by_their_name(config: LoraConfig, message: st
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [("query.lora_magnitude_vector", "is of DoRA"), ("query.lora_B.bias", "biases of its own"), ("conv.lora_A.weight", "on a 3-D convolution")],
+    [
+        ("query.lora_magnitude_vector", "is of DoRA"),
+        ("query.lora_B.bias", "biases of its own"),
+        ("conv.lora_A.weight", "on a 3-D convolution"),
+    ],
 )
 def test_tensors_tell_what_a_configuration_conceals(tiny_adapter: LoraAdapter, key: str, message: str) -> None:
     from cond_pdiff.peft_files import peft_config
@@ -169,7 +173,7 @@ def test_commands_take_a_repository(hub: LoopbackHub, run: Any, saved: Path, tmp
     hub.add("owner/adapter", contents(saved))
     for words, message in (
         (["verify", "owner/adapter"], "the adapter does not record its generator"),
-        (["convert", "owner/adapter", "--to", "comfyui", "--out", tmp_path / "file"], "only adapters of PixArt's attention layers"),
+        (["convert", "owner/adapter", "--to", "comfyui", "--out", tmp_path / "file"], "cannot be written as a file for comfyui"),
         (["preview", "owner/adapter", "--prompt", "a house"], "owner/adapter is not a style adapter"),
         (["preview", "owner/adapter", "--prompt", "a house", "--card"], "there is no folder owner/adapter"),
     ):

@@ -268,8 +268,8 @@ def test_wrong_tables_and_adapters_are_refused(given: tuple[Path, list[LoraAdapt
     save_lora_file(replace(adapters[1], spec=replace(adapters[1].spec, base_model="another")), tmp_path / "adapters" / "other.safetensors",
                    "kohya", overwrite=True)  # fmt: skip
     refused_table(r"name several base models \(another, tiny\); say which it is", *both, error=AdapterError)
-    (tmp_path / "t.csv").write_text("name;text\none;x\n")
-    with pytest.raises(TaskDataError, match="got name;text"):
+    (tmp_path / "t.csv").write_text("who,text\none,x\n")
+    with pytest.raises(TaskDataError, match="got who, text"):
         import_adapters(tmp_path / "adapters", tmp_path / "t.csv", tmp_path / "zoo")
     with pytest.raises(AdapterError, match="an update of rank 2 does not fit into rank 1"):
         import_adapters(folder / "adapters", folder / "vectors.csv", tmp_path / "zoo", rank=1)

@@ -22,10 +22,11 @@ from torch import nn
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.component import COMPONENTS, ExactComponent, register_component
 from cond_pdiff.conditions.condition import CONDITIONS, Condition, register_condition
-from cond_pdiff.convert import save_comfyui, save_merged
+from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError, HubError, TrainingError
 from cond_pdiff.families.family import FAMILIES, Family, register_family
 from cond_pdiff.families.sentence_encoder import SentenceEncoder
+from cond_pdiff.formats.lora_writer import save_lora_file
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
@@ -268,8 +269,8 @@ def test_what_its_kinds_cannot_do_is_refused(made: tuple[Zoo, Path, Path], tmp_p
         PrototypeClassifier(pipe.base_model(), ["yes", "no"], adapter)
     with pytest.raises(AdapterError, match="is not an adapter for texts"):
         PrototypeClassifier.load(zoo.runs("along")[0].folder, ["yes", "no"])
-    with pytest.raises(AdapterError, match="only adapters of PixArt's attention layers can be converted"):
-        save_comfyui(adapter, tmp_path / "lora.safetensors")
+    with pytest.raises(AdapterError, match="cannot be written as a file for comfyui: no tool's single files are known for it"):
+        save_lora_file(adapter, tmp_path / "lora.safetensors", "comfyui")
 
 
 def test_the_demo_has_no_place_for_it(made: tuple[Zoo, Path, Path], hub: LoopbackHub) -> None:

@@ -133,7 +133,7 @@ class LoraFile:
 
 
 def read_adapter(path: str | Path, names: ModuleNames | None = None, base_model: str | None = None) -> LoraAdapter:
-    """Read an adapter wherever it is: a peft folder, or another tool's file.
+    """Read an adapter wherever it is: a peft folder, a repository on the Hub, or another tool's file.
 
     Raises:
         AdapterError: see `LoraAdapter.load` and `LoraFile.read`.
@@ -141,7 +141,7 @@ def read_adapter(path: str | Path, names: ModuleNames | None = None, base_model:
     path = Path(path)
     if path.is_dir() and not (path / CONFIG_FILE).exists() and (pickles := [one for one in path.iterdir() if one.suffix in PICKLED]):
         return LoraFile.read(pickles[0]).adapter()  # which says how to convert it
-    return LoraAdapter.load(path) if path.is_dir() else LoraFile.read(path, names).adapter(base_model)
+    return LoraFile.read(path, names).adapter(base_model) if path.is_file() else LoraAdapter.load(path)
 
 
 def conversion_command(file: Path) -> str:

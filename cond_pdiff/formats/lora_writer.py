@@ -14,6 +14,7 @@ from cond_pdiff.attach import factors_of
 from cond_pdiff.errors import AdapterError, OutputExistsError
 from cond_pdiff.formats.lora_file import LoraFile, Update
 from cond_pdiff.formats.module_names import BFL_BLOCKS, BFL_LAYERS, BFL_SINGLE_BLOCK, BFL_SINGLES, ModuleNames, flat
+from cond_pdiff.hub import hub_name
 
 TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
 MLP_RATIO = 4
@@ -152,7 +153,8 @@ def save_lora_file(adapter: LoraAdapter, file: str | Path, form: str, overwrite:
     file = Path(file)
     if file.exists() and not overwrite:
         raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
-    data = save(lora_file_tensors(adapter, form), metadata={"format": "pt", "base_model": str(adapter.spec.base_model)})
+    named = hub_name(adapter.spec.base_model)  # a path is nothing to give away
+    data = save(lora_file_tensors(adapter, form), metadata={"format": "pt", **({"base_model": named} if named else {})})
     back = dict(LoraFile.of_tensors(load(data), {}, ModuleNames.of(adapter.modules)).updates)
     for module, update in _scaled(updates_of(adapter), form).items():
         found = back.pop(module, None)
