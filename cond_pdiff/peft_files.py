@@ -125,7 +125,7 @@ def _what_is_there(folder: Path) -> str:
     files = {path.name for path in folder.iterdir()}
     known = {
         MLX_FILE: "it holds an adapter of MLX, not of peft",
-        "pytorch_lora_weights.safetensors": "it holds a LoRA in diffusers' own form, not in peft's (`cond-pdiff convert FILE --to peft` makes one of it)",
+        "pytorch_lora_weights.safetensors": "it holds a LoRA in diffusers' own form, not in peft's (`cond-pdiff convert` changes that)",
         "model_index.json": "it holds a pipeline, such as a generator or a whole text-to-image model",
         "config.json": "it holds a whole model, no adapter",
     }

@@ -182,7 +182,7 @@ def test_bases_with_other_missing_weights_are_refused(make_base: Any) -> None:
     [
         ({"modules_to_save": ()}, "modules_to_save names the heads of a family that has some, got .* for 'sequence-classifier'"),
         ({"family": "sentence-encoder"}, "modules_to_save names the heads of a family that has some, got .* for 'sentence-encoder'"),
-        ({"family": "heads"}, "there is no family of base models 'heads'; known are sentence-encoder, sequence-classifier, text-to-image"),
+        ({"family": "heads"}, "there is no family of base models 'heads'; known are "),
         ({"lora_dropout": 1.0}, "lora_dropout must be less than 1, got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be greater than or equal to 0, got -0.1"),
     ],
