@@ -1,19 +1,23 @@
-"""Vector: numbers that stand for what an adapter does, such as an embedding of somebody's own."""
+"""Vector: numbers that stand for what an adapter does, such as an embedding of somebody's own.
+
+torch is imported where a vector is made: all kinds of conditions are registered together, and a refusal of texts should come at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from cond_pdiff.conditions.condition import Condition, register_condition
 from cond_pdiff.errors import ConditionError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_NUMBERS = 65_536
 MAX_FILE_BYTES = 1 << 20
@@ -40,6 +44,8 @@ class Vector(Condition):
     numbers: torch.Tensor
 
     def __post_init__(self) -> None:
+        import torch
+
         numbers = self.numbers.detach().to("cpu", torch.float32)
         if numbers.ndim != 1 or not 1 <= len(numbers) <= MAX_NUMBERS or not bool(torch.isfinite(numbers).all()):
             raise ConditionError(f"a vector is 1 to {MAX_NUMBERS} finite numbers in a row, got shape {tuple(self.numbers.shape)}")
@@ -48,6 +54,8 @@ class Vector(Condition):
     @classmethod
     def of(cls, given: Any) -> Vector:
         """Make a vector from itself, a tensor, an array, a list of numbers, or the path of a `.npy` or `.safetensors` file."""
+        import torch
+
         if isinstance(given, cls):
             return given
         if isinstance(given, (str, Path)):
@@ -84,6 +92,10 @@ def _read(path: Path) -> torch.Tensor:
     """Read the only array of a file; `ConditionError` names it."""
     if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
         raise ConditionError(f"{path} is no file of at most {MAX_FILE_BYTES} bytes with a vector")
+
+    import torch
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path).astype(np.float32))  # arrays of numbers only: numpy refuses pickles
