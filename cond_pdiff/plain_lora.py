@@ -82,6 +82,9 @@ def plain_lora(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torc
         AdapterError: it is another method than LoRA, or configuration and tensors contradict each other.
     """
     try:
+        for name in ("base_model_name_or_path", "task_type"):
+            if not isinstance(config.get(name), (str, type(None))):
+                raise AdapterError(f"{name} must be a name or null, got {config[name]!r:.80}")
         _refuse_others(config, tensors)
         heads = _heads(config, tensors)
         modules = sorted({key.removesuffix(end).removeprefix(KEY_PREFIX) for key in tensors for end in FACTOR_ENDINGS if key.endswith(end)})
@@ -171,7 +174,8 @@ def matched(patterns: Mapping[str, float], modules: Sequence[str]) -> dict[str, 
     except subprocess.TimeoutExpired as error:
         raise AdapterError(f"the patterns {list(patterns)!r:.200} take longer than {MATCHING_SECONDS:g} s; name the modules") from error
     except subprocess.CalledProcessError as error:
-        raise AdapterError(f"the patterns {list(patterns)!r:.200} are no regular expressions: {error.stderr[-100:]}") from error
+        why = error.stderr.strip().rpartition("\n")[2]
+        raise AdapterError(f"the patterns {list(patterns)!r:.200} are no regular expressions: {why:.100}") from error
     return {module: patterns[name] for module, name in zip(modules, json.loads(done.stdout), strict=True) if name is not None}
 
 
@@ -187,7 +191,8 @@ def _pattern(config: Mapping[str, Any], name: str) -> dict[str, float]:
     for key, value in pattern.items():
         whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
         if not (whole if name == "rank_pattern" else isinstance(value, (int, float)) and 0 < value <= sys.float_info.max):
-            raise AdapterError(f"{name}: {key!r} is {value!r:.80}, expected a positive number")
+            expected = f"a whole number from 1 to {MAX_RANK}" if name == "rank_pattern" else "a positive number"
+            raise AdapterError(f"{name}: {key!r} is {value!r:.80}, expected {expected}")
     return pattern
 
 

@@ -26,6 +26,8 @@ TABLE_SUFFIXES = (*CSV_SUFFIXES, *TSV_SUFFIXES, *JSON_SUFFIXES)
 """How the names of files end that can be read."""
 STDIN = "-"
 
+SEPARATOR_LINE = re.compile(r'\A"?sep=([,;\t|])"?[,;\t|]*(?:\r\n|\r|\n)', re.IGNORECASE)
+"""A first line by which Excel is told the separator; it names no columns."""
 BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1b]")
 """Characters that no text has; a file with one of them is something else."""
@@ -137,10 +139,13 @@ def _decode(data: bytes, source: str) -> tuple[str, tuple[str, ...]]:
 
 def _csv_table(text: str, source: str, usual: str, notes: tuple[str, ...]) -> Table:
     """Read a text whose first line names the columns; `usual` is what should separate its cells."""
+    if told := SEPARATOR_LINE.match(text):
+        text, usual = text[told.end() :], told[1]
+    first = 2 if told else 1
     separator = max(sorted(SEPARATORS, key=lambda one: one != usual), key=lambda one: len(_header(text, one)))
     if separator != usual:
         notes += (f"the cells of {source} are separated by {SEPARATORS[separator]}",)
-    records = _records(text, separator, source)
+    records = _records(text, separator, source, first)
     _, names = next(records, (0, []))
     names = [name.strip() for name in names]
     named = [index for index, name in enumerate(names) if name]
@@ -168,14 +173,14 @@ def _header(text: str, separator: str) -> list[str]:
         return []
 
 
-def _records(text: str, separator: str, source: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line at which each record begins, and its cells; empty lines are none."""
-    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
+def _records(text: str, separator: str, source: str, first: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line at which each record begins, counted from `first`, and its cells; empty lines are none."""
+    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), first
     try:
         for cells in reader:
             if cells:
                 yield start, cells
-            start = reader.line_num + 1
+            start = reader.line_num + first
     except csv.Error as error:
         raise TaskDataError(
             f"{source}, record at line {start}: {error}; a double quote that is never closed? (inside a quoted cell, write it twice)"

@@ -162,5 +162,6 @@ def test_labels_that_do_not_fit_are_named(run: Any, adapter: Path, tmp_path: Pat
     done = run("test", adapter, tmp_path / "a.csv")
     assert (done.status, done.out) == (1, [])
     assert "the label 'kind', which the adapter has not; it has ['positive', 'negative']" in done.err[-1]
+    assert not any("no row has the label" in line for line in done.err)
     (tmp_path / "b.csv").write_text("text,label\ngood,positive\nfine,positive\n")
     assert run("test", adapter, tmp_path / "b.csv").err[-1] == "note: no row has the label 'negative'"

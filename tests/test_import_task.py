@@ -91,6 +91,16 @@ def test_json_lines_have_numbers_nulls_and_line_separators_in_texts(tmp_path: Pa
 # --- encodings and separators ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "SEP=;;"])
+def test_a_line_that_tells_excel_the_separator_names_no_columns(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"{line}\r\ntext;label\r\ngood, really;yes\r\n".encode("utf-8-sig"))
+    assert text_rows(read_table(path)).labelled == [("good, really", "yes")]
+    path.write_bytes(f"{line}\r\ntext;label\r\ngood\r\n".encode())
+    with pytest.raises(TaskDataError, match="line 3: 1 cell, but the first line names 2 columns"):
+        read_table(path)
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252"])
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("line_end", ["\r\n", "\n", "\r"])

@@ -97,9 +97,9 @@ def try_adapter(
     rows = [row for row in labelled.rows if row[0] not in own]
     if len(rows) < len(labelled.rows):
         note(f"{len(labelled.rows) - len(rows)} of {len(labelled.rows)} rows left out, which are examples that the adapter was made from")
-    if unseen := [name for name in classifier.labels if name not in {name for _, name in rows}]:
-        note(f"no row has the label {', '.join(map(repr, unseen))}")
     result = compare(classifier, rows)
+    if unseen := [name for name, row in zip(result.labels, result.adapter.confusion, strict=True) if not sum(row)]:
+        note(f"no row has the label {', '.join(map(repr, unseen))}")
     report(result.to_json(), f"{_told(result)}\nintervals  {INTERVALS}", as_json)
 
 
