@@ -312,6 +312,8 @@ def test_no_form_that_no_tool_reads_is_written(tiny_adapter: LoraAdapter, tmp_pa
     with pytest.raises(OutputExistsError, match=r"there\.safetensors is already there"):
         save_lora_file(three, file, "comfyui")
     save_lora_file(three, file, "comfyui", overwrite=True)
+    with pytest.raises(OutputExistsError, match=r"is a folder; name the file to write, such as .*lora\.safetensors"):
+        save_lora_file(three, tmp_path, "comfyui", overwrite=True)
 
 
 def test_an_adapter_of_a_u_net_gets_comfyui_s_keys_of_u_nets() -> None:
