@@ -137,6 +137,12 @@ def test_from_a_vector_to_a_file_that_diffusers_loads(
     assert run("verify", out, "--generator", generator).status == 0
 
 
+def test_an_encoder_that_does_not_fit_is_told_before_anything_is_trained(zoo: Zoo, tmp_path: Path) -> None:
+    with pytest.raises(ConditionError, match="reads vectors of 9 numbers, got 4"):
+        train(recipe({"type": "VectorConditionEncoder", "condition_dim": 9}), zoo.folder, None, tmp_path / "run")
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
 def test_updates_are_evaluated_without_the_base(run: Any, zoo: Zoo, generator: Path, tmp_path: Path) -> None:
     options = ["--zoo", zoo.folder, "--out", tmp_path, "--samples", 2, "--steps", 5]
     evaluation = told(run("evaluate", generator, *options, "--json"))
