@@ -58,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise AdapterError(f"{path} has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are accepted")
-        _refuse_pointer(path)
+        refuse_pointer(path)
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing") from error
@@ -136,7 +136,7 @@ def _what_is_there(folder: Path) -> str:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a safetensors file; `AdapterError` names the file."""
     try:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         return load_file(path)
     except FileNotFoundError as error:
         pickled = sorted(found.name for found in path.parent.iterdir() if found.suffix in PICKLES)
@@ -145,7 +145,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def _refuse_pointer(path: Path) -> None:
+def refuse_pointer(path: Path) -> None:
+    """Raise `AdapterError` if a file is what Git has in the place of a large one."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise AdapterError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")

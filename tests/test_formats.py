@@ -202,6 +202,20 @@ def test_keys_of_older_files_are_read() -> None:
         assert torch.equal(found.updates[module].lora_a, a)
 
 
+def test_scales_are_folded_without_rounding() -> None:
+    """Of half-precision factors, where modules have other alphas."""
+    rng = torch.Generator().manual_seed(0)
+    tensors = {}
+    for place in range(3):
+        tensors[f"unet.block.{place}.lora_A.weight"] = torch.randn(3, 8, generator=rng).half()
+        tensors[f"unet.block.{place}.lora_B.weight"] = torch.randn(8, 3, generator=rng).half()
+        tensors[f"unet.block.{place}.alpha"] = torch.tensor(1.0 + place)
+    adapter = LoraFile.of_tensors(tensors, {}, ModuleNames()).adapter("someone/tiny")
+    for place in range(3):
+        a, b = (tensors[f"unet.block.{place}.{factor}.weight"].double() for factor in FACTORS)
+        torch.testing.assert_close(adapter.delta(f"block.{place}").double(), (1 + place) / 3 * b @ a, atol=1e-6, rtol=1e-6)
+
+
 def test_fused_layers_that_were_trained_as_one_are_shared_out() -> None:
     """Every part gets all of A, and its own rows of B."""
     rng = torch.Generator().manual_seed(0)
@@ -252,6 +266,15 @@ def test_files_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
         read(one, lora_adapter_metadata=json.dumps({"unet.use_dora": True}))
     with pytest.raises(AdapterError, match="is not valid JSON"):
         read(one, lora_adapter_metadata="{")
+    for settings in ({"unet.lora_alpha": "x"}, {"unet.lora_alpha": 2, "unet.alpha_pattern": [[1]]}, {"unet.alpha_pattern": {"a": "b"}}):
+        with pytest.raises(AdapterError, match=r"unet\.(lora_alpha|alpha_pattern) in the header must be numbers"):
+            read(one, lora_adapter_metadata=json.dumps(settings))
+    save_file({**one, "unet.conv_in.lora_A.weight": a * float("nan")}, tmp_path / "nan.safetensors")
+    with pytest.raises(AdapterError, match=r"nan\.safetensors: tensor .* holds NaN"):
+        read_adapter(tmp_path / "nan.safetensors")
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(AdapterError, match="is a Git LFS pointer"):
+        LoraFile.read(tmp_path / "pointer.safetensors")
     with pytest.raises(AdapterError, match="holds no tensors"):
         read({})
     (tmp_path / "short.safetensors").write_bytes(b"123")
@@ -289,6 +312,8 @@ def test_no_form_that_no_tool_reads_is_written(tiny_adapter: LoraAdapter, tmp_pa
     with pytest.raises(OutputExistsError, match=r"there\.safetensors is already there"):
         save_lora_file(three, file, "comfyui")
     save_lora_file(three, file, "comfyui", overwrite=True)
+    with pytest.raises(OutputExistsError, match=r"is a folder; name the file to write, such as .*lora\.safetensors"):
+        save_lora_file(three, tmp_path, "comfyui", overwrite=True)
 
 
 def test_an_adapter_of_a_u_net_gets_comfyui_s_keys_of_u_nets() -> None:

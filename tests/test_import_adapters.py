@@ -121,7 +121,9 @@ def test_from_a_vector_to_a_file_that_diffusers_loads(
     out = tmp_path / "generated"
     assert run("generate", "--vector", folder / "2.npy", "--generator", generator, "--out", out).status == 0
     made_here = LoraAdapter.load(out)
-    assert "from a vector of 4 numbers" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "from a vector of 4 numbers" in card
+    assert "tokens, in training" not in card
     errors = [update_error(canonical(adapter, 3), made_here) for adapter in adapters]
     assert min(range(COUNT), key=errors.__getitem__) == 2
     pipe = tiny_pipelines.stable_diffusion()
@@ -133,6 +135,12 @@ def test_from_a_vector_to_a_file_that_diffusers_loads(
         loaded.load_lora_weights(tmp_path / f"{form}.safetensors")
         torch.testing.assert_close(tiny_pipelines.denoised(loaded), right, atol=1e-5, rtol=1e-4)
     assert run("verify", out, "--generator", generator).status == 0
+
+
+def test_an_encoder_that_does_not_fit_is_told_before_anything_is_trained(zoo: Zoo, tmp_path: Path) -> None:
+    with pytest.raises(ConditionError, match="reads vectors of 9 numbers, got 4"):
+        train(recipe({"type": "VectorConditionEncoder", "condition_dim": 9}), zoo.folder, None, tmp_path / "run")
+    assert not (tmp_path / "run" / "autoencoder").exists()
 
 
 def test_updates_are_evaluated_without_the_base(run: Any, zoo: Zoo, generator: Path, tmp_path: Path) -> None:
@@ -260,6 +268,11 @@ def test_wrong_tables_and_adapters_are_refused(given: tuple[Path, list[LoraAdapt
     refused_table("row 1: a vector is numbers in a row", {"name": "one", "vector": [["x"]]})
     two = {"name": "one", "text": "x"}, {"name": "one", "vector": [1]}
     refused_table("conditions are of one kind, these are a task-prompt and a vector", *two)
+    refused_table("a vector of 1 numbers and a vector of 2 numbers", {"name": "one", "vector": [1]}, {"name": "one", "vector": [1, 2]})
+    refused_table("there is no adapter", {"name": "x" * 300, "text": "x"})
+    (tmp_path / "adapters" / "more").mkdir()
+    save_lora_file(adapters[1], tmp_path / "adapters" / "more" / "one.safetensors", "kohya")
+    refused_table("are two adapters of one name, 'one'; rename", {"name": "one", "text": "x"}, {"name": "more/one", "text": "y"})
     other = made(tiny_pipelines.stable_diffusion(), ATTENTION)
     save_lora_file(other, tmp_path / "adapters" / "other.safetensors", "kohya")
     refused_table("has no row for 1 of the adapters in .*: other", {"name": "one", "text": "x"})
@@ -279,6 +292,19 @@ def test_wrong_tables_and_adapters_are_refused(given: tuple[Path, list[LoraAdapt
         import_adapters(folder / "adapters", folder / "vectors.csv", tmp_path / "full")
 
 
+def test_json_tables_and_the_base_s_revision(given: tuple[Path, list[LoraAdapter]], tmp_path: Path) -> None:
+    rows = [{"name": f"style-{place}", "text": f"one\u2028{place}"} for place in range(COUNT)]
+    for place, adapter in enumerate(given[1]):
+        pinned = {"base": {"repo_id": "tiny", "revision": "abc"}}
+        replace(adapter, metadata=pinned).save(tmp_path / "adapters" / f"style-{place}")
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    (tmp_path / "t.json").write_text(json.dumps(rows, indent=1))
+    for table in ("t.jsonl", "t.json"):
+        zoo = import_adapters(tmp_path / "adapters", tmp_path / table, tmp_path / f"zoo-of-{table}")
+        assert list(zoo.task_names) == [f"style-{place}" for place in range(COUNT)]
+        assert zoo.base == Backbone("tiny", "abc")
+
+
 def test_vectors(tmp_path: Path) -> None:
     one = Vector.of([1, 2, 3])
     assert torch.equal(Vector.from_json(json.loads(json.dumps(one.to_json()))).numbers, one.numbers)
@@ -289,8 +315,14 @@ def test_vectors(tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
     save_file({"v": torch.zeros(1), "w": torch.zeros(1)}, tmp_path / "two.safetensors")
     (tmp_path / "v.txt").write_text("1 2 3")
+    (tmp_path / "empty.npy").touch()
+    np.save(tmp_path / "complex.npy", np.array([1 + 2j]))
+    np.savez(tmp_path / "many.npz", a=np.ones(2))
+    (tmp_path / "many.npz").rename(tmp_path / "many.npy")
     for wrong, message in (
         ([float("nan")], "finite numbers"), ([], "finite numbers"), (["x"], "numbers in a row"), (3.0, "got a float"),
+        ([10**400], "numbers in a row"), (tmp_path / "empty.npy", "cannot be read as a vector"),
+        (tmp_path / "complex.npy", "no array of real numbers"), (tmp_path / "many.npy", "no array of real numbers"),
         (tmp_path / "objects.npy", "cannot be read as a vector"), (tmp_path / "none.npy", "is no file"),
         (tmp_path / "two.safetensors", "holds 2 tensors"), (tmp_path / "v.txt", r"from \.npy and \.safetensors files"),
     ):  # fmt: skip

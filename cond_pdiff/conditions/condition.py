@@ -43,6 +43,11 @@ class Condition(ABC):
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
 
+    @property
+    def form(self) -> str:
+        """What all conditions of one generator have in common, in words."""
+        return self.name
+
     @classmethod
     @abstractmethod
     def of(cls, given: Any) -> Condition:

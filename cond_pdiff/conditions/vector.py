@@ -47,6 +47,11 @@ class Vector(Condition):
             raise ConditionError(f"a vector is 1 to {MAX_NUMBERS} finite numbers in a row, got shape {tuple(self.numbers.shape)}")
         object.__setattr__(self, "numbers", numbers)
 
+    @property
+    def form(self) -> str:
+        """The kind, and the vector's length."""
+        return f"{self.name} of {len(self.numbers)} numbers"
+
     @classmethod
     def of(cls, given: Any) -> Vector:
         """Make a vector from itself, a tensor, an array, a list of numbers, or the path of a `.npy` or `.safetensors` file."""
@@ -61,7 +66,7 @@ class Vector(Condition):
         if isinstance(given, (np.ndarray, Sequence)):
             try:
                 return cls(torch.tensor(np.asarray(given, dtype=np.float32)))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ConditionError(f"a vector is numbers in a row, got {given!r:.80}") from error
         raise ConditionError(f"this generator reads a vector (numbers, or a .npy or .safetensors file), got a {type(given).__name__}")
 
@@ -94,12 +99,15 @@ def _read(path: Path) -> torch.Tensor:
         raise ConditionError(f"{path} is no file of at most {MAX_FILE_BYTES} bytes with a vector")
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path).astype(np.float32))  # arrays of numbers only: numpy refuses pickles
+            found = np.load(path)  # arrays of numbers only: numpy refuses pickles
+            if not isinstance(found, np.ndarray) or found.dtype.kind not in "iuf":
+                raise ConditionError(f"{path} holds no array of real numbers")
+            return torch.from_numpy(found.astype(np.float64))
         if path.suffix == ".safetensors":
             tensors = load_file(path)
             if len(tensors) != 1:
                 raise ConditionError(f"{path} holds {len(tensors)} tensors, expected one vector")
             return next(iter(tensors.values()))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
         raise ConditionError(f"{path} cannot be read as a vector: {error}") from error
     raise ConditionError(f"vectors are read from .npy and .safetensors files, got {path.name}")

@@ -19,6 +19,7 @@ class AnyBase(Family):
     """The family of base models that no code here loads: an adapter names it where no other family claims it."""
 
     name = OTHER_BASE
+    cuts_texts = False
 
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> Any:
         """Refuse."""

@@ -26,6 +26,7 @@ class DiffusersDenoiser(Family):
     """What these families share: a pipeline of which one part, the denoiser, is adapted."""
 
     merged_card = ("text-to-image", "diffusers")
+    cuts_texts = False
 
     @abstractmethod
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:

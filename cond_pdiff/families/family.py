@@ -32,6 +32,8 @@ class Family(ABC):
     """Whether adapters bring whole modules (`modules_to_save`) beside their updates."""
     has_prototypes: ClassVar[bool] = False
     """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
+    cuts_texts: ClassVar[bool] = True
+    """Whether its adapters are trained here, on texts cut at a number of tokens, which their cards tell."""
     paints: ClassVar[bool] = False
     """Whether `preview` makes pictures with it."""
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {}

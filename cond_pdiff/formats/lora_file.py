@@ -19,7 +19,7 @@ from cond_pdiff.families.family import OTHER_BASE, family_of
 from cond_pdiff.formats.keys import Key, parse_key
 from cond_pdiff.formats.module_names import ModuleNames
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
-from cond_pdiff.peft_files import CONFIG_FILE
+from cond_pdiff.peft_files import CONFIG_FILE, refuse_pointer
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HEADER_SETTINGS = "lora_adapter_metadata"
@@ -73,6 +73,7 @@ class LoraFile:
         if file.suffix.lower() in PICKLED:
             raise AdapterError(f"{file} is a pickle, which can run code when it is read; convert it with\n    {conversion_command(file)}")
         try:
+            refuse_pointer(file)
             with safe_open(file, framework="pt") as opened:
                 header: dict[str, str] = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in sorted(opened.keys())}
@@ -107,7 +108,7 @@ class LoraFile:
     def adapter(self, base_model: str | None = None) -> LoraAdapter:
         """Return the adapter, bit for bit where all modules share rank and alpha.
 
-        Else the scale is folded into B, and smaller ranks are filled up with zeros.
+        Else the scale is folded into B, in float32 so that ΔW is kept to 1e-6, and smaller ranks are filled up with zeros.
 
         Args:
             base_model: Hub id of the base model; None: what the file says.
@@ -122,8 +123,7 @@ class LoraFile:
         for module, update in self.updates.items():
             factors = update.lora_a, update.lora_b
             if not alike:
-                scaled = (update.lora_b.float() * (update.alpha / update.rank)).to(update.lora_b.dtype)
-                factors = padded((update.lora_a, scaled), rank)
+                factors = padded((update.lora_a, update.lora_b.float() * (update.alpha / update.rank)), rank)
             tensors |= {f"{KEY_PREFIX}{module}.{name}.weight": factor.contiguous() for name, factor in zip(FACTORS, factors, strict=True)}
         spec = LoraSpec(base_model or self.base_model, rank, alphas.pop() if alike else float(rank), tuple(self.updates), None)
         family = family_of(spec, tuple(self.updates))
@@ -141,7 +141,13 @@ def read_adapter(path: str | Path, names: ModuleNames | None = None, base_model:
     path = Path(path)
     if path.is_dir() and not (path / CONFIG_FILE).exists() and (pickles := [one for one in path.iterdir() if one.suffix in PICKLED]):
         return LoraFile.read(pickles[0]).adapter()  # which says how to convert it
-    return LoraFile.read(path, names).adapter(base_model) if path.is_file() else LoraAdapter.load(path)
+    if not path.is_file():
+        return LoraAdapter.load(path)
+    found = LoraFile.read(path, names)
+    try:
+        return found.adapter(base_model)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
 
 
 def conversion_command(file: Path) -> str:
@@ -166,6 +172,9 @@ def _settings(header: Mapping[str, str]) -> dict[str, Any]:
     for name, value in found.items():
         if name.rpartition(".")[2] in ("use_dora", "lora_bias", "use_qalora") and value:
             raise AdapterError(f"{name} is set in the header; only plain LoRA is read")
+        numbers = {"lora_alpha": [value], "alpha_pattern": value.values() if isinstance(value, dict) else [value]}
+        if value is not None and any(not isinstance(one, (int, float)) for one in numbers.get(name.rpartition(".")[2], ())):
+            raise AdapterError(f"{name} in the header must be numbers, got {value!r:.80}")
     return found
 
 

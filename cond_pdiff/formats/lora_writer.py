@@ -147,10 +147,12 @@ def save_lora_file(adapter: LoraAdapter, file: str | Path, form: str, overwrite:
         form: see `lora_file_tensors`.
 
     Raises:
-        OutputExistsError: there is such a file.
+        OutputExistsError: there is such a file (with `overwrite`: a folder).
         AdapterError: the adapter's family has no such form.
     """
     file = Path(file)
+    if file.is_dir():
+        raise OutputExistsError(f"{file} is a folder; name the file to write, such as {file / 'lora.safetensors'}")
     if file.exists() and not overwrite:
         raise OutputExistsError(f"{file} is already there; choose another name, or replace it (overwrite=True, --force)")
     named = hub_name(adapter.spec.base_model)  # a path is nothing to give away

@@ -49,12 +49,12 @@ def train(
 
     with processes().main_process_first():  # which writes the matrix that the others read
         data = ZooParams.load(zoo, run_folder / "params")
+    bank = ConditionBank.build(tasks, unet_config, run_folder)  # first of all: conditions that do not fit are told before hours pass
     autoencoder = AutoencoderStage(data, autoencoder_config)
     fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
     with on_training_device(autoencoder.module):
         lost = autoencoder.codec.reconstruction_error(data.chunks())
     processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy", file=sys.stderr)
-    bank = ConditionBank.build(tasks, unet_config, run_folder)
     denoiser = DenoiserStage(autoencoder.codec, data, bank, unet_config, autoencoder.identity)
     fit(denoiser, unet_config.fit, run_folder / denoiser.name, tensorboard)
     if processes().is_main_process:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,8 +69,7 @@ def import_adapters(
         OutputExistsError: `zoo_folder` is not empty.
     """
     sources = find_sources(Path(folder), Path(conditions))
-    spec = _common_spec(sources, base, family, rank, names)
-    reference = base or Backbone(str(spec.base_model))
+    spec, reference = _common_spec(sources, base, family, rank, names)
     first = sources[0].task.condition_kind
     collect = CollectConfig(
         family=str(spec.family or family_of(spec, spec.target_modules).name),  # type: ignore[union-attr]  # `_common_spec` saw to it
@@ -133,10 +133,11 @@ def _norm(lora_a: torch.Tensor, lora_b: torch.Tensor) -> float:
 
 def _common_spec(
     sources: Sequence[Source], base: Backbone | None, family: str | None, rank: int | None, names: ModuleNames | None
-) -> LoraSpec:
-    """Return the specification of the zoo, after a look at every adapter; raise `AdapterError` where they do not fit each other."""
+) -> tuple[LoraSpec, Backbone]:
+    """Return the specification and the base of the zoo, after a look at every adapter; raise `AdapterError` where they do not fit."""
     shapes: dict[str, tuple[int, ...]] = {}
     specs: list[LoraSpec] = []
+    bases: set[Backbone] = set()
     for source in sources:
         adapter = read_adapter(source.path, names)
         found = {key: _without_rank(key, tuple(tensor.shape)) for key, tensor in adapter.tensors.items()}
@@ -148,10 +149,12 @@ def _common_spec(
             )
         shapes = found
         specs.append(adapter.spec)
-    recorded = sorted({str(spec.base_model) for spec in specs if spec.base_model})
+        bases |= {adapter.base} if adapter.spec.base_model else set()
+    recorded = sorted({one.repo_id for one in bases})
     if base is None and len(recorded) != 1:
         what = f"name several base models ({', '.join(recorded[:3])})" if recorded else "do not name their base model"
         raise AdapterError(f"the adapters {what}; say which it is (--base)")
+    reference = base or (bases.pop() if len(bases) == 1 else Backbone(recorded[0]))  # a revision only where all record it
     first, modules = specs[0], adapter.modules
     if any(spec.fan_in_fan_out != first.fan_in_fan_out or spec.modules_to_save != first.modules_to_save for spec in specs):
         raise AdapterError("the adapters differ in modules_to_save or fan_in_fan_out; a zoo is of one kind")
@@ -159,14 +162,14 @@ def _common_spec(
     alike = all(spec.target_modules == first.target_modules for spec in specs)
     prints = {spec.base_fingerprint for spec in specs if spec.base_fingerprint}
     spec = replace(
-        first, base_model=base.repo_id if base else recorded[0], rank=largest, alpha=float(largest), family=family or first.family,
+        first, base_model=reference.repo_id, rank=largest, alpha=float(largest), family=family or first.family,
         target_modules=first.target_modules if alike else modules, base_fingerprint=prints.pop() if len(prints) == 1 else None,
     )  # fmt: skip
     if family:
         family_named(family)
     elif family_of(spec, modules) is None:
         spec = replace(spec, family=OTHER_BASE)
-    return spec
+    return spec, reference
 
 
 def _without_rank(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -196,12 +199,13 @@ def find_sources(folder: Path, table: Path) -> list[Source]:
         name = path.name if path.is_dir() else path.stem
         if not NAME.fullmatch(name):
             raise TaskDataError(f"{where}: {name!r} cannot name a task; use letters, digits, '.', '-' and '_'")
-        paths[name] = path
+        if not path.samefile(paths.setdefault(name, path)):
+            raise TaskDataError(f"{where}: {path} and {paths[name]} are two adapters of one name, {name!r}; rename one of them")
         shown.setdefault(name, []).extend(_conditions(row, table.parent, where))
         facts[name] = {"group": str(row.get("group") or ""), "licence": str(row.get("licence") or "")}
     if not paths:
         raise TaskDataError(f"{table} has no rows")
-    kinds = {type(condition).name for conditions in shown.values() for condition in conditions}
+    kinds = {condition.form for conditions in shown.values() for condition in conditions}
     if len(kinds) > 1:
         raise TaskDataError(f"{table}: a zoo's conditions are of one kind, these are a {' and a '.join(sorted(kinds))}")
     if left := sorted(set(_adapters_in(folder)) - set(paths.values())):
@@ -210,13 +214,15 @@ def find_sources(folder: Path, table: Path) -> list[Source]:
 
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the number and the entries of each row of a CSV, TSV or JSON Lines file; the last may have lists in its cells."""
+    """Yield the number and the entries of each row of a CSV, TSV or JSON (Lines) file; the last may have lists in its cells."""
     if table.suffix not in JSON_SUFFIXES:
         found = read_table(table)
         rows: list[Any] = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
     else:
         try:
-            rows = [json.loads(line) for line in table.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            text = table.read_text(encoding="utf-8-sig")
+            lines = [line for line in text.split("\n") if line.strip()]  # texts may hold the other characters of `splitlines`
+            rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
             raise TaskDataError(f"{table} cannot be read as a table of conditions: {error}") from error
     for line, row in enumerate(rows, 1):
@@ -232,7 +238,7 @@ def _adapter_path(folder: Path, row: Mapping[str, Any], where: str) -> Path:
     if Path(given).is_absolute() or ".." in Path(given).parts:
         raise TaskDataError(f"{where}: {given!r} is not in {folder}")
     for path in (folder / given, *(folder / (given + ending) for ending in ENDINGS)):
-        if path.exists():
+        if os.path.exists(path):  # unlike `Path.exists`, False for a name that is too long
             return path
     raise TaskDataError(f"{where}: there is no adapter {given!r} in {folder}")
 
