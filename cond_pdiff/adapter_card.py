@@ -101,6 +101,8 @@ def _story(metadata: Mapping[str, Any]) -> str:
     """Say where the adapter comes from."""
     condition = metadata.get("condition")
     if not isinstance(condition, Mapping):
+        if isinstance(file := metadata.get("imported_from"), str):
+            return f"Imported from `{_line(file)}`, with its updates as they were, in another form of their factors."
         task = metadata.get("task")
         return f"Fine-tuned on the task `{_line(task)}`." if isinstance(task, str) else "Fine-tuned, or computed from other adapters."
     kind = _kind(metadata)

@@ -105,6 +105,7 @@ def test_every_form_gives_the_same_canonical_adapters(zoo: Zoo, given: tuple[Pat
         (run,) = zoo.runs(f"style-{place}")
         assert run.facts["delta_error"] < 1e-6
         assert update_error(adapter, run.adapter()) < 1e-6
+        assert f"Imported from `style-{place}" in (run.folder / "README.md").read_text(encoding="utf-8")
         right = canonical(adapter, rank=3)
         for key, tensor in run.adapter().tensors.items():
             torch.testing.assert_close(tensor, right.tensors[key], atol=1e-5, rtol=1e-4)

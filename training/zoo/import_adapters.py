@@ -101,7 +101,7 @@ def _write_adapter(zoo: Path, source: Source, spec: LoraSpec, base: Backbone, na
         made = canonical(given, spec.rank)
     except AdapterError as error:
         raise AdapterError(f"{source.path}: {error}") from error
-    metadata = {"base": base.to_json(), "task": source.task.name}
+    metadata = {"base": base.to_json(), "task": source.task.name, "imported_from": source.path.name}
     if isinstance(given.metadata.get("labels"), list):
         metadata["labels"] = given.metadata["labels"]
     weights = source.path if source.path.is_file() else source.path / "adapter_model.safetensors"
