@@ -128,7 +128,7 @@ def _use(adapter: LoraAdapter) -> Iterator[tuple[str, str]]:
     targets = ", ".join(_first([f"`{_line(name)}`" for name in spec.target_modules]))
     heads = "".join(f", {head}" for head in _first([f"head `{_line(name)}`" for name in spec.modules_to_save]))
     yield "adapter", f"LoRA, rank {spec.rank}, alpha {spec.alpha:g}, on {targets}{heads}: {adapter.layout.num_adapter_params:,} parameters"
-    if isinstance(metadata.get("max_length"), int) and (adapter.family is None or adapter.family.cuts_texts):
+    if isinstance(metadata.get("max_length"), int) and _family(adapter).cuts_texts:
         yield "texts", f"read up to {metadata['max_length']} tokens, in training and in use"
     labels = metadata.get("labels")
     if isinstance(labels, list) and labels:
