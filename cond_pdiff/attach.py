@@ -104,8 +104,7 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
     check_state(model, spec)
     hooks = {}
     for name, linear in target_linears(model, spec).items():
-        lora_a, lora_b = (tensors[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        hooks[linear] = GroupedUpdateHook(lora_a, lora_b, spec.scaling)
+        hooks[linear] = GroupedUpdateHook(*factors_of(tensors, name), spec.scaling)
     with lock_of(model):
         attachment = Attachment(_registered(hooks.items()), lock_of(model))
         try:
