@@ -94,7 +94,7 @@ if __name__ == "__main__":
         tasks = [write_task(folder / f"task-{index}", f"Decide about {index}.", ["no", "yes"], splits) for index in range(TASKS)]
         config = parse(UNetConfig, sections["unet"], "unet")
         bank = ConditionBank.build(tasks, config, folder)
-        unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
+        unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity, autoencoder.latents())
         report("latents and conditions", started)
         fit(unet, config.fit, folder / "unet")
         report(f"{arguments.steps} steps of the U-Net with {arguments.latents} latents", started)

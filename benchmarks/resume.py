@@ -79,7 +79,7 @@ def train(data: ZooParams, tasks: list[Task], folder: Path) -> None:
     fit(autoencoder, autoencoder.config.fit, folder / "autoencoder")
     config = parse(UNetConfig, {**sections["unet"], "conditions_per_task": 2}, "unet")
     bank = ConditionBank.build(tasks, config, folder)
-    unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
+    unet = DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity, autoencoder.latents())
     fit(unet, unet.config.fit, folder / "unet")
     factor = torch.tensor(autoencoder.module.config.scaling_factor)
     ends = {**autoencoder.module.state_dict(), **unet.module.state_dict(), "latents": unet.latents, "factor": factor}

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from cond_pdiff.layout import ParamLayout
     from cond_pdiff.models.adapter_template import AdapterTemplate
     from cond_pdiff.models.condition_index import ConditionIndex
+    from cond_pdiff.models.module_basis import ModuleBasis
     from cond_pdiff.models.param_autoencoder import ParamAutoencoder
     from cond_pdiff.models.param_unet_1d import ParamUNet1D
     from cond_pdiff.models.prompt_encoders import ClipConditionEncoder, SentenceConditionEncoder
+    from cond_pdiff.models.segment_autoencoder import SegmentAutoencoder
     from cond_pdiff.models.style_encoders import BackboneStyleConditionEncoder, StyleCnnConditionEncoder
+    from cond_pdiff.models.token_denoiser import TokenDenoiser
     from cond_pdiff.models.vector_encoder import VectorConditionEncoder
     from cond_pdiff.normalization import ParamNormalizer
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
@@ -45,15 +48,18 @@ _WHERE = {
     "LoraAdapter": "cond_pdiff.adapter",
     "LoraSpec": "cond_pdiff.lora",
     "ModelMixin": "diffusers",
+    "ModuleBasis": "cond_pdiff.models.module_basis",
     "ParamAutoencoder": "cond_pdiff.models.param_autoencoder",
     "ParamLayout": "cond_pdiff.layout",
     "ParamNormalizer": "cond_pdiff.normalization",
     "ParamUNet1D": "cond_pdiff.models.param_unet_1d",
     "PrototypeClassifier": "cond_pdiff.classifier",
+    "SegmentAutoencoder": "cond_pdiff.models.segment_autoencoder",
     "SentenceConditionEncoder": "cond_pdiff.models.prompt_encoders",
     "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
     "StyleImage": "cond_pdiff.conditions.style_image",
     "TaskPrompt": "cond_pdiff.conditions.task_prompt",
+    "TokenDenoiser": "cond_pdiff.models.token_denoiser",
     "Vector": "cond_pdiff.conditions.vector",
     "VectorConditionEncoder": "cond_pdiff.models.vector_encoder",
     "bundled": "cond_pdiff.hub",
@@ -71,15 +77,18 @@ __all__ = [
     "LoraAdapter",
     "LoraSpec",
     "ModelMixin",
+    "ModuleBasis",
     "ParamAutoencoder",
     "ParamLayout",
     "ParamNormalizer",
     "ParamUNet1D",
     "PrototypeClassifier",
+    "SegmentAutoencoder",
     "SentenceConditionEncoder",
     "StyleCnnConditionEncoder",
     "StyleImage",
     "TaskPrompt",
+    "TokenDenoiser",
     "Vector",
     "VectorConditionEncoder",
     "bundled",

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from cond_pdiff.adapter_card import CARD_FILE, adapter_card
@@ -24,12 +23,13 @@ from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.hub import Backbone, Push, find_adapter, hub_name, push_folder
-from cond_pdiff.layout import ParamLayout, check_values
+from cond_pdiff.layout import ParamLayout, check_values, tensor_entries, tensor_shapes
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, adapted_module, base_fingerprint, name_suffixes, same_base
 from cond_pdiff.low_rank import weighted_product, weighted_sum
 from cond_pdiff.peft_files import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, peft_config, read_adapter
 from cond_pdiff.plain_lora import check_factors
+from cond_pdiff.tensor_file import in_file_order, write_tensors
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, METADATA_FILE, CARD_FILE)
 PREVIEW_FILE = "preview.png"
@@ -55,9 +55,9 @@ class LoraAdapter:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        modules = self.modules
+        modules, shapes = self.modules, tensor_shapes(self.tensors)
         for name in modules:
-            check_factors(self.tensors, name, self.spec.rank, "r")
+            check_factors(shapes, name, self.spec.rank, "r")
             if not self.spec.targets(name):
                 raise AdapterError(f"tensor {KEY_PREFIX}{name}.lora_A.weight is outside target_modules {sorted(self.spec.target_modules)}")
         for target in sorted(set(self.spec.target_modules) - {suffix for name in modules for suffix in name_suffixes(name)}):
@@ -136,8 +136,9 @@ class LoraAdapter:
         target = Path(folder)
         with atomic_folder(target, (*ADAPTER_FILES, PREVIEW_FILE), overwrite) as aside:
             (aside / CONFIG_FILE).write_text(dump_json(peft_config(self.spec)), encoding="utf-8")
-            tensors = {key: self.tensors[key].detach().to("cpu").contiguous() for key in sorted(self.tensors)}
-            (aside / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+            entries = tensor_entries(self.tensors)
+            with (aside / WEIGHTS_FILE).open("wb") as file:
+                write_tensors(file, entries, (self.tensors[key].to("cpu") for key in in_file_order(entries)), {"format": "pt"})
             facts = {**self.metadata, "layout": self.layout.to_json(), "lora": self.spec.to_json()}
             (aside / METADATA_FILE).write_text(dump_json(facts), encoding="utf-8")
             (aside / CARD_FILE).write_text(adapter_card(self, PREVIEW_FILE if preview else None), encoding="utf-8")
@@ -262,7 +263,9 @@ class LoraAdapter:
     # --- arithmetic ---------------------------------------------------------------------------------------------
 
     def scaled(self, strength: float) -> LoraAdapter:
-        """Return the adapter with ΔW multiplied by `strength`, by way of its `lora_B`."""
+        """Return the adapter with ΔW multiplied by `strength`, by way of its `lora_B`; itself where that is 1."""
+        if strength == 1:
+            return self
         tensors = {key: tensor * strength if ".lora_B." in key else tensor for key, tensor in self.tensors.items()}
         return replace(self, tensors=tensors)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.base_state import FirstRun, check_state
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.layout import tensor_shapes
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, head_modules, target_linears, update_shape
 
@@ -25,30 +27,31 @@ def check_shapes(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.
     for name in sorted(set(linears) ^ set(adapted_names(tensors))):
         where = "the model but not in the adapter" if name in linears else "the adapter but not in the model"
         raise AdapterError(f"module {name!r} is in {where}; is this the base {spec.base_model!r}?")
+    shapes = tensor_shapes(tensors)
     for name, linear in linears.items():
-        lora_a, lora_b = factors_of(tensors, name)
+        lora_a, lora_b = (shapes[f"{KEY_PREFIX}{name}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
         rows, columns = update_shape(linear)
-        found = lora_b.shape[0], lora_a[0].numel()
-        if found != (rows, columns) or (lora_a.ndim == 4) != isinstance(linear, nn.Conv2d):
+        found = lora_b[0], math.prod(lora_a[1:])
+        if found != (rows, columns) or (len(lora_a) == 4) != isinstance(linear, nn.Conv2d):
             raise AdapterError(f"module {name!r} is {rows}×{columns}, but the adapter's update is {found[0]}×{found[1]}")
-        if isinstance(linear, nn.Conv2d) and (lora_a.shape[2:] != linear.weight.shape[2:] or linear.groups > 1):
-            raise AdapterError(f"module {name!r} is a {linear}, to which kernels of {tuple(lora_a.shape[2:])} cannot be attached")
-    _check_head(spec, tensors, model)
+        if isinstance(linear, nn.Conv2d) and (lora_a[2:] != tuple(linear.weight.shape[2:]) or linear.groups > 1):
+            raise AdapterError(f"module {name!r} is a {linear}, to which kernels of {lora_a[2:]} cannot be attached")
+    _check_head(spec, shapes, model)
 
 
-def _check_head(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+def _check_head(spec: LoraSpec, shapes: Mapping[str, tuple[int, ...]], model: nn.Module) -> None:
     wanted = {
         f"{KEY_PREFIX}{name}.{part}": tuple(parameter.shape)
         for name, module in head_modules(model, spec).items()
         for part, parameter in module.named_parameters(recurse=False)
     }
-    head = {key: tensor for key, tensor in tensors.items() if spec.saves(key.removeprefix(KEY_PREFIX))}
+    head = {key: shape for key, shape in shapes.items() if spec.saves(key.removeprefix(KEY_PREFIX))}
     for key in sorted(wanted.keys() | head.keys()):
         if key not in head or key not in wanted:
             raise AdapterError(f"{'missing' if key in wanted else 'unexpected'} tensor {key!r} of the head")
-        if tuple(head[key].shape) != wanted[key]:
+        if head[key] != wanted[key]:
             raise AdapterError(
-                f"tensor {key!r} of the head has shape {tuple(head[key].shape)}, but the model's is {wanted[key]}; "
+                f"tensor {key!r} of the head has shape {head[key]}, but the model's is {wanted[key]}; "
                 "was the base loaded with as many labels?"
             )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.normalization import ParamNormalizer, extra_length, join_statistics, split_statistics
 
@@ -18,6 +21,10 @@ class Autoencoder(Protocol):
 
     However many adapters it is given at once, it takes no more memory for its feature maps than a few of them need.
     """
+
+    spans: Sequence[tuple[int, int]] | None
+    """The values that each column of the code stands for, (start, stop); None: all columns are of all values. Where there are some, the
+    autoencoder has a method `decode_part`, which makes a few values without the others (see `ModuleCode`)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +51,8 @@ class Autoencoder(Protocol):
 class AdapterCodec:
     """The conversion of adapters and their params into latents, and back.
 
+    Of autoencoders that decode parts values are the params themselves (normaliser "none"), so that a part of them needs no other.
+
     The latents of an adapter are the autoencoder's code, and behind it, in as few columns as hold them, the adapter's statistics (mean and
     size, where the normaliser is of mode "task"): for a request that nobody has seen these are generated, too.
 
@@ -55,6 +64,8 @@ class AdapterCodec:
 
     def __init__(self, template: AdapterTemplate, normalizer: ParamNormalizer, autoencoder: Autoencoder) -> None:
         self.template, self.normalizer, self.autoencoder = template, normalizer, autoencoder
+        if autoencoder.spans is not None and normalizer.config.mode != "none":
+            raise CondPDiffError(f"a {type(autoencoder).__name__} needs the normaliser's mode 'none', got {normalizer.config.mode!r}")
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -66,6 +77,23 @@ class AdapterCodec:
     def guided_length(self) -> int:
         """The number of first columns that are code: guidance would scale what stands behind them, an update's size among it."""
         return self.autoencoder.latent_shape[1]
+
+    @property
+    def token_places(self) -> dict[str, list[int]]:
+        """Where in the base model each column of the latents is, if it stands for a module: the arguments that a denoiser may have for it.
+
+        `token_layers` has the number of each module's layer (or block …), `token_modules` that of its kind within a layer.
+        """
+        if self.autoencoder.spans is None:
+            return {}
+        spans, parts = self.template.layout.module_spans(), Counter[str]()
+        layers, kinds = [], []
+        for span in spans:
+            layers.append(span.layer)
+            kinds.append((span.kind, parts[span.module]))  # a long module has several columns
+            parts[span.module] += 1
+        numbers = [{place: number for number, place in enumerate(dict.fromkeys(places))} for places in (layers, kinds)]
+        return {"token_layers": [numbers[0][layer] for layer in layers], "token_modules": [numbers[1][kind] for kind in kinds]}
 
     # --- what is measured, in the order of training: the normaliser, (the autoencoder is trained,) the latents' scale --------------
 
@@ -115,6 +143,16 @@ class AdapterCodec:
         code, statistics = split_statistics(latents, self.normalizer.num_statistics)
         values = self.autoencoder.decode(code.to(self.autoencoder.dtype))
         return self.normalizer.denormalize(values.float(), statistics.float())
+
+    def decode_tensors(self, latents: torch.Tensor) -> list[Mapping[str, torch.Tensor]]:
+        """Decode latents, shape `(batch, *latent_shape)`, into the tensors of each adapter, float32, on the CPU.
+
+        Where the autoencoder decodes parts, tensors are made when they are read (see `DecodedTensors`).
+        """
+        if self.autoencoder.spans is None:
+            return [self.template.to_tensors(params.detach().to("cpu", torch.float32)) for params in self.decode(latents)]
+        decode_part: Any = getattr(self.autoencoder, "decode_part")  # noqa: B009  # the protocol says when it is there
+        return [self.template.read_tensors(partial(decode_part, row[None].detach().cpu().clone())) for row in latents]
 
     def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
         """Turn params, shape `(num_params,)`, into a validated adapter, float32, on the CPU."""

@@ -6,9 +6,11 @@ The only place that knows the order. "We flatten parameter matrix to a one-dimen
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,34 @@ from cond_pdiff.errors import AdapterError
 MAX_ABS_VALUE = 1e4
 """The largest number that is accepted: no LoRA weight of a working adapter comes near it; larger ones are corruption and
 overflow half precision."""
+
+
+MAX_SPAN = 2**21
+"""The most numbers of one `ModuleSpan`."""
+
+
+@dataclass(frozen=True)
+class ModuleSpan:
+    """The part of the flat vector that belongs to one module, or a part of that.
+
+    Args:
+        module: its full name, as tensors' keys have it.
+        start, stop: of the part.
+    """
+
+    module: str
+    start: int
+    stop: int
+
+    @property
+    def layer(self) -> tuple[int, ...]:
+        """The numbers in the module's name: of its layer, of its block within that, and so on."""
+        return tuple(int(part) for part in self.module.split(".") if part.isdigit())
+
+    @property
+    def kind(self) -> str:
+        """The module's name without these numbers."""
+        return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", self.module)
 
 
 @dataclass(frozen=True)
@@ -44,7 +74,7 @@ class ParamLayout:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], constants: Sequence[str] = ()) -> ParamLayout:
         """Make the layout of `tensors`, sorted by key."""
-        return cls({key: tuple(tensors[key].shape) for key in sorted(tensors)}, tuple(sorted(constants)))
+        return cls(dict(sorted(tensor_shapes(tensors).items())), tuple(sorted(constants)))
 
     @property
     def modelled(self) -> tuple[str, ...]:
@@ -67,6 +97,22 @@ class ParamLayout:
         """The number of values in a whole adapter, constants included."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return where each modelled tensor stands in the flat vector: key → (start, stop)."""
+        ends = itertools.accumulate(self.sizes)
+        return {key: (end - size, end) for key, size, end in zip(self.modelled, self.sizes, ends, strict=True)}
+
+    def module_spans(self) -> list[ModuleSpan]:
+        """Return what each module takes of the flat vector, its factors together, in order; a long one comes in several parts."""
+        spans = []
+        for module, keys in itertools.groupby(self.places().items(), key=lambda place: module_of(place[0])):
+            places = [place for _, place in keys]
+            start, stop = places[0][0], places[-1][1]
+            parts = -(-(stop - start) // MAX_SPAN)
+            edges = [start + (stop - start) * part // parts for part in range(parts + 1)]
+            spans += [ModuleSpan(module, first, last) for first, last in itertools.pairwise(edges)]
+        return spans
+
     def validate(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise `AdapterError` naming the first missing, extra, misshapen, non-float or non-finite tensor."""
         missing = sorted(set(self.shapes) - set(tensors))
@@ -78,9 +124,10 @@ class ParamLayout:
                 f"adapter does not fit its layout: {' and '.join(parts)} "
                 f"({len(missing)} missing, {len(extra)} unexpected of {len(self.shapes)} tensors)"
             )
+        found = tensor_shapes(tensors)
         for key, shape in self.shapes.items():
-            if tuple(tensors[key].shape) != shape:
-                raise AdapterError(f"tensor {key!r} has shape {tuple(tensors[key].shape)}, expected {shape}")
+            if found[key] != shape:
+                raise AdapterError(f"tensor {key!r} has shape {found[key]}, expected {shape}")
         check_values(tensors)
 
     def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -127,8 +174,53 @@ class ParamLayout:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
+def module_of(key: str) -> str:
+    """Return what the keys of one module's tensors have in common: its full name, behind peft's prefix."""
+    return re.sub(r"(\.lora_[AB])?\.[^.]*$", "", key)
+
+
+class DecodedTensors(Mapping[str, torch.Tensor]):
+    """The tensors of an adapter that are made when they are read, checked then, and not kept: no more than one is in memory.
+
+    Args:
+        shapes: key → shape, of all tensors, in their order.
+        make: a key → its tensor.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], torch.Tensor]) -> None:
+        self.shapes, self._make = shapes, make
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor = self._make(key).reshape(self.shapes[key])
+        check_values({key: tensor})
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def tensor_entries(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the types and shapes of an adapter's tensors, by key, without making any of `DecodedTensors`, which are float32."""
+    if isinstance(tensors, DecodedTensors):
+        return {key: (torch.float32, shape) for key, shape in tensors.shapes.items()}
+    return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+def tensor_shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes alone; see `tensor_entries`."""
+    return {key: shape for key, (_, shape) in tensor_entries(tensors).items()}
+
+
 def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `AdapterError` naming the first tensor that is not floating point, not finite, or absurdly large."""
+    """Raise `AdapterError` naming the first tensor that is not floating point, not finite, or absurdly large.
+
+    `DecodedTensors` are checked when they are read.
+    """
+    if isinstance(tensors, DecodedTensors):
+        return
     for key, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise AdapterError(f"tensor {key!r} has dtype {tensor.dtype}, expected float32, float16 or bfloat16")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.layout import tensor_shapes
 from cond_pdiff.lora import KEY_PREFIX, MAX_RANK, LoraSpec, name_suffixes
 
 FACTOR_ENDINGS = (".lora_A.weight", ".lora_B.weight")
@@ -101,10 +102,10 @@ def plain_lora(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torc
         if not any(patterns) and not config.get("use_rslora"):
             return spec, dict(tensors)
         ranks, alphas = (matched(pattern, modules) for pattern in patterns)
-        scales = {}
+        scales, shapes = {}, tensor_shapes(tensors)
         for name in modules:
             rank, alpha = int(ranks.get(name, spec.rank)), alphas.get(name, spec.alpha)
-            check_factors(tensors, name, rank, "r and rank_pattern")
+            check_factors(shapes, name, rank, "r and rank_pattern")
             scales[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return fold_scales(spec, tensors, scales)
     except KeyError as error:
@@ -113,13 +114,13 @@ def plain_lora(config: Mapping[str, Any], path: Path, tensors: Mapping[str, torc
         raise AdapterError(f"{path}: {error}") from error
 
 
-def check_factors(tensors: Mapping[str, torch.Tensor], module: str, rank: int, why: str) -> None:
-    """Raise `AdapterError` unless both factors of a module are there, of this rank; `why` says who wants it."""
+def check_factors(shapes: Mapping[str, tuple[int, ...]], module: str, rank: int, why: str) -> None:
+    """Raise `AdapterError` unless both factors of a module are among these tensors' shapes, of this rank; `why` says who wants it."""
     for ending, axis in zip(FACTOR_ENDINGS, (0, 1), strict=True):
         key = f"{KEY_PREFIX}{module}{ending}"
-        if key not in tensors:
+        if key not in shapes:
             raise AdapterError(f"missing tensor {key!r}")
-        shape = tuple(tensors[key].shape)
+        shape = shapes[key]
         # Of a convolution, A has its kernel, and B is 1 × 1.
         if len(shape) not in (2, 4) or shape[axis] != rank or (axis == 1 and shape[2:] not in ((), (1, 1))):
             raise AdapterError(f"tensor {key!r} has shape {shape}, which does not fit rank {rank} ({why})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -211,14 +211,17 @@ class CondPDiffPipeline(GeneratorPipeline):
                 seeds = [None] * num_adapters
             if schedule:
                 num_inference_steps = len(self.scheduler.timesteps.unique())
-            result = latents if output_type == "latent" else self.decode(latents)
+            if output_type == "adapter":
+                tensors = self.codec.decode_tensors(latents)
+            else:
+                result = latents if output_type == "latent" else self.decode(latents)
             self.maybe_free_model_hooks()
             if output_type != "adapter":
                 return result
             asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "num_adapters": num_adapters, **schedule}
             settings = generation_settings(self.scheduler, self.unet.dtype, self._execution_device, generator, self._source)
         made = [{**asked, **settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
-        output = self._to_output(checked, result, made, latents, condition_embeddings[0], condition_report)
+        output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ class CondPDiffPipeline(GeneratorPipeline):
     def _to_output(
         self,
         condition: Condition,
-        params: torch.Tensor,
+        tensors: Sequence[Mapping[str, torch.Tensor]],
         made: Sequence[dict[str, Any]],
         latents: torch.Tensor,
         embedding: torch.Tensor,
@@ -288,7 +291,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         labels, labels_from = classes or ((), "nowhere")
         if classes is not None:
             metadata["labels"] = list(labels)
-        adapters = [self.codec.to_adapter(row, {**metadata, **facts}) for row, facts in zip(params, made, strict=True)]
+        adapters = [self.template.adapter_of(each, {**metadata, **facts}) for each, facts in zip(tensors, made, strict=True)]
         choice = self._choose(adapters, labels, condition.examples, nearest)
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from column_denoiser import ColumnDenoiser
 from conftest import PROMPT, quiet, seeds, tiny_recipe
 from diffusers import DDIMScheduler
-from token_denoiser import TokenDenoiser
 
 from cond_pdiff import CondPDiffPipeline, ParamUNet1D
 from cond_pdiff.component import COMPONENTS, Component
@@ -25,18 +25,18 @@ CHANNELS, LENGTH, DIM = 2, 5, 6
 
 @pytest.fixture(scope="module")
 def generator(tiny_backbone: Backbone, tiny_zoo: Path, tasks_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator with a `TokenDenoiser`. Only to be read."""
+    """A generator with a `ColumnDenoiser`. Only to be read."""
     recipe = tiny_recipe(tiny_backbone)
-    recipe["unet"] |= {"denoiser": {"type": "TokenDenoiser", "width": 8}}
+    recipe["unet"] |= {"denoiser": {"type": "ColumnDenoiser", "width": 8}}
     for stage in ("autoencoder", "unet"):
         recipe[stage]["fit"]["steps"] = 20
     return train(recipe, tiny_zoo, tasks_folder, tmp_path_factory.mktemp("token"))
 
 
 @pytest.fixture
-def denoiser() -> TokenDenoiser:
+def denoiser() -> ColumnDenoiser:
     torch.manual_seed(0)
-    return TokenDenoiser(CHANNELS, LENGTH, DIM, guided_length=3).eval()
+    return ColumnDenoiser(CHANNELS, LENGTH, DIM, guided_length=3).eval()
 
 
 def params(pipe: CondPDiffPipeline, **options: Any) -> torch.Tensor:
@@ -44,16 +44,16 @@ def params(pipe: CondPDiffPipeline, **options: Any) -> torch.Tensor:
 
 
 def test_a_recipe_names_it_and_its_run_remembers(generator: Path) -> None:
-    assert json.loads((generator / "model_index.json").read_text())["unet"] == ["cond_pdiff", "TokenDenoiser"]
+    assert json.loads((generator / "model_index.json").read_text())["unet"] == ["cond_pdiff", "ColumnDenoiser"]
     identity = json.loads((generator.parent / "unet" / "run.json").read_text())["identity"]
-    assert identity["config"]["model"] == {"type": "TokenDenoiser", "width": 8}
+    assert identity["config"]["model"] == {"type": "ColumnDenoiser", "width": 8}
     rows = [json.loads(line)["loss"] for line in (generator.parent / "unet" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1] < rows[0]
 
 
 def test_it_is_loaded_generates_and_is_saved(generator: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pipe = CondPDiffPipeline.from_pretrained(generator)
-    assert isinstance(pipe.unet, TokenDenoiser)
+    assert isinstance(pipe.unet, ColumnDenoiser)
     assert isinstance(pipe.unet, Denoiser)
     assert (pipe.unet.config.unconditional, pipe.unet.config.guidance_scale) == (True, 1.5)
     assert pipe.unet.config.guided_length == pipe.codec.guided_length
@@ -67,13 +67,13 @@ def test_it_is_loaded_generates_and_is_saved(generator: Path, tmp_path: Path, ca
 
 
 def test_one_that_nobody_registered_is_refused(generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(COMPONENTS, "TokenDenoiser")
-    monkeypatch.delattr("cond_pdiff.TokenDenoiser", raising=False)
-    with pytest.raises(HubError, match="TokenDenoiser"):
+    monkeypatch.delitem(COMPONENTS, "ColumnDenoiser")
+    monkeypatch.delattr("cond_pdiff.ColumnDenoiser", raising=False)
+    with pytest.raises(HubError, match="ColumnDenoiser"):
         CondPDiffPipeline.from_pretrained(generator)
 
 
-def test_tokens_behind_the_mask_change_nothing(denoiser: TokenDenoiser) -> None:
+def test_tokens_behind_the_mask_change_nothing(denoiser: ColumnDenoiser) -> None:
     noise, condition = torch.randn(3, CHANNELS, LENGTH), torch.randn(3, 4, DIM)
     mask = torch.tensor([[True, True, False, False], [True] * 4, [False] * 4])
     scheduler = DDIMScheduler()
@@ -90,7 +90,7 @@ def test_tokens_behind_the_mask_change_nothing(denoiser: TokenDenoiser) -> None:
 
 
 @pytest.mark.parametrize("shape", [(DIM,), (4, DIM)])
-def test_guidance_leads_away_from_zeros_in_both_shapes(denoiser: TokenDenoiser, shape: tuple[int, ...]) -> None:
+def test_guidance_leads_away_from_zeros_in_both_shapes(denoiser: ColumnDenoiser, shape: tuple[int, ...]) -> None:
     latents, timestep, condition = torch.randn(3, CHANNELS, LENGTH), torch.tensor(500), torch.randn(3, *shape)
     mask = torch.ones(3, 4, dtype=torch.bool) if len(shape) == 2 else None
     if mask is not None:
@@ -115,9 +115,9 @@ def test_what_is_no_denoiser_is_not_registered() -> None:
     for strange in (NoGuidance, OtherSizes):
         with pytest.raises(CondPDiffError, match=r"made with sample_channels, sample_length, condition_dim first, and with unconditional"):
             register_denoiser(strange)
-    impostor = type("ParamUNet1D", (TokenDenoiser,), {"__module__": "token_denoiser"})
-    with pytest.raises(CondPDiffError, match="there is a component ParamUNet1D already; give that of token_denoiser another name"):
+    impostor = type("ParamUNet1D", (ColumnDenoiser,), {"__module__": "column_denoiser"})
+    with pytest.raises(CondPDiffError, match="there is a component ParamUNet1D already; give that of column_denoiser another name"):
         register_denoiser(impostor)
-    assert register_denoiser(TokenDenoiser) is TokenDenoiser
-    assert {"ParamUNet1D": ParamUNet1D, "TokenDenoiser": TokenDenoiser}.items() <= DENOISERS.items()
+    assert register_denoiser(ColumnDenoiser) is ColumnDenoiser
+    assert {"ParamUNet1D": ParamUNet1D, "ColumnDenoiser": ColumnDenoiser}.items() <= DENOISERS.items()
     assert not {"NoGuidance", "OtherSizes"} & DENOISERS.keys()

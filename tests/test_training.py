@@ -337,7 +337,7 @@ def unet_stage(data: ZooParams, recipe: dict[str, Any], tasks_folder: Path, tiny
     autoencoder, config = AutoencoderStage(data, tiny_config()), parse(UNetConfig, recipe["unet"], "unet")
     autoencoder.module.eval()
     bank = ConditionBank.build(load_tasks(tasks_folder, Zoo(tiny_zoo).task_names), config, tmp_path)
-    return DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity)
+    return DenoiserStage(autoencoder.codec, data, bank, config, autoencoder.identity, autoencoder.latents())
 
 
 def test_latents_that_are_not_finite_are_named_too(unet_stage: DenoiserStage, data: ZooParams, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ class FitConfig:
 class AutoencoderConfig:
     """The autoencoder stage (paper, section 3.2 and appendix B)."""
 
-    model: JsonObject = Field(default_factory=dict, description="ParamAutoencoder's arguments, without num_params")
+    model: JsonObject = Field(default_factory=dict, description="its type (default: ParamAutoencoder), and its arguments, without sizes")
     fit: FitConfig = Field(default=FitConfig(), description="how it is trained")
     normalizer: Mode = Field(default="task", description="ParamNormalizer's mode")
     input_noise: NotNegative = Field(default=0.001, description="standard deviation, in units of normalised params")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.component import Component, register_component
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
-from cond_pdiff.layout import ParamLayout
+from cond_pdiff.layout import DecodedTensors, ParamLayout
 from cond_pdiff.lora import LoraSpec
 
 
@@ -71,18 +71,32 @@ class AdapterTemplate(Component):
 
     def to_tensors(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn params, shape `(num_params,)`, into an adapter's tensors, of the params' type and on their device, with their gradients."""
-        constants, offset = {}, 0
-        values = self.constant_bits.view(torch.float32).to(params)
-        for key in self.layout.constants:
-            shape = self.layout.shapes[key]
-            size = torch.Size(shape).numel()
-            constants[key] = values[offset : offset + size].reshape(shape)
-            offset += size
-        return self.layout.unflatten(params, constants)
+        return self.layout.unflatten(params, self._constants(self.constant_bits.view(torch.float32).to(params)))
+
+    def read_tensors(self, decode_part: Callable[[int, int], torch.Tensor]) -> DecodedTensors:
+        """Return an adapter's tensors, float32, on the CPU, which are made when they are read.
+
+        Args:
+            decode_part: start and stop → these of the params, shape `(1, stop - start)`.
+        """
+        constants, places = self._constants(self.constant_bits.view(torch.float32).cpu()), self.layout.places()
+        return DecodedTensors(
+            self.layout.shapes,
+            lambda key: constants[key].clone() if key in constants else decode_part(*places[key])[0].detach().to("cpu", torch.float32),
+        )
+
+    def _constants(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the constant tensors, which lie in `values` one after the other."""
+        sizes = [torch.Size(self.layout.shapes[key]).numel() for key in self.layout.constants]
+        parts = values[: sum(sizes)].split(sizes) if sizes else ()
+        return {key: part.reshape(self.layout.shapes[key]) for key, part in zip(self.layout.constants, parts, strict=True)}
 
     def to_adapter(self, params: torch.Tensor, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
         """Turn params, shape `(num_params,)`, into a validated adapter, float32, on the CPU."""
-        tensors = self.to_tensors(params.detach().to("cpu", torch.float32))
+        return self.adapter_of(self.to_tensors(params.detach().to("cpu", torch.float32)), metadata)
+
+    def adapter_of(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
+        """Return the adapter that has these tensors."""
         facts = {"base": self.base.to_json(), "max_length": self.config.max_length, **(metadata or {})}
         return LoraAdapter(self.spec, tensors, facts)
 

@@ -10,6 +10,7 @@ import torch
 from cond_pdiff.component import Component, register_component
 from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.models.param_unet_1d import ParamUNet1D
+from cond_pdiff.models.token_denoiser import TokenDenoiser
 
 DEFAULT_DENOISER = ParamUNet1D.__name__
 SIZES = ("sample_channels", "sample_length", "condition_dim")
@@ -20,7 +21,7 @@ GUIDANCE = ("unconditional", "guidance_scale", "guided_length")
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """A diffusers model that denoises latents; `ParamUNet1D` is the paper's. `register_denoiser` makes one known to recipes.
+    """A diffusers model that denoises latents, such as `ParamUNet1D` (the paper's); `register_denoiser` makes one known to recipes.
 
     Its config has, beside the sizes, `unconditional` (was it trained without a condition too?), `guidance_scale` (classifier-free guidance
     unless a call says otherwise; 1 is none) and `guided_length` (guidance acts on so many of the first columns; None: on all).
@@ -58,7 +59,7 @@ class Denoiser(Protocol):
 
 
 AnyDenoiser = TypeVar("AnyDenoiser", bound=type[Component])
-DENOISERS: dict[str, type[Component]] = {DEFAULT_DENOISER: ParamUNet1D}
+DENOISERS: dict[str, type[Component]] = {DEFAULT_DENOISER: ParamUNet1D, TokenDenoiser.__name__: TokenDenoiser}
 """The registered classes of denoisers, by the name that recipes give as `type`."""
 
 

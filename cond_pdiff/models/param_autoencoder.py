@@ -58,6 +58,8 @@ class ParamAutoencoder(Component):
     In evaluation mode a large batch goes through the network in parts of `at_once` adapters, so that memory does not grow with it.
     """
 
+    spans = None  # every column of the code is of all params
+
     @register_to_config
     def __init__(
         self,

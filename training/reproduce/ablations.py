@@ -157,11 +157,13 @@ class AblationRunner:
         if ablation.pca:
             code = PrincipalCode.fit(codec.normalizer, data.chunks(), stage.module.config.latent_dim)
             codec, origin = AdapterCodec(codec.template, codec.normalizer, code), {**origin, "pca": True}
+            latents = codec.encode(data.chunks())
         else:
-            fit(stage, stage.config.fit, folder / stage.name)
+            stage.train(folder / stage.name)
+            latents = stage.latents()
         inputs = torch.stack([self.embedding(ablation, rows, index) for index, rows in enumerate(self.bank.embeddings())])
         config = settings.unet(self.config.unet, seeded, ablation.unet)
-        denoiser = DenoiserStage(codec, data, replace(self.bank, inputs=inputs), config, origin)
+        denoiser = DenoiserStage(codec, data, replace(self.bank, inputs=inputs), config, origin, latents)
         fit(denoiser, config.fit, folder / denoiser.name)
         pipe = denoiser.pipeline()
         pipe.set_progress_bar_config(disable=True)

@@ -19,6 +19,7 @@ class PrincipalCode(nn.Module):
     """
 
     dtype = torch.float32
+    spans = None
     center: torch.Tensor
     directions: torch.Tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.normalization import ParamNormalizer
 from cond_pdiff.training.config import AutoencoderConfig, build
 from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
+from cond_pdiff.training.precision import on_training_device
+from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.zoo.params import ZooParams
 
 
@@ -24,12 +27,27 @@ class AutoencoderStage:
     def __init__(self, data: ZooParams, config: AutoencoderConfig) -> None:
         self.data, self.config = data, config
         torch.manual_seed(config.fit.seed)
-        self.module = build(ParamAutoencoder, "autoencoder, model", data.template.layout.num_params, **config.model)
+        arguments = {name: value for name, value in config.model.items() if name != "type"}
+        self.module = build(ParamAutoencoder, "autoencoder, model", data.template.layout.num_params, **arguments)
         self.codec = AdapterCodec(data.template, ParamNormalizer(config.normalizer, data.template.layout.sizes), self.module)
         self.codec.fit_normalizer(data.chunks())
         # Batch norm sees all samples of a step, or is another network.
         self.at_once = self.module.at_once if self.module.config.norm != "batch" else None
         self.identity: dict[str, Any] = {"config": asdict(config), "data": data.sha256}
+
+    def train(self, folder: Path, tensorboard: bool = False) -> None:
+        """Train the autoencoder, or go on where it stopped; see `fit`."""
+        fit(self, self.config.fit, folder, tensorboard)
+
+    def latents(self) -> torch.Tensor:
+        """Return the latents of the whole zoo."""
+        with on_training_device(self.module):
+            return self.codec.encode(self.data.chunks())
+
+    def lost(self) -> float:
+        """Return the share of the zoo's energy, in normalised params, that a pass through the autoencoder loses."""
+        with on_training_device(self.module):
+            return self.codec.reconstruction_error(self.data.chunks())
 
     def draw(self, batch_size: int, rng: torch.Generator) -> torch.Tensor:
         """Draw indices of adapters."""

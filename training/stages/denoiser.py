@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from cond_pdiff.models.denoisers import DENOISERS
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import UNetConfig, build_typed
 from cond_pdiff.training.objectives import denoising_loss, diffusion_target
-from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.processes import from_main
 from cond_pdiff.training.stages.condition_bank import ConditionBank
 from cond_pdiff.training.zoo.params import ZooParams
@@ -72,20 +72,24 @@ class DenoiserStage:
         data: the zoo's params.
         bank: conditions of the same tasks.
         origin: the identity of the stage that made the codec.
+        latents: of the zoo, as the codec encodes it.
     """
 
     name = "unet"
 
-    def __init__(self, codec: AdapterCodec, data: ZooParams, bank: ConditionBank, config: UNetConfig, origin: dict[str, Any]) -> None:
+    def __init__(
+        self, codec: AdapterCodec, data: ZooParams, bank: ConditionBank, config: UNetConfig, origin: dict[str, Any], latents: torch.Tensor
+    ) -> None:
         self.codec, self.data, self.bank, self.config = codec, data, bank, config
-        with on_training_device(codec.autoencoder):
-            self.latents = codec.fit_scaling_factor(from_main(codec.encode(data.chunks())))
+        self.latents = codec.fit_scaling_factor(from_main(latents))
         torch.manual_seed(config.fit.seed)
         unconditional = config.cond_drop_prob > 0
         guidance = {"unconditional": unconditional, "guidance_scale": GUIDANCE_SCALE if unconditional else 1.0}
         guidance["guided_length"] = codec.guided_length
         sizes = (*codec.latent_shape, bank.encoder.condition_dim)
-        self.unet: Any = build_typed(DENOISERS, "unet, denoiser", config.denoiser, *sizes, **guidance)
+        accepted = inspect.signature(DENOISERS.get(config.denoiser["type"], object)).parameters
+        places = {name: places for name, places in codec.token_places.items() if name in accepted}
+        self.unet: Any = build_typed(DENOISERS, "unet, denoiser", config.denoiser, *sizes, **guidance, **places)
         self.at_once = max(1, self.unet.at_once // config.noise_draws)
         self.module: nn.Module = ConditionedDenoiser(self.unet, self.bank.trained_encoder)
         self.scheduler = DDPMScheduler(

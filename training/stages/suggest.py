@@ -182,7 +182,9 @@ def measure(recipe: dict[str, Any], tasks_folder: str | Path, tasks: Sequence[Zo
             collect=runs * (a_run + config.steps * a_step) + config.multitask_steps * a_step,
             conditions=conditions,
             autoencoder=_training_seconds(lambda: AutoencoderStage(data, autoencoder_config), autoencoder_config.fit, folder / "first"),
-            unet=_training_seconds(lambda: DenoiserStage(codec, data, bank, unet_config, {}), unet_config.fit, folder / "second"),
+            unet=_training_seconds(
+                lambda: DenoiserStage(codec, data, bank, unet_config, {}, autoencoder.latents()), unet_config.fit, folder / "second"
+            ),
         )
 
 

@@ -10,9 +10,8 @@ from cond_pdiff.atomic import atomic_folder
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.publish import CARD_FILES, add_card
 from cond_pdiff.training.config import AutoencoderConfig, UNetConfig, parse
-from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.processes import processes
-from cond_pdiff.training.stages.autoencoder import AutoencoderStage
+from cond_pdiff.training.stages.codec_stages import codec_stage
 from cond_pdiff.training.stages.condition_bank import BANK_FILE, ConditionBank
 from cond_pdiff.training.stages.denoiser import DenoiserStage
 from cond_pdiff.training.stages.loop import fit
@@ -50,12 +49,10 @@ def train(
     with processes().main_process_first():  # which writes the matrix that the others read
         data = ZooParams.load(zoo, run_folder / "params")
     bank = ConditionBank.build(tasks, unet_config, run_folder)  # first of all: conditions that do not fit are told before hours pass
-    autoencoder = AutoencoderStage(data, autoencoder_config)
-    fit(autoencoder, autoencoder_config.fit, run_folder / "autoencoder", tensorboard)
-    with on_training_device(autoencoder.module):
-        lost = autoencoder.codec.reconstruction_error(data.chunks())
-    processes().print(f"autoencoder: loses {lost:.1%} of the zoo's energy", file=sys.stderr)
-    denoiser = DenoiserStage(autoencoder.codec, data, bank, unet_config, autoencoder.identity)
+    autoencoder = codec_stage(data, autoencoder_config)
+    autoencoder.train(run_folder / "autoencoder", tensorboard)
+    processes().print(f"autoencoder: loses {autoencoder.lost():.1%} of the zoo's energy", file=sys.stderr)
+    denoiser = DenoiserStage(autoencoder.codec, data, bank, unet_config, autoencoder.identity, autoencoder.latents())
     fit(denoiser, unet_config.fit, run_folder / denoiser.name, tensorboard)
     if processes().is_main_process:
         save_generator(denoiser.pipeline(), run_folder / "generator")

@@ -64,6 +64,8 @@ class ParamsGenerator(nn.Module):
         autoencoder: Any = pipe.codec.autoencoder
         self.unet, self.autoencoder, self.config = pipe.unet, autoencoder, config
         self._pipe = (pipe,)  # in a tuple: what else belongs to the pipeline is not this module's
+        if config.decoder and autoencoder.spans is not None:
+            raise TrainingError(f"tune: the decoder of a {type(autoencoder).__name__} is not trained; leave \"decoder\" out")
         decoder = (autoencoder.from_latent, autoencoder.decoder) if config.decoder else ()
         self.requires_grad_(False)
         for part in (self.unet, *decoder):

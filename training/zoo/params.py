@@ -86,6 +86,10 @@ class ZooParams:
         """Return the params of these adapters (indices, or a mask), shape `(n, num_params)`."""
         return self.matrix[self.rows[adapters]]
 
+    def columns(self, start: int, stop: int) -> torch.Tensor:
+        """Return a part of the params of all adapters, shape `(num_adapters, stop - start)`."""
+        return self.matrix.columns(self.rows, start, stop)
+
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield the params of all adapters in order, a few megabytes at a time, shape `(n, num_params)`."""
         return self.matrix.chunks(self.rows)

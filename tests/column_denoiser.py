@@ -15,7 +15,7 @@ from cond_pdiff.models.denoisers import register_denoiser
 
 
 @register_denoiser
-class TokenDenoiser(Component):
+class ColumnDenoiser(Component):
     """One transformer block over columns of the latents, the time, and tokens of the condition; see `Denoiser`."""
 
     at_once = 64
