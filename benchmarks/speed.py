@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--repeats 7] [--only warm|cold|style-half]
 
 Prints medians and their ratio; all of one run on the same machine. Of the paper's own style half (516,096 numbers an adapter, untrained
-networks of the published sizes), the best of the repeats, with torch's own layers and with `cond_pdiff.models.long_maps` in turn. Where other
-processes use the cores too, read the time on the CPU with OMP_NUM_THREADS=1: several threads wait for each other, and that counts.
+networks of the published sizes), the best of the repeats, with torch's own layers and with `cond_pdiff.models.long_maps` in turn. Where
+other processes use the cores too, read the time on the CPU with OMP_NUM_THREADS=1: several threads wait for each other, and that counts.
 """
 
 from __future__ import annotations
@@ -133,11 +133,8 @@ def style_half(repeats: int, steps: int = 10) -> None:
                     works[way] = min(works[way], time.process_time() - worked)
                     walls[way] = min(walls[way], time.perf_counter() - started)
             difference = float((made[1] - made[0]).abs().max() / made[0].abs().max())
-            print(
-                f"style half, {what:<36} {walls[0]:.2f} s → {walls[1]:.2f} s (ratio {walls[1] / walls[0]:.2f}), on the CPU {works[0]:.2f} s "
-                f"→ {works[1]:.2f} s (ratio {works[1] / works[0]:.2f}), {difference:.0e} apart, {torch.get_num_threads()} threads",
-                flush=True,
-            )
+            times = [f"{before:.2f} s → {after:.2f} s (ratio {after / before:.2f})" for before, after in (walls, works)]
+            print(f"style half, {what:<36} {times[0]}, on the CPU {times[1]}, {difference:.0e} apart", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ def run_on_long_maps(layers: Iterable[nn.Module], hidden: torch.Tensor) -> torch
 
 def transposed_convolution(layer: nn.ConvTranspose1d, hidden: torch.Tensor) -> torch.Tensor:
     """Apply a transposed convolution: each of its `stride` phases is a convolution, and their outputs lie side by side as channels."""
-    (stride,), (padding,), (extra,), (kernel,) = layer.stride, layer.padding, layer.output_padding, layer.kernel_size
-    length = (hidden.shape[-1] - 1) * stride - 2 * int(padding) + kernel + extra
+    (stride,), (extra,), (kernel,), padding = layer.stride, layer.output_padding, layer.kernel_size, int(layer.padding[0])
+    length = (hidden.shape[-1] - 1) * stride - 2 * padding + kernel + extra
     if layer.out_channels * length < MAP_TO_WEIGHTS * layer.weight.numel():
         return layer(hidden)
-    return polyphase(hidden, layer.weight, layer.bias, stride, int(padding), length)
+    return polyphase(hidden, layer.weight, layer.bias, stride, padding, length)
 
 
 def convolution(layer: nn.Conv1d, hidden: torch.Tensor) -> torch.Tensor:
