@@ -44,7 +44,7 @@ class TokenDenoiser(Component):
         sample_channels: int,
         sample_length: int,
         condition_dim: int,
-        width: int = 192,
+        width: int = 128,
         depth: int = 4,
         heads: int = 4,
         token_layers: Sequence[int] | None = None,
