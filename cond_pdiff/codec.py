@@ -22,9 +22,12 @@ class Autoencoder(Protocol):
     However many adapters it is given at once, it takes no more memory for its feature maps than a few of them need.
     """
 
-    spans: Sequence[tuple[int, int]] | None
-    """The values that each column of the code stands for, (start, stop); None: all columns are of all values. Where there are some, the
-    autoencoder has a method `decode_part`, which makes a few values without the others (see `ModuleCode`)."""
+    @property
+    def spans(self) -> Sequence[tuple[int, int]] | None:
+        """The values that each column of the code stands for, (start, stop); None: all columns are of all values.
+
+        Where there are some, the autoencoder has a method `decode_part`, which makes a few values without the others (see `ModuleCode`).
+        """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -108,13 +111,17 @@ class AdapterCodec:
 
     @torch.no_grad()
     def reconstruction_error(self, chunks: Iterable[torch.Tensor]) -> float:
-        """Return the share of a zoo's energy (in normalised params) that a pass through the autoencoder loses; for its params in chunks."""
+        """Return the share of a zoo's energy (in normalised params) that a pass through the autoencoder loses; for its params in chunks.
+
+        Codes of modules keep the zoo's mean aside, so theirs is the energy beside the mean.
+        """
         lost = energy = 0.0
+        aside = 0.0 if self.autoencoder.spans is None else self.autoencoder.decode(torch.zeros(1, *self.autoencoder.latent_shape))
         for chunk in chunks:
             values, _ = self.normalizer.normalize(chunk.to(self.normalizer.device))
             code = self.autoencoder.encode(values.to(self.autoencoder.device, self.autoencoder.dtype))
             lost += float((self.autoencoder.decode(code).to(values) - values).double().square().sum())
-            energy += float(values.double().square().sum())
+            energy += float((values - aside).double().square().sum())
         return lost / energy
 
     # --- there and back -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from cond_pdiff.models.module_code import CELL, ModuleCode
 
 
 @register_component
-class ModuleBasis(ModuleCode, ExactComponent):
+class ModuleBasis(ModuleCode, ExactComponent):  # type: ignore[misc]  # config_name, as in Component
     """An autoencoder that is linear: a module's code are its coefficients along the zoo's principal directions of that module.
 
     Encoding is exact least squares, as directions are orthonormal (to rounding: they are kept in half precision). Decoding is linear, so

@@ -62,13 +62,7 @@ class SegmentStage(ModuleStage):
 
     def lost(self) -> float:
         """Return the share of the zoo's energy, beside the mean, that the code loses."""
-        lost = energy = 0.0
-        with torch.no_grad():
-            for chunk in self.data.chunks():
-                mean = self.module.file.read(MEAN)
-                made = self.module.decode(self.module.encode(chunk))
-                lost, energy = lost + float((made - chunk).double().square().sum()), energy + float((chunk - mean).double().square().sum())
-        return lost / energy
+        return self.codec.reconstruction_error(self.data.chunks())
 
     def draw(self, batch_size: int, rng: torch.Generator) -> list[tuple[int, int]]:
         """Draw adapters and a module of each."""
