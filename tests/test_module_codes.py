@@ -19,11 +19,13 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.layout import DecodedTensors, ParamLayout
 from cond_pdiff.models import module_code
 from cond_pdiff.models.module_code import MODULES_FILE
-from cond_pdiff.training.config import AutoencoderConfig, FitConfig
+from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, FitConfig, parse
 from cond_pdiff.training.evaluate.measure import weights_sha256
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages import codec_stages, module_stage
 from cond_pdiff.training.stages.codec_stages import CodecStage, codec_stage, register_codec_stage
 from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -51,8 +53,12 @@ def stage(request: pytest.FixtureRequest, data: ZooParams, tmp_path_factory: pyt
 
 @pytest.fixture(autouse=True)
 def _short_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_cells(monkeypatch, 32)
+
+
+def set_cells(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     for module in ("module_code", "module_basis", "segment_autoencoder"):
-        monkeypatch.setattr(f"cond_pdiff.models.{module}.CELL", 32)
+        monkeypatch.setattr(f"cond_pdiff.models.{module}.CELL", numbers)
 
 
 # --- where modules are ---------------------------------------------------------------------------------------------------------
@@ -342,6 +348,25 @@ def test_a_file_that_is_not_the_generators_is_refused(generator: Path, tmp_path:
     expected = "is of adapters with 4 numbers" if damage == "another" else "is missing or damaged"
     with pytest.raises(HubError, match=expected):
         CondPDiffPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["minilm-large", "minilm-large+segments"])
+def test_the_recipes_for_large_adapters_run(
+    name: str, tiny_backbone: Backbone, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_cells(monkeypatch, module_code.CELL * 512)  # as it is
+    recipe = read_recipe(name)
+    assert parse(CollectConfig, recipe["collect"], "collect").rank == 256
+    short = {"rank": 4, "alpha": 4.0, "steps": 2, "multitask_steps": 1, "metric_rows": 4, "base": tiny_backbone.to_json()}
+    zoo = collect(parse(CollectConfig, {**recipe["collect"], **short}, "collect"), tasks_folder, tmp_path / "zoo")
+    encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": 32}
+    recipe["unet"] |= {"condition_encoder": encoder, "conditions_per_task": 2}
+    for section in (recipe["autoencoder"], recipe["unet"]):
+        if "fit" in section:
+            section["fit"]["steps"] = 2
+    pipe = quiet(CondPDiffPipeline.from_pretrained(train(recipe, zoo.folder, tasks_folder, tmp_path / "run")))
+    assert pipe.template.layout.num_params == pipe.template.layout.num_adapter_params == 2 * 4 * (4 * 64 + 2 * 96)
+    assert len(pipe("Is the remark kind?", num_inference_steps=2).adapter.modules) == 12
 
 
 # --- the denoiser --------------------------------------------------------------------------------------------------------------
