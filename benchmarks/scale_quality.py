@@ -2,13 +2,13 @@
 
     python benchmarks/scale_quality.py ZOO --tasks TASKS --recipe FILE --folder DIR --name NAME [--rows 200] [--out results]
 
-The zoo has two runs a task or more. The last run of every third task is held out: neither codec nor denoiser sees it. Columns are the
-metric of the zoo's family on `--rows` rows of the test split: base model, mean of the zoo, directly trained (the first run), nearest
-adapter (of the task whose condition is most like the request), a Gaussian in the code's coordinates (a task's mean, and the variance
-between runs of one task), generated (one sample, from the task's plainest condition); for held-out runs the run itself and what encoding
-and decoding leave of it, which is the ceiling of a generator with this code. Nothing is selected. Differences have 95 % intervals over
-tasks (bootstrap). Everything is kept in `--folder` (what no generator changes in `cells` beside it) and goes on where it stopped; the table
-is added to `results/scale_quality.json` under NAME.
+The zoo has two adapters a task or more: runs, or checkpoints of one. The last of every third task is held out: neither codec nor
+denoiser sees it. Columns are the metric of the zoo's family on `--rows` rows of the test split: base model, mean of the zoo, directly
+trained (the first run), nearest adapter (of the task whose condition is most like the request), a Gaussian in the code's coordinates (a
+task's mean, and the variance between runs of one task), generated (one sample, from the task's plainest condition); for held-out runs
+the run itself and what encoding and decoding leave of it, which is the ceiling of a generator with this code. Nothing is selected.
+Differences have 95 % intervals over tasks (bootstrap). Everything is kept in `--folder` (what no generator changes in `cells` beside
+it) and goes on where it stopped; the table is added to `results/scale_quality.json` under NAME.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Quality:
         by_task = [torch.nonzero(self.data.tasks == index).flatten().tolist() for index in range(len(self.tasks))]
         self.first = [rows[0] for rows in by_task]
         self.held_out = {index: rows[-1] for index, rows in enumerate(by_task) if index % HELD_OUT_EVERY == 0}
+        names = self.data.names
+        of_one_run = [names[row] == names[self.first[index]] for index, row in self.held_out.items()]
+        self.held_out_kind = "checkpoints" if any(of_one_run) else "runs"
         self.part = self.data.part([row for row in range(len(self.data)) if row not in self.held_out.values()])
         self.stage = codec_stage(self.part, parse(AutoencoderConfig, recipe["autoencoder"], "autoencoder"))
         started = time.perf_counter()
@@ -188,7 +191,8 @@ if __name__ == "__main__":
         "codec_seconds": round(quality.seconds["codec"], 1),
         "rows": arguments.rows,
         "held_out": {
-            "runs": len(codec_rows),
+            "what": quality.held_out_kind,
+            "adapters": len(codec_rows),
             **{name: interval([row[name] for row in codec_rows.values()]) for name in ("energy", "held_out", "projected")},
             "projected_minus_held_out": interval([row["projected"] - row["held_out"] for row in codec_rows.values()]),
         },
