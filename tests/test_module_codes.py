@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, ModuleBasis, ParamNormalizer, SegmentAutoencoder, TokenDenoiser
 from cond_pdiff.codec import AdapterCodec, Autoencoder
 from cond_pdiff.errors import CondPDiffError, HubError, TrainingError
-from cond_pdiff.hub import Backbone
+from cond_pdiff.hub import Backbone, check_config_numbers
 from cond_pdiff.layout import DecodedTensors, ParamLayout
 from cond_pdiff.models import module_code
 from cond_pdiff.models.module_code import MODULES_FILE
@@ -401,3 +401,10 @@ def test_cells_are_as_long_as_promised() -> None:
     assert module_code.CELL == 32  # as these tests set it
     with pytest.raises(CondPDiffError, match="segment must divide 32"):
         SegmentAutoencoder([(0, 64)], segment=24)
+
+
+def test_adapters_of_many_numbers_are_no_danger_to_memory() -> None:
+    settings = {"spans": [[0, 10**9]], "width": 64}
+    check_config_numbers("config.json", settings, "config.json")
+    with pytest.raises(HubError, match="the number 1000000000 is too large"):
+        check_config_numbers("config.json", {**settings, "width": 10**9}, "config.json")
