@@ -200,6 +200,21 @@ def plot(rows: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def markdown(facts: dict[str, Any]) -> list[str]:
+    """Return the rows of the table in docs/large_adapters.md."""
+    lines = []
+    for numbers, row in facts["sizes"].items():
+        network = row["papers_network"]
+        cells = [
+            f"{int(numbers):,}", row["what"], row["modules"], f"{row['fit_seconds']:.1f} s, {row['fit_gigabytes']:.1f} GB",
+            f"{row['train_step_seconds']:.2f} s", f"{row['generate_and_save_seconds']:.2f} s, {row['generate_gigabytes']:.1f} GB",
+            f"{row['generator_bytes'] / 1e6:,.0f} MB", f"{row['adapter_bytes'] / 1e6:,.1f} MB",
+            f"{network['parameters'] / 1e6:,.0f} million, {network['training_gigabytes']:.1f} GB",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
 def child(*arguments: str) -> dict[str, Any]:
     """Run a part of a row in a process of its own."""
     done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
@@ -241,3 +256,4 @@ if __name__ == "__main__":
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_text(arguments.out / "scale.json", dump_json(facts))
     plot(rows, arguments.out / "scale.png")
+    print("\n".join(markdown(facts)))

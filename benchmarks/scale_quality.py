@@ -39,6 +39,7 @@ from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
 
 HELD_OUT_EVERY, PROMPTS, RESAMPLES = 3, 3, 10_000
+COLUMNS = ("base", "mean", "trained", "nearest", "gaussian", "generated")
 
 
 class Quality:
@@ -112,7 +113,7 @@ class Quality:
         decoded = codec.decode(codec.encode(params))
         lost = float((decoded - params).double().square().sum() / (params - self.mean()).double().square().sum())
         kept = self.cached(f"held-out-{index}", lambda: self.measure(self.adapter(row), index), shared=True)
-        return {"energy": round(1 - lost, 4), "held_out": kept, "projected": self.measure(codec.to_adapter(decoded[0]), index)}
+        return {"energy": round(100 * (1 - lost), 2), "held_out": kept, "projected": self.measure(codec.to_adapter(decoded[0]), index)}
 
     @torch.no_grad()
     def row(self, index: int, pipe: CondPDiffPipeline) -> dict[str, float]:
@@ -160,6 +161,30 @@ def interval(values: Sequence[float]) -> list[float]:
     return [round(float(value), 2) for value in (numbers.mean(), *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)))]
 
 
+def markdown(measured: dict[str, Any]) -> list[str]:
+    """Return the rows of both tables in docs/large_adapters.md."""
+
+    def with_interval(values: Sequence[float], sign: bool = False) -> str:
+        middle, low, high = values
+        return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})" if sign else f"{middle:.1f}"
+
+    lines = []
+    for name, facts in measured.items():
+        cells = [name, f"{facts['numbers']:,}", f"{facts['tasks']}, {facts['adapters']}"]
+        cells += [with_interval(facts["columns"][column]) for column in COLUMNS]
+        identified = facts["identified"]
+        cells += [with_interval(facts["generated_minus"]["trained"], sign=True), f"{100 * identified['share']:.1f} % of {identified['of']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    for name, facts in measured.items():
+        held_out = facts["held_out"]
+        kept = (100 * (1 - facts["lost"]), held_out["energy"][0])
+        cells = [name, f"{held_out['adapters']} {held_out['what']}", *(f"{share:.1f} %" for share in kept)]
+        cells += [with_interval(held_out[column]) for column in ("held_out", "projected")]
+        cells.append(with_interval(held_out["projected_minus_held_out"], sign=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path)
@@ -181,7 +206,6 @@ if __name__ == "__main__":
         print(task.name, rows[task.name], flush=True)
     for index in range(len(quality.tasks)):
         hits += quality.cached(f"identified-{index}", lambda index=index: quality.identified(index, pipe))
-    columns = ("base", "mean", "trained", "nearest", "gaussian", "generated")
     facts = {
         "numbers": quality.data.template.layout.num_params,
         "tasks": len(rows),
@@ -196,8 +220,8 @@ if __name__ == "__main__":
             **{name: interval([row[name] for row in codec_rows.values()]) for name in ("energy", "held_out", "projected")},
             "projected_minus_held_out": interval([row["projected"] - row["held_out"] for row in codec_rows.values()]),
         },
-        "columns": {name: interval([row[name] for row in rows.values()]) for name in columns},
-        "generated_minus": {name: interval([row["generated"] - row[name] for row in rows.values()]) for name in columns[:-1]},
+        "columns": {name: interval([row[name] for row in rows.values()]) for name in COLUMNS},
+        "generated_minus": {name: interval([row["generated"] - row[name] for row in rows.values()]) for name in COLUMNS[:-1]},
         "identified": {"of": len(hits), "share": round(sum(hits) / len(hits), 4)},
         "by_task": rows,
     }
@@ -205,4 +229,4 @@ if __name__ == "__main__":
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_text(path, dump_json({**found, arguments.name: facts}))
-    print(json.dumps({name: value for name, value in facts.items() if name != "by_task"}, indent=1))
+    print("\n".join(markdown({arguments.name: facts})))
