@@ -6,9 +6,9 @@ The zoo has two adapters a task or more: runs, or checkpoints of one. The last o
 denoiser sees it. Columns are the metric of the zoo's family on `--rows` rows of the test split: base model, mean of the zoo, directly
 trained (the first run), nearest adapter (of the task whose condition is most like the request), a Gaussian in the code's coordinates (a
 task's mean, and the variance between runs of one task), generated (one sample, from the task's plainest condition); for held-out runs
-the run itself and what encoding and decoding leave of it, which is the ceiling of a generator with this code. Nothing is selected.
-Differences have 95 % intervals over tasks (bootstrap). Everything is kept in `--folder` (what no generator changes in `cells` beside
-it) and goes on where it stopped; the table is added to `results/scale_quality.json` under NAME.
+the run itself and what encoding and decoding leave of it, also at its own size, which is the ceiling of a generator with this code.
+Nothing is selected. Differences have 95 % intervals over tasks (bootstrap). Everything is kept in `--folder` (what no generator changes
+in `cells` beside it) and goes on where it stopped; the table is added to `results/scale_quality.json` under NAME.
 """
 
 from __future__ import annotations
@@ -116,6 +116,18 @@ class Quality:
         return {"energy": round(100 * (1 - lost), 2), "held_out": kept, "projected": self.measure(codec.to_adapter(decoded[0]), index)}
 
     @torch.no_grad()
+    def resized(self, index: int) -> float:
+        """Measure a held-out run after encoding and decoding, with every module's distance from the mean as it was in the run."""
+        codec, mean = self.stage.codec, self.mean()
+        params = self.data[torch.tensor([self.held_out[index]])][0]
+        decoded = codec.decode(codec.encode(params[None]))[0]
+        for span in codec.template.layout.module_spans():
+            place = slice(span.start, span.stop)
+            ratio = (params[place] - mean[place]).norm() / (decoded[place] - mean[place]).norm()
+            decoded[place] = mean[place] + ratio * (decoded[place] - mean[place])
+        return self.measure(codec.to_adapter(decoded), index)
+
+    @torch.no_grad()
     def row(self, index: int, pipe: CondPDiffPipeline) -> dict[str, float]:
         """Measure all columns of one task."""
         output = pipe(self.tasks[index].conditions(1)[0], generator=seeded(index, 1))
@@ -180,7 +192,7 @@ def markdown(measured: dict[str, Any]) -> list[str]:
         kept = (100 * (1 - facts["lost"]), held_out["energy"][0])
         cells = [name, f"{held_out['adapters']} {held_out['what']}", *(f"{share:.1f} %" for share in kept)]
         cells += [with_interval(held_out[column]) for column in ("held_out", "projected")]
-        cells.append(with_interval(held_out["projected_minus_held_out"], sign=True))
+        cells += [with_interval(held_out[f"{column}_minus_held_out"], sign=True) for column in ("projected", "resized")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -198,6 +210,7 @@ if __name__ == "__main__":
     codec_rows = {}
     for index in quality.held_out:
         codec_rows[index] = quality.cached(f"projected-{index}", lambda index=index: quality.held_out_row(index))
+        codec_rows[index]["resized"] = quality.cached(f"resized-{index}", lambda index=index: quality.resized(index))
         print(quality.tasks[index].name, codec_rows[index], flush=True)
     pipe = quality.generator()
     rows, hits = {}, []
@@ -217,8 +230,9 @@ if __name__ == "__main__":
         "held_out": {
             "what": quality.held_out_kind,
             "adapters": len(codec_rows),
-            **{name: interval([row[name] for row in codec_rows.values()]) for name in ("energy", "held_out", "projected")},
+            **{name: interval([row[name] for row in codec_rows.values()]) for name in ("energy", "held_out", "projected", "resized")},
             "projected_minus_held_out": interval([row["projected"] - row["held_out"] for row in codec_rows.values()]),
+            "resized_minus_held_out": interval([row["resized"] - row["held_out"] for row in codec_rows.values()]),
         },
         "columns": {name: interval([row[name] for row in rows.values()]) for name in COLUMNS},
         "generated_minus": {name: interval([row["generated"] - row[name] for row in rows.values()]) for name in COLUMNS[:-1]},
