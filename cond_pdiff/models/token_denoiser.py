@@ -34,7 +34,8 @@ class TokenDenoiser(Component):
         heads: of the attention.
         token_layers: number of each module's layer in the base model; default: all are in one.
         token_modules: number of each module's kind within a layer; default: each is of its own kind.
-        condition_scale: see `ParamUNet1D`.
+        condition_scale: condition embeddings, which have unit length, are multiplied by it; default: the square root of `condition_dim`,
+            which makes their numbers about as large as everything else that the network reads.
         unconditional, guidance_scale, guided_length: see `Denoiser`.
     """
 
@@ -49,7 +50,7 @@ class TokenDenoiser(Component):
         heads: int = 4,
         token_layers: Sequence[int] | None = None,
         token_modules: Sequence[int] | None = None,
-        condition_scale: float = 1.0,
+        condition_scale: float | None = None,
         unconditional: bool = True,
         guidance_scale: float = 1.5,
         guided_length: int | None = None,
@@ -63,6 +64,7 @@ class TokenDenoiser(Component):
             raise CondPDiffError(f"expected the layer and the module of each of {sample_length} tokens, got {len(layers)}, {len(modules)}")
         self.register_buffer("layer_of_token", torch.tensor(layers), persistent=False)
         self.register_buffer("module_of_token", torch.tensor(modules), persistent=False)
+        self.condition_scale = condition_dim**0.5 if condition_scale is None else condition_scale
         self.layer_embedding, self.module_embedding = nn.Embedding(max(layers) + 1, width), nn.Embedding(max(modules) + 1, width)
         # Directions of different modules have nothing in common, so each module has projections of its own.
         self.from_sample = nn.Parameter(torch.randn(sample_length, sample_channels, width) * sample_channels**-0.5)
@@ -98,7 +100,7 @@ class TokenDenoiser(Component):
             )
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         time = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
-        modulation = self.modulation(time + self.condition_embedding(condition * self.config.condition_scale))
+        modulation = self.modulation(time + self.condition_embedding(condition * self.condition_scale))
         places = self.layer_embedding(self.layer_of_token) + self.module_embedding(self.module_of_token)
         hidden = torch.einsum("bkm,mkw->bmw", sample, self.from_sample) + places
         for block in self.blocks:
