@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cond_pdiff.conditions.condition import Condition, condition_kind
+from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family
 from cond_pdiff.hub import hub_name
@@ -32,6 +33,7 @@ def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
     metadata, fields = adapter.metadata, _fields(adapter)
     fields |= {
         "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
+        "prompt": "\n".join("    " + " ".join(line.split()) for line in Instruction.recorded(metadata).prompt("…").split("\n")),
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": fields["story"] + (f"\n\n![What the adapter does]({preview})" if preview else ""),
     }

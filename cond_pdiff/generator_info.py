@@ -13,10 +13,11 @@ from typing import Any
 
 from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.errors import AdapterError, HubError
-from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
+from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.models.condition_encoder import condition_encoders
+from cond_pdiff.weights import weights_megabytes
 
 MEASURED = "## What was measured"
 RECOLOURED = re.compile(r"_recoloured_\d+$")

@@ -1,4 +1,4 @@
-"""TaskPrompt: a classification task in words."""
+"""TaskPrompt: a task in words, of classification or of writing answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cond_pdiff.errors import ConditionError
 @register_condition
 @dataclass(frozen=True)
 class TaskPrompt(Condition):
-    """A classification task in words: a description, label names, and a few labelled examples.
+    """A task in words: a description, and for classification label names and a few labelled examples, else a few texts with answers.
 
     The paper's condition for language tasks is "a task description and two-shot examples" (section 3.3).
 
@@ -24,9 +24,10 @@ class TaskPrompt(Condition):
         examples: `(text, label)` pairs; a text is a string or a pair of strings. May be empty: zero-shot (names only), else k-shot (with
             examples).
         labels: the label names. Default: the labels of the examples, in order of first appearance.
+        free: is each example's answer a text of its own (an antonym, a translation), and no label? Then there are no labels.
 
     Raises:
-        ConditionError: an empty or over-long text, an example whose label is not among the labels, one label only.
+        ConditionError: an empty or over-long text, an example whose label is not among the labels, one label only; labels of free answers.
     """
 
     name: ClassVar[str] = "task-prompt"
@@ -40,14 +41,19 @@ class TaskPrompt(Condition):
     description: str
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
+    free: bool = False
 
     def __post_init__(self) -> None:
         description = check_string(self.description, "the task description")
+        if self.free and self.labels:
+            raise ConditionError(f"free answers have no labels, got {list(self.labels)!r:.120}; leave one of the two out")
         labels = check_labels(self.labels) if self.labels else None
         examples = check_examples(self.examples, labels)
-        if labels is None:
+        if self.free:
+            labels = ()
+        elif labels is None:
             labels = tuple(dict.fromkeys(label for _, label in examples))
-        if examples and len(labels) < 2:
+        if examples and len(labels) < 2 and not self.free:
             raise ConditionError(f"all examples have the label {labels[0]!r}; give an example of another label, or name all labels")
         object.__setattr__(self, "description", description)
         object.__setattr__(self, "examples", examples)
@@ -55,14 +61,15 @@ class TaskPrompt(Condition):
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready facts, kept with the adapters that are made from this prompt."""
-        return {"description": self.description, "examples": [list(example) for example in self.examples], "labels": list(self.labels)}
+        facts = {"description": self.description, "examples": [list(example) for example in self.examples], "labels": list(self.labels)}
+        return {**facts, "free": True} if self.free else facts  # a word that came later
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], file: str | Path | None = None) -> TaskPrompt:
         """Read what `to_json` wrote, which is all of it."""
         try:
             examples = [(tuple(text) if isinstance(text, list) else text, label) for text, label in data["examples"]]
-            return cls(data["description"], examples, data["labels"])
+            return cls(data["description"], examples, data["labels"], data.get("free", False))
         except (KeyError, TypeError, ValueError) as error:
             raise ConditionError(f"not a recorded task prompt: {type(error).__name__}: {error}") from error
 

@@ -121,6 +121,7 @@ OTHER_BASE = "other-base"
 
 BUILT_IN = {
     "sequence-classifier": "cond_pdiff.families.sequence_classifier",
+    "causal-lm": "cond_pdiff.families.causal_lm",
     "text-to-image": "cond_pdiff.families.text_to_image",
     "stable-diffusion": "cond_pdiff.families.diffusers_denoiser",
     "flux": "cond_pdiff.families.diffusers_denoiser",

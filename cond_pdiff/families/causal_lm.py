@@ -1,0 +1,62 @@
+"""Causal language models: adapters make them answer the prompts of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.families.family import Family, register_family
+from cond_pdiff.hub import Backbone
+from cond_pdiff.lora import LANGUAGE_TASK, LoraSpec, adapted_module
+from cond_pdiff.models.causal_backbone import CausalBackbone
+
+if TYPE_CHECKING:
+    from cond_pdiff.training.config import CollectConfig
+    from cond_pdiff.training.finetuning.language_fine_tuning import LanguageFineTuning
+    from cond_pdiff.training.tasks.language import LanguageTask
+
+
+@register_family
+class CausalLM(Family):
+    """The family of what transformers' `AutoModelForCausalLM` loads."""
+
+    name = "causal-lm"
+    adapter_card = "language_adapter.md"
+    merged_card = ("text-generation", "transformers")
+    recipe = "smollm2-tasks"
+
+    def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
+        """Claim adapters by peft's task type."""
+        return spec.task_type == LANGUAGE_TASK
+
+    def is_certain(self, adapter: LoraAdapter) -> bool:
+        """Be certain: the task type that it is claimed by is of nothing else."""
+        return True
+
+    def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> CausalBackbone:
+        """Load a model with its tokenizer; see `CausalBackbone.load`."""
+        return CausalBackbone.load(base)
+
+    def load_adapted(self, base: Backbone) -> nn.Module:
+        """Load the transformers model alone."""
+        return CausalBackbone.load(base).model
+
+    def adapted_module(self, model: Any) -> nn.Module:
+        """Return the transformers model, also of a `CausalBackbone`."""
+        return adapted_module(model.model if isinstance(model, CausalBackbone) else model)
+
+    def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[LanguageTask]:
+        """Load classification and generation tasks from a folder."""
+        from cond_pdiff.training.tasks.language import load_language_tasks
+
+        return load_language_tasks(folder, names)
+
+    def fine_tuning(self, config: CollectConfig, tasks: Sequence[LanguageTask]) -> LanguageFineTuning:
+        """Return the fine-tuning by the answers' likelihood."""
+        from cond_pdiff.training.finetuning.language_fine_tuning import LanguageFineTuning
+
+        return LanguageFineTuning(config, tasks)
