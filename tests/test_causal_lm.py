@@ -114,13 +114,13 @@ def test_instructions_in_words() -> None:
 def test_long_texts_are_cut_and_instructions_are_not(backbone: CausalBackbone) -> None:
     task = Instruction("Which?", ["a", "b"])
     for text in ("word " * 60, ("word " * 60, "short")):
-        tokens = backbone.fitting_prompt(task, text, 90)
+        tokens = backbone.prompt_tokens(task.prompt(backbone.fitted(task, text, 90)))
         assert 80 <= len(tokens) <= 90
         told = backbone._text(tokens)
         assert "Which?\nOptions: a, b\nInput" in told
         assert "short" in told or isinstance(text, str)
     with pytest.raises(ConditionError, match="without its text it is too long already"):
-        backbone.fitting_prompt(task, "word", 20)
+        backbone.fitted(task, "word", 20)
     with pytest.raises(ConditionError, match="more than the 512 of the model"):
         backbone.answers([backbone.prompt_tokens("word " * 100)], 100)
     with pytest.raises(ConditionError, match="an answer is empty"):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.families.family import Family, register_family
+from cond_pdiff.few_shot import Choice, FewShotRequest, choose_by_answers
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LANGUAGE_TASK, LoraSpec, adapted_module
 from cond_pdiff.models.causal_backbone import CausalBackbone
@@ -25,7 +27,9 @@ class CausalLM(Family):
     """The family of what transformers' `AutoModelForCausalLM` loads."""
 
     name = "causal-lm"
+    writes = True
     adapter_card = "language_adapter.md"
+    generator_card = "language_generator.md"
     merged_card = ("text-generation", "transformers")
     recipe = "smollm2-tasks"
 
@@ -48,6 +52,17 @@ class CausalLM(Family):
     def adapted_module(self, model: Any) -> nn.Module:
         """Return the transformers model, also of a `CausalBackbone`."""
         return adapted_module(model.model if isinstance(model, CausalBackbone) else model)
+
+    def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
+        """Choose by the likelihood of the examples' answers; see `cond_pdiff.few_shot.choose_by_answers`."""
+        return choose_by_answers(base, adapters, request, Instruction.recorded(adapters[0].metadata))
+
+    def evaluation(self) -> tuple[Any, Any]:
+        """Return the evaluation by exact match."""
+        from cond_pdiff.training.evaluate.language_table import LanguageTable
+        from cond_pdiff.training.evaluate.languages import LanguageEvaluator
+
+        return LanguageEvaluator, LanguageTable()
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[LanguageTask]:
         """Load classification and generation tasks from a folder."""

@@ -34,6 +34,8 @@ class Family(ABC):
     """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
     cuts_texts: ClassVar[bool] = True
     """Whether its adapters are trained here, on texts cut at a number of tokens, which their cards tell."""
+    writes: ClassVar[bool] = False
+    """Whether `ask` has it answer texts: `load` gives a `CausalBackbone`."""
     paints: ClassVar[bool] = False
     """Whether `preview` makes pictures with it."""
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {}

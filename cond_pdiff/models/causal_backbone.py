@@ -96,12 +96,18 @@ class CausalBackbone:
 
     # --- tokens -------------------------------------------------------------------------------------------------
 
-    def prompt_tokens(self, prompt: str) -> Tokens:
-        """Return a prompt as the model is used to it: through its chat template, or `PLAIN_PROMPT` where it has none."""
+    def prompt_tokens(self, prompt: str, shots: Sequence[tuple[str, str]] = ()) -> Tokens:
+        """Return a prompt as the model is used to it: through its chat template, or `PLAIN_PROMPT` where it has none.
+
+        Args:
+            shots: prompts with their answers that come before it (examples in context).
+        """
         if self.tokenizer.chat_template is None:
-            tokens = self._tokens(PLAIN_PROMPT.format(prompt=prompt), special=True)
+            before = "".join(f"{PLAIN_PROMPT.format(prompt=asked)}{answer}\n\n" for asked, answer in shots)
+            tokens = self._tokens(before + PLAIN_PROMPT.format(prompt=prompt), special=True)
             return tokens[:-1] if tokens[-1] == self.end else tokens
-        return self._tokens(self._chat([{"role": "user", "content": prompt}], add_generation_prompt=True))
+        turns = [turn for asked, answer in shots for turn in (_turn("user", asked), _turn("assistant", answer))]
+        return self._tokens(self._chat([*turns, _turn("user", prompt)], add_generation_prompt=True))
 
     def answer_tokens(self, answer: str) -> Tokens:
         """Return an answer with the token that ends it, without which "not" would be a part of "not sure"; `ConditionError` if empty."""
@@ -110,27 +116,25 @@ class CausalBackbone:
             raise ConditionError("an answer is empty; a language model is taught and asked to write at least one token")
         return [*tokens, self.end]
 
-    def fitting_prompt(self, instruction: Instruction, text: Text, limit: int) -> Tokens:
-        """Return the prompt for a text, of which only the beginning is read where it would be longer than `limit` tokens.
-
-        Of a pair, the longer text is cut.
+    def fitted(self, instruction: Instruction, text: Text, limit: int) -> Text:
+        """Return a text, or as much of its beginning as a prompt of at most `limit` tokens has room for; of a pair, the longer one is cut.
 
         Raises:
             ConditionError: the rest of the prompt alone is too long.
         """
-        tokens, parts = self.prompt_tokens(instruction.prompt(text)), [text] if isinstance(text, str) else list(text)
-        while (over := len(tokens) - limit) > 0:
+        while (over := len(self.prompt_tokens(instruction.prompt(text))) - limit) > 0:
+            parts = [text] if isinstance(text, str) else list(text)
             place = max(range(len(parts)), key=lambda index: len(parts[index]))
             size = len(self._tokens(parts[place]))
             if size <= over:
                 raise ConditionError(
-                    f"the prompt has {len(tokens)} tokens, and {limit} are allowed: without its text it is too long already; allow more "
+                    f"the prompt has {limit + over} tokens, and {limit} are allowed: without its text it is too long already; allow more "
                     f"(max_length), or shorten the description or the label names: {instruction.prompt('…')!r:.160}"
                 )
             kept = min(len(parts[place]) * (size - over) // size, len(parts[place]) - 1)
             parts[place] = parts[place][: max(kept, 1)]
-            tokens = self.prompt_tokens(instruction.prompt(parts[0] if len(parts) == 1 else (parts[0], parts[1])))
-        return tokens
+            text = parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        return text
 
     def _tokens(self, text: str, special: bool = False) -> Tokens:
         with lock_of(self.tokenizer):
@@ -146,7 +150,7 @@ class CausalBackbone:
         """Return the token that the chat template puts behind an answer, or the end of the text."""
         if self.tokenizer.chat_template is not None:
             mark = "the answer"
-            said = self._chat([{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}])
+            said = self._chat([_turn("user", "a question"), _turn("assistant", mark)])
             tokens = self._tokens(said.rpartition(mark)[2].lstrip())
             if tokens and tokens[0] in self.tokenizer.all_special_ids:
                 return tokens[0]
@@ -162,13 +166,33 @@ class CausalBackbone:
         Args:
             groups: of equally many neighbouring rows, where adapters are `attached_to_groups`.
         """
-        whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-        with lock_of(self.model):
-            logits = self._read(prompts, whole, max(map(len, answers)), groups)[0]
-        width = logits.shape[1]
-        targets = torch.tensor([[IGNORED] * (width - len(answer)) + answer for answer in answers], device=logits.device)
+        logits, targets = self._predictions(prompts, answers, groups)
         losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
         return -losses.view(targets.shape).sum(1)
+
+    @torch.no_grad()
+    def judge(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-likelihood of each answer, and whether the model would write it, the likeliest token each time.
+
+        Returns:
+            Float32 and bool, on the CPU, both of shape `(len(prompts),)`.
+        """
+        likelihoods, written = torch.zeros(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
+        for places in _by_length(prompts, ROWS_AT_ONCE):
+            logits, targets = self._predictions([prompts[place] for place in places], [answers[place] for place in places])
+            known = targets != IGNORED
+            found = logits.float().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+            likelihoods[places] = (found * known).sum(1).cpu()
+            written[places] = ((logits.argmax(-1) == targets) | ~known).all(1).cpu()
+        return likelihoods, written
+
+    def _predictions(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits, shape `(rows, places, vocabulary)`, and the answers' tokens that they should predict, shape `(rows, places)`."""
+        whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        width = max(map(len, answers))
+        with lock_of(self.model):
+            logits = self._read(prompts, whole, width, groups)[0]
+        return logits, torch.tensor([[IGNORED] * (width - len(answer)) + answer for answer in answers], device=logits.device)
 
     @torch.no_grad()
     def choices(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> torch.Tensor:
@@ -274,6 +298,10 @@ class CausalBackbone:
     def _text(self, tokens: Tokens) -> str:
         with lock_of(self.tokenizer):
             return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def _common(rows: Sequence[Tokens]) -> int:

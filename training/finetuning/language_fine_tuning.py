@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LANGUAGE_TASK
@@ -18,7 +17,7 @@ from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.finetuning.fine_tuning import batches_by_length
 from cond_pdiff.training.precision import mixed_precision, training_device
-from cond_pdiff.training.tasks.answers import accuracy, predict
+from cond_pdiff.training.tasks.answers import accuracy, predict, prompts
 from cond_pdiff.training.tasks.language import Exchange, LanguageTask
 
 
@@ -51,12 +50,12 @@ class LanguageFineTuning:
         rows = task.exchanges("train")
         rows = rng.sample(rows, max(1, round(self.config.subset * len(rows))))
         for batch in batches_by_length(rows, self.config.batch_size, rng, _size):
-            yield [self._tokens(task, text, rng.choice(answers)) for text, answers in batch]
+            yield [self._tokens(task, exchange, rng.choice(exchange.answers)) for exchange in batch]
 
     def losses(self, batches: Sequence[list[PromptAndAnswer]], tasks: Sequence[LanguageTask]) -> torch.Tensor:
         """Return the mean negative log-likelihood of the answers' tokens, their ends included, of each task."""
-        prompts, answers = zip(*(pair for batch in batches for pair in batch), strict=True)
-        found = self.backbone.log_likelihoods(prompts, answers, len(batches)).view(len(batches), -1).sum(1)
+        asked, answers = zip(*(pair for batch in batches for pair in batch), strict=True)
+        found = self.backbone.log_likelihoods(asked, answers, len(batches)).view(len(batches), -1).sum(1)
         counts = [sum(len(answer) for _, answer in batch) for batch in batches]
         return -found / torch.tensor(counts, device=found.device)
 
@@ -67,27 +66,24 @@ class LanguageFineTuning:
             found = accuracy(predict(self.backbone, task, exchanges, self.max_length), exchanges)
         return {"accuracy": round(found, 4), "split": task.reported_split}
 
-    def _tokens(self, task: LanguageTask, text: Text, answer: str) -> PromptAndAnswer:
-        tokens = self.backbone.answer_tokens(answer)
-        if task.cuts_texts:
-            room = self.max_length - max(len(self.backbone.answer_tokens(other)) for other in task.instruction.answers)
-            return PromptAndAnswer(self.backbone.fitting_prompt(task.instruction, text, room), tokens)
-        return PromptAndAnswer(self.backbone.prompt_tokens(task.instruction.prompt(text)), tokens)
+    def _tokens(self, task: LanguageTask, exchange: Exchange, answer: str) -> PromptAndAnswer:
+        (prompt,) = prompts(self.backbone, task, [exchange], self.max_length)
+        return PromptAndAnswer(prompt, self.backbone.answer_tokens(answer))
 
     def _check_lengths(self, task: LanguageTask) -> None:
         """Refuse a task of which something does not fit; what is only found in the middle costs hours."""
         rows = task.exchanges("train")
         try:
             if task.cuts_texts:
-                self._tokens(task, *_shortest(rows))
+                prompts(self.backbone, task, [min(rows, key=_size)], self.max_length)
                 return
-            for text, answers in rows:
-                for answer in answers:
-                    prompt, tokens = self._tokens(task, text, answer)
+            for exchange in rows:
+                for answer in exchange.answers:
+                    prompt, tokens = self._tokens(task, exchange, answer)
                     if len(prompt) + len(tokens) > self.max_length:
                         raise ConditionError(
                             f"{len(prompt)} tokens of a prompt and {len(tokens)} of its answer are more than {self.max_length}: "
-                            f"{text!r:.60} → {answer!r:.60}; allow more (max_length), as far as the model does ({self.backbone.max_tokens})"
+                            f"{exchange.text!r:.60} → {answer!r:.60}; allow more (max_length), the model reads {self.backbone.max_tokens}"
                         )
         except ConditionError as error:
             raise TaskDataError(f"{task.folder}: {error}") from error
@@ -95,8 +91,3 @@ class LanguageFineTuning:
 
 def _size(exchange: Exchange) -> int:
     return text_length(exchange.text) + len(exchange.answers[0])
-
-
-def _shortest(rows: Sequence[Exchange]) -> tuple[Text, str]:
-    text, answers = min(rows, key=_size)
-    return text, answers[0]
