@@ -42,11 +42,11 @@ class LanguageTable(EvaluationTable):
     def about(self, settings: dict[str, Any]) -> str:
         """Say what the columns mean."""
         return (
-            "Exact match in percent, letter case and outer spaces aside, one metric in all columns: of what the model writes, the likeliest token "
-            "each time; of a task with label names, of the likeliest one of them, its end included. On up to "
+            "Exact match in percent, letter case and outer spaces aside, one metric in all columns: of what the model writes, the "
+            "likeliest token each time; of a task with label names, of the likeliest one of them, its end included. On up to "
             f"{settings['max_rows']} rows of each task's test split (validation where there is no test), with the same prompt in every "
-            f"column. *in context*: {SHOTS} training rows stand before it. *generated, zero-shot*: one adapter from the description and label "
-            f"names alone; *best*: of {settings['samples']} adapters, chosen on {SELECTION_ROWS} training rows. {BASELINES}"
+            f"column. *in context*: {SHOTS} training rows stand before it. *generated, zero-shot*: one adapter from the description and "
+            f"label names alone; *best*: of {settings['samples']} adapters, chosen on {SELECTION_ROWS} training rows. {BASELINES}"
         )
 
     def card_fields(self, evaluation: dict[str, Any]) -> dict[str, str]:
