@@ -20,9 +20,9 @@ LINEARS = {
 
 
 def tokenizer(template: str | None = TEMPLATE, **special: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes, as GPT-2's and SmolLM2's is, with no merges."""
-    vocabulary = {"<s>": 0, "</s>": 1, **{piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 2)}}
-    inner = Tokenizer(models.BPE(vocabulary, []))
+    """A tokenizer of bytes, as GPT-2's and SmolLM2's is, with one merge."""
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    inner = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [("t", "h")]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
@@ -33,7 +33,7 @@ def tokenizer(template: str | None = TEMPLATE, **special: Any) -> PreTrainedToke
 
 def save_llama(folder: Path, template: str | None = TEMPLATE, **changes: Any) -> Path:
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=1, **changes,
     )  # fmt: skip
     return _save(LlamaForCausalLM, config, folder, tokenizer(template))
@@ -41,7 +41,7 @@ def save_llama(folder: Path, template: str | None = TEMPLATE, **changes: Any) ->
 
 def save_gpt2(folder: Path, **special: Any) -> Path:
     config = GPT2Config(
-        vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
+        vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return _save(GPT2LMHeadModel, config, folder, tokenizer(None, **special))

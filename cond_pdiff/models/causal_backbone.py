@@ -59,9 +59,11 @@ class CausalBackbone:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        if len(tokenizer) > rows:
-            raise HubError(f"the tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}: they are not of one base model")
+        self._known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        if tokenizer.vocab_size > self._known:
+            raise HubError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {self._known}: they are not of one base model"
+            )
         self.end = self._end_of_answer()
         known = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         self._ends = {self.end, tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
@@ -138,7 +140,11 @@ class CausalBackbone:
 
     def _tokens(self, text: str, special: bool = False) -> Tokens:
         with lock_of(self.tokenizer):
-            return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            tokens = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        if strange := next((token for token in tokens if token >= self._known), None):
+            name = self.tokenizer.convert_ids_to_tokens(strange)
+            raise HubError(f"the model has no embedding of the token {name!r}, which its tokenizer makes: they are not of one base model")
+        return tokens
 
     def _chat(self, messages: Sequence[dict[str, str]], **options: Any) -> str:
         try:
