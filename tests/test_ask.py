@@ -17,6 +17,7 @@ from cond_pdiff.few_shot import FewShotRequest, choose_by_answers
 from cond_pdiff.hub import Backbone
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.stages.check import check_generator
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -32,7 +33,8 @@ def generator(zoos: dict[str, Zoo], collections: Path, tiny_backbone: Backbone, 
     return train(recipe, zoos["llama"].folder, collections, tmp_path_factory.mktemp("run"))
 
 
-def test_a_generator_for_language_models(generator: Path, tmp_path: Path) -> None:
+def test_a_generator_for_language_models(generator: Path, zoos: dict[str, Zoo], collections: Path, tmp_path: Path) -> None:
+    assert check_generator(generator, zoos["llama"].folder, collections, generator.parent).generated == 2
     pipe = quiet(CondPDiffPipeline.from_pretrained(generator))
     prompt = TaskPrompt("Do opposites.", EXAMPLES, free=True)
     out = pipe(prompt, num_adapters=3, generator=torch.Generator().manual_seed(0))

@@ -13,6 +13,7 @@ from tiny_language_models import LINEARS, TEMPLATE, save_gpt2, save_llama, token
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.conditions.instruction import Instruction
+from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import ConditionError, HubError, TaskDataError
 from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import Backbone
@@ -310,3 +311,13 @@ def test_peft_and_transformers_read_them(kind: str, zoos: dict[str, Zoo], bases:
     theirs.load_adapter(str(run.folder))
     torch.testing.assert_close(theirs(tokens).logits, ours, atol=1e-4, rtol=1e-4)
     assert LoraAdapter.load(run.folder).family is family_named("causal-lm")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_merged_base_answers_alike(kind: str, zoos: dict[str, Zoo], tmp_path: Path) -> None:
+    adapter = zoos[kind].runs("opposites")[0].adapter()
+    backbone, merged = CausalBackbone.load(adapter.base), CausalBackbone.load(Backbone(str(save_merged(adapter, tmp_path / "merged"))))
+    assert merged.prompt_tokens("hi") == backbone.prompt_tokens("hi")  # its chat template came along
+    tokens = torch.tensor([backbone.prompt_tokens("hello")])
+    with adapter.attached(backbone):
+        torch.testing.assert_close(merged.model(tokens).logits, backbone.model(tokens).logits, atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from loopback_hub import LoopbackHub
 from tiny_language_models import TEMPLATE, save_llama
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from cond_pdiff import LoraAdapter
 from cond_pdiff import hub as hub_module
 from cond_pdiff.errors import HubError
+from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import SMOLLM2, SMOLLM2_GGUF, Backbone, find_backbone, hub_name
+from cond_pdiff.lora import KEY_PREFIX, LoraSpec, target_linears
 from cond_pdiff.models.causal_backbone import CausalBackbone
 from cond_pdiff.weights import weights_sha256
 
@@ -102,6 +106,30 @@ def test_quantised_weights_become_the_numbers_that_they_stand_for(tmp_path: Path
     packed = quants.dequantize(quants.quantize(original, GGMLQuantizationType.Q4_1), GGMLQuantizationType.Q4_1)
     torch.testing.assert_close(weights["model.layers.0.mlp.up_proj.weight"], torch.from_numpy(packed), atol=1e-6, rtol=1e-6)
     assert weights["model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
+
+
+def test_an_adapters_card_loads_its_gguf_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf", save_llama(tmp_path / "base"))
+    family, reference = family_named("causal-lm"), Backbone(str(tmp_path / "tiny.gguf"))
+    base = family.load(reference, None)
+    spec = LoraSpec(reference.repo_id, 2, 4.0, ("q_proj",), "CAUSAL_LM")
+    spec = replace(spec, base_fingerprint=family.fingerprint(base.model, spec))
+    shapes = {name: linear.weight.shape for name, linear in target_linears(base.model, spec).items()}
+    tensors = {f"{KEY_PREFIX}{name}.lora_A.weight": torch.ones(2, columns) for name, (_, columns) in shapes.items()}
+    tensors |= {f"{KEY_PREFIX}{name}.lora_B.weight": torch.ones(rows, 2) for name, (rows, _) in shapes.items()}
+    folder = LoraAdapter(spec, tensors, {"base": reference.to_json()}).save(tmp_path / "adapter")
+    card = (folder / "README.md").read_text(encoding="utf-8").replace("path/to", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ids, made = torch.tensor([[2, 3, 4]]), []
+    for block in card.split("```python")[1:]:
+        known: dict[str, Any] = {}
+        exec(block.split("```")[0], known)
+        made.append(known["model"](input_ids=ids).logits)
+    with LoraAdapter.load(folder).attached(base):
+        ours = base.model(ids).logits
+    assert len(made) == 2
+    for theirs in made:
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_gguf_is_refused(tmp_path: Path, cache: Path) -> None:

@@ -37,10 +37,6 @@ class CausalLM(Family):
         """Claim adapters by peft's task type."""
         return spec.task_type == LANGUAGE_TASK
 
-    def is_certain(self, adapter: LoraAdapter) -> bool:
-        """Be certain: the task type that it is claimed by is of nothing else."""
-        return True
-
     def load(self, base: Backbone, spec: LoraSpec, num_labels: int | None = None) -> CausalBackbone:
         """Load a model with its tokenizer; see `CausalBackbone.load`."""
         return CausalBackbone.load(base)
