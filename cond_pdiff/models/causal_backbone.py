@@ -89,7 +89,7 @@ class CausalBackbone:
     @property
     def max_tokens(self) -> int:
         """The longest input that the model is made for."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length)  # type: ignore[union-attr, arg-type]
+        return int(getattr(self.model.config, "max_position_embeddings", None) or self.tokenizer.model_max_length)
 
     def to(self, device: torch.device) -> None:
         """Move the model, once no other thread is using it."""
@@ -162,7 +162,7 @@ class CausalBackbone:
                 return tokens[0]
         if self.tokenizer.eos_token_id is None:
             raise HubError("the tokenizer has no end-of-text token, so no answer would ever end; set its eos_token and save it")
-        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.eos_token_id)
 
     # --- reading ------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
         groups: list[list[Text]] = []
         for prompt in prompts:
-            names = [label_text(label) for label in prompt.labels] or [answer for _, answer in prompt.examples]
+            names: list[Text] = [*map(label_text, prompt.labels)] or [answer for _, answer in prompt.examples]
             groups += [[prompt.description], names, [text for text, _ in prompt.examples]]
         # Prompts of one task share most texts; each is embedded once.
         place = {text: index for index, text in enumerate(dict.fromkeys(text for group in groups for text in group))}

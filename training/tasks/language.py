@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.conditions.task_prompt import TaskPrompt
@@ -102,7 +102,7 @@ class GenerationTask(LanguageTask):
     source: str = ""
 
     @classmethod
-    def load(cls, folder: str | Path) -> GenerationTask:
+    def load(cls, folder: str | Path) -> Self:
         """Read and check a task folder's `meta.json`; `TaskDataError` says what is wrong."""
         folder = Path(folder)
         meta = read_meta(folder)

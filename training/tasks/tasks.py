@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.conditions.task_prompt import TaskPrompt
@@ -30,6 +30,7 @@ from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.training.tasks.rows import SPLITS, check_splits, read_split, test_split
 from cond_pdiff.training.tasks.task import ZooTask
 
+Drawn = TypeVar("Drawn")
 Row = tuple[Text, Any]
 """A text and its label: an index into the label names, or of a regression task a float."""
 
@@ -84,7 +85,7 @@ class Task(PromptTask):
     source: str = ""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Task:
+    def load(cls, folder: str | Path) -> Self:
         """Read and check a task folder's `meta.json`; `TaskDataError` says what is wrong."""
         folder = Path(folder)
         meta = read_meta(folder)
@@ -204,7 +205,7 @@ def _label_range(value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def sample_rows(rows: Sequence[Row], limit: int | None, seed: str) -> list[Row]:
+def sample_rows(rows: Sequence[Drawn], limit: int | None, seed: str) -> list[Drawn]:
     """Return up to `limit` rows, a random choice that depends only on `seed`, in their original order."""
     if limit is None or len(rows) <= limit:
         return list(rows)
