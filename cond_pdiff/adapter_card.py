@@ -68,7 +68,7 @@ def base_fields(base: str | None, relation: str = "adapter") -> dict[str, str]:
         # JSON's strings are YAML's and Python's.
         "base_yaml": f"base_model: {json.dumps(name)}\nbase_model_relation: {relation}\n" if name else "",
         "base_string": place,
-        "base_model": _line(name or folder or "an unknown base model"),
+        "base_model": _line((base if name else folder) or "an unknown base model"),
     }
 
 

@@ -14,6 +14,7 @@ from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
 from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.few_shot import FewShotRequest, choose_by_answers
+from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
@@ -94,6 +95,22 @@ def test_ask_answers_in_text_and_in_labels(run: Any, zoos: dict[str, Zoo], gener
     assert run("generate", "Do opposites.", *options, "--out", tmp_path / "made").status == 0
     assert LoraAdapter.load(tmp_path / "made").metadata["condition"]["examples"] == [["up", "down"]]
     assert told(run("ask", tmp_path / "made", "up", "--max-tokens", 3, "--json"))["text"] == "up"
+
+
+def test_a_generation_task_brings_description_and_free_answers(run: Any, generator: Path, collections: Path, tmp_path: Path) -> None:
+    options = ["--generator", generator, "--num-adapters", 2, "--max-examples", 5]
+    assert run("generate", "--examples", collections / "generation" / "copies", *options, "--out", tmp_path / "a").status == 0
+    made = LoraAdapter.load(tmp_path / "a").metadata
+    assert (made["condition"]["description"], made["condition"]["free"], made["labels"]) == ("Do copies.", True, [])
+    assert len(made["condition"]["examples"]) == 5
+    assert all(text == answer for text, answer in made["condition"]["examples"])
+
+
+def test_a_generator_says_that_it_makes_language_adapters(run: Any, generator: Path, zoos: dict[str, Zoo]) -> None:
+    info = GeneratorInfo.read(generator)
+    assert info.makes == info.to_json()["makes"] == "language"
+    assert "makes      language adapters for" in str(info)
+    refused(run("classify", zoos["llama"].runs("sides")[0].folder, "up"), "not an adapter for texts")
 
 
 def test_ask_refuses_what_it_cannot_do(run: Any, saved: Path, zoos: dict[str, Zoo]) -> None:

@@ -78,7 +78,7 @@ def generate(
     labels, shown = label or [], [parse_example(one) for one in example or []]
     if examples is not None:
         found = read_labelled(examples, "train", text_column or (), label_column)
-        description = description or found.description
+        description, free_answers = description or found.description, free_answers or found.free
         labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
     condition, count = _condition(description, image, vector, shown, labels, free_answers), num_adapters

@@ -27,6 +27,7 @@ class CausalLM(Family):
     """The family of what transformers' `AutoModelForCausalLM` loads."""
 
     name = "causal-lm"
+    adapters = "language"
     writes = True
     adapter_card = "language_adapter.md"
     generator_card = "language_generator.md"

@@ -28,6 +28,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     """The family's name in recipes and zoos, such as "sentence-encoder"."""
+    adapters: ClassVar[str] = ""
+    """The word in front of "adapters" for its own (see `Condition.adapters`); empty: what they are asked for by says it."""
     brings_head: ClassVar[bool] = False
     """Whether adapters bring whole modules (`modules_to_save`) beside their updates."""
     has_prototypes: ClassVar[bool] = False

@@ -48,6 +48,10 @@ class LanguageTask(PromptTask):
     def exchanges(self, split: str) -> list[Exchange]:
         """Read a split; `TaskDataError` names the first bad line."""
 
+    @abstractmethod
+    def examples(self, split: str) -> list[tuple[Text, str]]:
+        """Return the rows of a split as examples of a condition: with their label's own name, or with one right answer."""
+
     @property
     def reported_split(self) -> str:
         """The test split, or the validation split where there is none."""
@@ -73,6 +77,10 @@ class LabelTask(Task, LanguageTask):
         """Read a split, with the label names as the instruction has them."""
         answers = self.instruction.answers
         return [Exchange(text, (answers[label],)) for text, label in self.rows(split)]
+
+    def examples(self, split: str) -> list[tuple[Text, str]]:
+        """Return the rows of a split with their labels' names."""
+        return [(text, self.labels[label]) for text, label in self.rows(split)]
 
     def adapter_facts(self) -> dict[str, Any]:
         """Return description and label names, of which prompts are made."""
@@ -125,15 +133,19 @@ class GenerationTask(LanguageTask):
         """Read a split."""
         return read_split(self.folder, split, _exchange)
 
+    def examples(self, split: str) -> list[tuple[Text, str]]:
+        """Return the rows of a split with the first of their answers."""
+        return [(text, answers[0]) for text, answers in self.exchanges(split)]
+
     def check(self) -> None:
         """Raise `TaskDataError` for a task without training rows, or without any rows to report numbers on."""
         check_splits(self.folder)
 
     def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
         """Return the task as a condition, with `num_examples` training rows and the first of their answers as examples."""
-        rows = self.exchanges("train")
+        rows = self.examples("train")
         random.Random(f"{self.name}/prompt/{seed}").shuffle(rows)
-        return TaskPrompt(self.description, [(text, answers[0]) for text, answers in rows[:num_examples]], free=True)
+        return TaskPrompt(self.description, rows[:num_examples], free=True)
 
     def zoo_facts(self) -> dict[str, Any]:
         """Return the description beside what the zoo records of every task."""
@@ -175,7 +187,7 @@ def load_language_tasks(folder: str | Path, names: Sequence[str] | None = None) 
             raise TaskDataError(f"no classification or generation tasks below {folder}")
     else:
         folders = [_folder_of(folder, name) for name in names]
-    tasks = [_load(path) for path in (folders if names is not None else sorted(folders, key=lambda path: path.name))]
+    tasks = [load_language_task(path) for path in (folders if names is not None else sorted(folders, key=lambda path: path.name))]
     for position, task in enumerate(tasks):
         if task.name != task.folder.name:
             raise TaskDataError(f"{task.folder / 'meta.json'}: name is {task.name!r}, but the folder is called {task.folder.name!r}")
@@ -195,7 +207,8 @@ def _folder_of(folder: Path, name: str) -> Path:
     return found[0] if found else folder / name  # where reading it says that it is missing
 
 
-def _load(folder: Path) -> LanguageTask:
+def load_language_task(folder: Path) -> LanguageTask:
+    """Read a classification or generation task; `TaskDataError` says what is wrong, or that it is of another type."""
     task_type = _type_of(folder)
     if task_type == GENERATION_TYPE:
         return GenerationTask.load(folder)
