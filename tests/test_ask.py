@@ -20,6 +20,7 @@ from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
 from cond_pdiff.training.stages.check import check_generator
 from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.zoo.push import write_zoo_card
 from cond_pdiff.training.zoo.zoo import Zoo
 
 __all__ = ["bases", "collections", "section", "zoos"]
@@ -110,6 +111,7 @@ def test_a_generator_says_that_it_makes_language_adapters(run: Any, generator: P
     info = GeneratorInfo.read(generator)
     assert info.makes == info.to_json()["makes"] == "language"
     assert "makes      language adapters for" in str(info)
+    assert "opposites" in write_zoo_card(zoos["llama"], "owner/zoo").read_text(encoding="utf-8")
     refused(run("classify", zoos["llama"].runs("sides")[0].folder, "up"), "not an adapter for texts")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_language_models import LINEARS, TEMPLATE, save_gpt2, save_llama, tokenizer
+from transformers import Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralForCausalLM, PreTrainedModel
 
 from cond_pdiff import LoraAdapter
 from cond_pdiff.conditions.instruction import Instruction
@@ -58,6 +59,23 @@ def test_a_batch_reads_as_one_text_alone(backbone: CausalBackbone) -> None:
     torch.testing.assert_close(backbone.log_likelihoods(prompts[:2], answers[:2], 2), torch.tensor(expected[:2]), atol=1e-4, rtol=1e-5)
     table = torch.tensor([[one_by_one(backbone, prompt, answer) for answer in answers] for prompt in prompts])
     torch.testing.assert_close(backbone.choices(prompts, answers), table, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [MistralForCausalLM, Gemma2ForCausalLM])
+def test_a_sliding_window_sees_no_padding(kind: type[PreTrainedModel], tmp_path: Path) -> None:
+    changes = {"kind": kind, "head_dim": 8, "query_pre_attn_scalar": 8}
+    for window in (8, 300):
+        backbone = CausalBackbone.load(Backbone(str(save_llama(tmp_path / str(window), sliding_window=window, **changes))))
+        prompts, answers = [*map(backbone.prompt_tokens, PROMPTS)], [*map(backbone.answer_tokens, ANSWERS)]
+        table = torch.tensor([[one_by_one(backbone, prompt, answer) for answer in answers] for prompt in prompts])
+        torch.testing.assert_close(backbone.log_likelihoods(prompts, answers), table.diagonal(), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(backbone.choices(prompts, answers), table, atol=1e-4, rtol=1e-5)
+
+
+def test_recurrent_models_are_refused(tmp_path: Path) -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.raises(HubError, match="a MambaForCausalLM keeps no cache of keys and values alone"):
+        CausalBackbone(model, tokenizer())
 
 
 def test_gradients_are_those_of_plain_reading(backbone: CausalBackbone) -> None:

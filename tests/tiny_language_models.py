@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -31,12 +31,12 @@ def tokenizer(template: str | None = TEMPLATE, **special: Any) -> PreTrainedToke
     return made
 
 
-def save_llama(folder: Path, template: str | None = TEMPLATE, **changes: Any) -> Path:
-    config = LlamaConfig(
+def save_llama(folder: Path, template: str | None = TEMPLATE, kind: type[PreTrainedModel] = LlamaForCausalLM, **changes: Any) -> Path:
+    config = kind.config_class(
         vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=1, **changes,
     )  # fmt: skip
-    return _save(LlamaForCausalLM, config, folder, tokenizer(template))
+    return _save(kind, config, folder, tokenizer(template))
 
 
 def save_gpt2(folder: Path, **special: Any) -> Path:

@@ -70,9 +70,10 @@ class CausalBackbone:
         accepted = inspect.signature(type(model).forward).parameters
         self._options = {"position_ids", "logits_to_keep"} & accepted.keys()
         cache = next((name for name in CACHE_NAMES if name in accepted), None)
-        if cache is None:
-            raise HubError(f"a {type(model).__name__} keeps no cache of keys and values; expected a decoder that does")
+        if cache is None or getattr(model, "_is_stateful", False):  # a recurrent state would take padding for text
+            raise HubError(f"a {type(model).__name__} keeps no cache of keys and values alone; expected a transformer decoder that does")
         self._cache = cache
+        self._window = int(getattr(model.config, "sliding_window", None) or 0)  # type: ignore[union-attr]
 
     @classmethod
     def load(cls, backbone: Backbone) -> CausalBackbone:
@@ -227,6 +228,8 @@ class CausalBackbone:
             Logits of the last `keep` places, shape `(rows, keep, vocabulary)`, and what was read.
         """
         shared = min(_common(starts), min(map(len, starts)) - 1)
+        if 0 < self._window < max(map(len, whole)):  # padding between the shared part and the rest would take up its places
+            shared = 0
         device = next(self.model.parameters()).device
         read = _Read(None, torch.zeros(len(whole) if not shared else groups, 0, dtype=torch.long, device=device))
         if shared:
