@@ -35,6 +35,7 @@ def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
     fields |= {
         "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
         "prompt": "\n".join("    " + " ".join(line.split()) for line in Instruction.recorded(metadata).prompt("…").split("\n")),
+        "max_length": metadata.get("max_length", "an unknown number of"),
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": fields["story"] + (f"\n\n![What the adapter does]({preview})" if preview else ""),
     }

@@ -91,6 +91,8 @@ def test_ask_answers_in_text_and_in_labels(run: Any, zoos: dict[str, Zoo], gener
     labelled = told(run("ask", zoo.runs("sides")[0].folder, "up", "--json"))
     assert labelled["answer"] in ("left", "left_most")
     assert sum(labelled["probabilities"].values()) == pytest.approx(1)
+    done = run("ask", zoo.runs("sides")[0].folder, "up " * 100)
+    assert done.err == ["note: the prompt is longer than 160 tokens; the end of the text is not read"]
     assert told(run("ask", folder, "up ||| down", "--label", "yes", "--label", "no", "--json"))["answer"] in ("yes", "no")
     options = ["--generator", generator, "--num-adapters", 2, "--example", "up=down", "--free-answers"]
     assert run("generate", "Do opposites.", *options, "--out", tmp_path / "made").status == 0

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cond_pdiff.cli.options import AdapterName, AsJson, Base, Labels
-from cond_pdiff.cli.output import hide_loading_bars, report
+from cond_pdiff.cli.output import hide_loading_bars, note, report
 from cond_pdiff.defaults import ANSWER_TOKENS
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.notation import PAIR_SEPARATOR, parse_text
+
+if TYPE_CHECKING:
+    from cond_pdiff.conditions.instruction import Instruction
+    from cond_pdiff.conditions.texts import Text
+    from cond_pdiff.models.causal_backbone import CausalBackbone
 
 commands = typer.Typer()
 
@@ -48,15 +53,25 @@ def ask(
     hide_loading_bars(of_transformers=True)
     model = found.family.load(Backbone(base) if base else found.base, found.spec)
     with found.attached(model):
-        prompt = model.prompt_tokens(instruction.prompt(asked))
         if instruction.labels:
-            names = [model.answer_tokens(name) for name in instruction.answers]
-            shares = dict(zip(instruction.labels, model.choices([prompt], names)[0].softmax(0).tolist(), strict=True))
-            best = max(shares, key=lambda name: shares[name])
-            report({"text": asked, "answer": best, "probabilities": shares}, f"{best:<24} {shares[best]:>4.0%}", as_json)
-        elif as_json:
+            _choose(model, instruction, asked, int(found.metadata.get("max_length") or model.max_tokens), as_json)
+            return
+        prompt = model.prompt_tokens(instruction.prompt(asked))
+        if as_json:
             report({"text": asked, "answer": "".join(model.stream(prompt, max_tokens))}, "", as_json)
         else:
             for piece in model.stream(prompt, max_tokens):
                 print(piece, end="", flush=True)
             print()
+
+
+def _choose(model: CausalBackbone, instruction: Instruction, asked: Text, limit: int, as_json: bool) -> None:
+    """Report the likeliest label of a text, which is cut where it was in training."""
+    names = [model.answer_tokens(name) for name in instruction.answers]
+    fits = model.fitted(instruction, asked, min(limit, model.max_tokens) - max(map(len, names)))
+    if fits != asked:
+        note(f"the prompt is longer than {limit} tokens; the end of the text is not read")
+    prompt = model.prompt_tokens(instruction.prompt(fits))
+    shares = dict(zip(instruction.labels, model.choices([prompt], names)[0].softmax(0).tolist(), strict=True))
+    best = max(shares, key=lambda name: shares[name])
+    report({"text": asked, "answer": best, "probabilities": shares}, f"{best:<24} {shares[best]:>4.0%}", as_json)

@@ -29,6 +29,7 @@ class CausalLM(Family):
     name = "causal-lm"
     adapters = "language"
     writes = True
+    cuts_texts = False  # not of every task; its cards say what was cut
     adapter_card = "language_adapter.md"
     generator_card = "language_generator.md"
     merged_card = ("text-generation", "transformers")

@@ -59,7 +59,7 @@ class CausalBackbone:
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._known = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self._known = len(model.get_input_embeddings().weight)  # type: ignore[operator]
         if tokenizer.vocab_size > self._known:
             raise HubError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings for {self._known}: they are not of one base model"
