@@ -73,7 +73,7 @@ class CausalBackbone:
         if cache is None or getattr(model, "_is_stateful", False):  # a recurrent state would take padding for text
             raise HubError(f"a {type(model).__name__} keeps no cache of keys and values alone; expected a transformer decoder that does")
         self._cache = cache
-        self._window = int(getattr(model.config, "sliding_window", None) or 0)  # type: ignore[union-attr]
+        self._window = int(getattr(model.config, "sliding_window", None) or 0)
 
     @classmethod
     def load(cls, backbone: Backbone) -> CausalBackbone:
