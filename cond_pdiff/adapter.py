@@ -168,7 +168,7 @@ class LoraAdapter:
         `PeftModel.from_pretrained(model, …)`, which is given the base model, reads it as before; peft's `AutoPeftModel…`, which looks for
         the base by its name, finds none. The base model's fingerprint stays.
         """
-        if hub_name(self.spec.base_model) == self.spec.base_model:
+        if hub_name(self.spec.base_model):
             return self
         metadata = {name: fact for name, fact in self.metadata.items() if name != "base"}
         return replace(self, spec=replace(self.spec, base_model=None), metadata=metadata)

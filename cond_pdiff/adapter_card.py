@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cond_pdiff.conditions.condition import Condition, condition_kind
+from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family
+from cond_pdiff.gguf import GGUF_SUFFIX
 from cond_pdiff.hub import hub_name
 from cond_pdiff.model_cards import fill_card
 
@@ -32,6 +34,8 @@ def adapter_card(adapter: LoraAdapter, preview: str | None = None) -> str:
     metadata, fields = adapter.metadata, _fields(adapter)
     fields |= {
         "labels": "" if metadata.get("labels") else ', ["first label", "second label"]',
+        "prompt": "\n".join("    " + " ".join(line.split()) for line in Instruction.recorded(metadata).prompt("…").split("\n")),
+        "max_length": metadata.get("max_length", "an unknown number of"),
         "num_labels": len(metadata["labels"]) if isinstance(metadata.get("labels"), list) else 2,  # transformers' own default
         "story": fields["story"] + (f"\n\n![What the adapter does]({preview})" if preview else ""),
     }
@@ -57,11 +61,15 @@ def base_fields(base: str | None, relation: str = "adapter") -> dict[str, str]:
         relation: of what the card is of to the base model, by the Hub's word.
     """
     name, folder = hub_name(base), _line(re.split(r"[/\\]", (base or "").rstrip("/\\"))[-1])
+    place = json.dumps(name or f"path/to/{folder or 'the-base-model'}")
+    if folder.endswith(GGUF_SUFFIX):  # transformers is told the folder and the file, and to make plain numbers of its weights
+        options = {"gguf_file": json.dumps(folder), "quantization_config": '{"quant_method": "gguf", "dequantize": True}'}
+        place = ", ".join([json.dumps(name or "path/to"), *(f"{option}={value}" for option, value in options.items())])
     return {
         # JSON's strings are YAML's and Python's.
         "base_yaml": f"base_model: {json.dumps(name)}\nbase_model_relation: {relation}\n" if name else "",
-        "base_string": json.dumps(name or f"path/to/{folder or 'the-base-model'}"),
-        "base_model": _line(name or folder or "an unknown base model"),
+        "base_string": place,
+        "base_model": _line((base if name else folder) or "an unknown base model"),
     }
 
 

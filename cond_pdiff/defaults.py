@@ -16,6 +16,9 @@ CHOOSE_FROM = 20
 MAX_EXAMPLES = 64
 """The most examples that are taken from a file: each is read by every candidate, and kept with the adapter."""
 
+ANSWER_TOKENS = 64
+"""The most tokens of a language model's answer."""
+
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0
 

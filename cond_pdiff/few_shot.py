@@ -14,9 +14,11 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
+from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.gain import Evidence, GainEstimate, GainModel
+from cond_pdiff.models.causal_backbone import CausalBackbone
 from cond_pdiff.models.head_backbone import HeadBackbone
 
 REFINE_EXAMPLES = 32
@@ -116,7 +118,8 @@ class Choice:
         score: of that adapter at that strength.
         scores: of all adapters.
         base: the base model's; None for adapters that bring a head, without which there is nothing to compare.
-        estimate: what that adapter gains over the base model with the same examples, on texts like them; None for adapters with heads.
+        estimate: what that adapter gains over the base model with the same examples, on texts like them; None where no model of gains is:
+            for adapters with heads, or for a language model.
         calibrated: was the model behind it fitted to this generator, or is it the bundled text generator's?
     """
 
@@ -130,14 +133,14 @@ class Choice:
 
     @property
     def predicted_gain(self) -> float | None:
-        """The predicted gain in accuracy of what is returned: 0 for the base model; None for adapters that bring a head."""
+        """The predicted gain in accuracy of what is returned: 0 for the base model; None where no model of gains is."""
         if self.estimate is None:
             return None
         return self.estimate.gain if self.strength else 0.0
 
     @property
     def gain(self) -> str:
-        """The gain to expect, in words; empty for adapters that bring a head."""
+        """The gain to expect, in words; empty where no model of gains is."""
         if self.estimate is None:
             return ""
         of_another = "" if self.calibrated else " (by another generator's numbers: `cond-pdiff calibrate` measures this one's)"
@@ -226,6 +229,40 @@ def choose_with_head(
             scores.append(ExampleScore.of(base.logits([text for text, _ in examples], max_length).cpu(), targets, False))
     index = _best(scores)
     return Choice(index, 1.0, scores[index], tuple(scores), None, None)
+
+
+def choose_by_answers(base: CausalBackbone, adapters: Sequence[LoraAdapter], request: FewShotRequest, instruction: Instruction) -> Choice:
+    """Choose among adapters for a language model, or the base model, by the likelihood of the examples' answers.
+
+    Of a request with label names it is that of the right name among all names; else that of the answer as a text, which counts as right
+    where the model would write it, the likeliest token each time. The base model is chosen where it finds the answers likelier than
+    the best adapter does.
+
+    Args:
+        base: what the adapters are for.
+        instruction: what the adapters are asked with.
+    """
+    adapters[0].check_base(base.model)
+    texts, answers = [text for text, _ in request.examples], [answer for _, answer in request.examples]
+    if request.labels:
+        names = [base.answer_tokens(name) for name in instruction.answers]
+        room = request.max_length - max(map(len, names))
+        texts = [base.fitted(instruction, text, room) for text in texts]
+    prompts = [base.prompt_tokens(instruction.prompt(text)) for text in texts]
+
+    def score() -> ExampleScore:
+        if request.labels:
+            return ExampleScore.of(base.choices(prompts, names), torch.tensor([request.labels.index(answer) for answer in answers]), False)
+        likelihoods, written = base.judge(prompts, [base.answer_tokens(answer) for answer in answers])
+        return ExampleScore(round(float(written.float().mean()), 4), round(-float(likelihoods.mean()), 6), False)
+
+    scores, own = [], score()
+    for adapter in adapters:
+        with adapter.attached(base.model, check=False):
+            scores.append(score())
+    index = _best(scores)
+    strength = float(scores[index].loss <= own.loss)
+    return Choice(index, strength, scores[index] if strength else own, tuple(scores), own, None)
 
 
 def _best(scores: Sequence[ExampleScore]) -> int:

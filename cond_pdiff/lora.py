@@ -26,6 +26,8 @@ KEY_PREFIX = "base_model.model."
 MAX_RANK = 1024
 HEAD_TASK = "SEQ_CLS"
 """The task type that peft gives to adapters for `AutoModelForSequenceClassification`."""
+LANGUAGE_TASK = "CAUSAL_LM"
+"""The task type that peft gives to adapters for `AutoModelForCausalLM`."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def add_card(generator: Path, source: Path | None = None, name: str | None = Non
     info = GeneratorInfo.read(generator)
     fields = {
         "name": name or generator.absolute().name,
-        "makes": info.condition.adapters,
+        "makes": info.makes,
         **base_fields(info.base.repo_id),
         "facts": "\n".join("    " + line for line in str(info).splitlines()[2:]),
     }
@@ -162,7 +162,7 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
             raise HubError(
                 f"{name} is not a repository on the Hub, where a Space could find it; push it first (bundled ones are there anyway)"
             )
-        makes = GeneratorInfo.read(name).condition.adapters
+        makes = GeneratorInfo.read(name).makes
         variable = VARIABLE.format(makes.upper())
         if variable not in Path(app).read_text(encoding="utf-8"):
             raise HubError(f"{name} makes {makes} adapters, which {app} has no place for: it does not read {variable}")

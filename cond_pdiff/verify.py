@@ -13,10 +13,10 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.conditions.condition import condition_kind
 from cond_pdiff.errors import AdapterError
-from cond_pdiff.hub import find_generator, generator_source
+from cond_pdiff.hub import find_generator
 from cond_pdiff.pipelines.generator_pipeline import BROKEN_GENERATOR
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
-from cond_pdiff.pipelines.provenance import build_scheduler, machine_facts, package_versions, scheduler_settings
+from cond_pdiff.pipelines.provenance import build_scheduler, generator_source, machine_facts, package_versions, scheduler_settings
 
 NEEDED = (
     *("generator", "condition", "seed", "candidate", "num_adapters", "generators"),

@@ -55,6 +55,11 @@ def weights_sha256(files: list[Path]) -> str:
     return _sha256(tuple((path, path.stat().st_mtime_ns) for path in files))
 
 
+def weights_megabytes(folder: Path) -> float:
+    """Return the size of all weights below a folder, in units of 10⁶ bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+
+
 @functools.lru_cache
 def _sha256(files: tuple[tuple[Path, int], ...]) -> str:
     if len(files) == 1:

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 
 from cond_pdiff.component import PathlessConfig
 from cond_pdiff.errors import CondPDiffError, HubError
-from cond_pdiff.hub import check_generator, find_generator, generator_source
+from cond_pdiff.hub import check_generator, find_generator
 from cond_pdiff.locks import LOADING
+from cond_pdiff.pipelines.provenance import generator_source
 from cond_pdiff.publish import add_card, push_generator
 
 BROKEN_GENERATOR = (

@@ -10,6 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.conditions.condition import FREE_ANSWERS
 from cond_pdiff.few_shot import Choice
 from cond_pdiff.models.condition_encoder import EncoderReport
 from cond_pdiff.models.condition_index import Neighbour
@@ -25,7 +26,7 @@ class GenerationReport:
         threshold: the similarity from which a request counts as in-distribution.
         condition: what the condition encoder read.
         labels: label names kept with the adapter; none for a style.
-        labels_from: "prompt", "nearest trained task" (a prompt without labels that is in-distribution), or "nowhere".
+        labels_from: "prompt", "nearest trained task" (a prompt without labels that is in-distribution), "free answers" or "nowhere".
         choice: what the prompt's examples say of the candidates; None where there were none, or one candidate that brings a head.
     """
 
@@ -60,8 +61,8 @@ class GenerationReport:
             lines += [f"gain       {choice.gain}"] if choice.gain else []
         lines += [f"note       {self.condition.cuts}"] if self.condition.cuts else []
         if kind.names_classes:
-            known = f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else "none known; name them when classifying"
-            lines.append(f"labels     {known}")
+            none = "none: answers are free" if self.labels_from == FREE_ANSWERS else "none known; name them when classifying"
+            lines.append("labels     " + (f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else none))
         return "\n".join(lines)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,6 +17,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import check_config_numbers
+from cond_pdiff.weights import weights_sha256
 
 
 def package_versions() -> dict[str, str]:
@@ -29,6 +32,18 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def generator_source(name: str | Path, folder: Path) -> dict[str, str | None]:
+    """Say where a generator came from, for the adapters that it makes: name, commit, and the sha256 of all its JSON and weights.
+
+    Of a local folder only the last part of the path is kept: adapters are given away, and paths name people.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {weights_sha256([path])} ".encode())
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return {"name": Path(name).name if Path(name).is_dir() else str(name), "revision": revision, "sha256": digest.hexdigest()}
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:

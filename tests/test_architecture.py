@@ -20,20 +20,21 @@ RANKS = {
     "defaults": 0, "errors": 0, "locks": 0, "model_cards": 0,
     "atomic": 1, "base_state": 1, "component": 1, "conditions": 1, "gain": 1, "layout": 1, "lora": 1, "low_rank": 1, "sampling": 1,
     "tensor_file": 1, "weights": 1,
-    "attach": 2, "hub": 2, "normalization": 2, "notation": 2, "plain_lora": 2, "tables": 2,
-    "families.family": 3, "peft_files": 3,
-    "adapter_card": 4,
-    "adapter": 5,
-    "canonical": 6, "models": 6,
-    "formats": 7,
-    "classifier": 7, "codec": 7, "generator_info": 7, "text_to_image": 7,
-    "convert": 8, "few_shot": 8, "preview": 8, "publish": 8, "scores": 8,
-    "families": 9,
-    "pipelines": 10,
-    "cond_pdiff": 11, "demo": 11, "verify": 11,
-    "training": 12, "app": 12,
-    "cli": 13,
-    "__main__": 14,
+    "attach": 2, "gguf": 2, "normalization": 2, "notation": 2, "plain_lora": 2, "tables": 2,
+    "hub": 3,
+    "families.family": 4, "peft_files": 4,
+    "adapter_card": 5,
+    "adapter": 6,
+    "canonical": 7, "models": 7,
+    "formats": 8,
+    "classifier": 8, "codec": 8, "generator_info": 8, "text_to_image": 8,
+    "convert": 9, "few_shot": 9, "preview": 9, "publish": 9, "scores": 9,
+    "families": 10,
+    "pipelines": 11,
+    "cond_pdiff": 12, "demo": 12, "verify": 12,
+    "training": 13, "app": 13,
+    "cli": 14,
+    "__main__": 15,
 }  # fmt: skip
 
 # Who may depend, inside a function, on what stands above it: a family's training half is imported when something is trained.
@@ -76,15 +77,15 @@ BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
 KINDS_HOME = ("cond_pdiff.conditions", "cond_pdiff.families", "cond_pdiff.training.config")
 KINDS = (
     *("TaskPrompt", "StyleImage", "Vector", "VectorConditionEncoder", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
-    *("StableDiffusion", "StableDiffusion3", "Flux", "AnyBase"),
-    *("SentenceBackbone", "HeadBackbone", "Task", "Style", "PromptReport", "StyleReport"),
-    *("TextFineTuning", "HeadFineTuning", "StyleFineTuning"),
+    *("StableDiffusion", "StableDiffusion3", "Flux", "AnyBase", "CausalLM"),
+    *("SentenceBackbone", "HeadBackbone", "CausalBackbone", "Task", "Style", "LabelTask", "GenerationTask", "PromptReport", "StyleReport"),
+    *("TextFineTuning", "HeadFineTuning", "StyleFineTuning", "LanguageFineTuning"),
     *("SentenceConditionEncoder", "ClipConditionEncoder", "StyleCnnConditionEncoder", "BackboneStyleConditionEncoder"),
 )
 KIND_NAMES = (
     *("task-prompt", "style-image", "vector", "sentence-encoder", "sequence-classifier", "text-to-image"),
-    *("stable-diffusion", "stable-diffusion-3", "flux", "other-base"),
-    *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", *KINDS),
+    *("stable-diffusion", "stable-diffusion-3", "flux", "other-base", "causal-lm"),
+    *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", "CAUSAL_LM", *KINDS),
 )
 
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60

@@ -347,7 +347,8 @@ def test_the_base_revision_is_kept(tmp_path: Path) -> None:
 def test_adapters_of_no_known_family_have_a_card(tmp_path: Path) -> None:
     base = random_model(decoder("LlamaForCausalLM", num_hidden_layers=3))
     made(base, tmp_path / "adapter", **CASES["llama"][1])
-    edit(tmp_path / "adapter", target_modules="all-linear")  # peft itself writes down what it found
+    # peft itself writes down what it found
+    edit(tmp_path / "adapter", target_modules="all-linear", task_type="SEQ_2_SEQ_LM")
     adapter = LoraAdapter.load(tmp_path / "adapter")
     assert (adapter.family, len(adapter.spec.target_modules)) == (None, 21)
     card = (adapter.save(tmp_path / "again") / "README.md").read_text()

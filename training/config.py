@@ -102,7 +102,8 @@ class CollectConfig:
     tasks: Names = Field(default=(), description="tasks that the generator is trained on; none named: all but the unseen")
     unseen: Names = Field(default=(), description="tasks kept out; one run each, for comparison")
     family: Annotated[str, AfterValidator(_known_family)] = Field(
-        default="sentence-encoder", description="of the base model: 'sentence-encoder', 'sequence-classifier', 'text-to-image', or another"
+        default="sentence-encoder",
+        description="of the base model: 'sentence-encoder', 'sequence-classifier', 'causal-lm', 'text-to-image', or another",
     )
     base: Annotated[dict[str, str | None], AfterValidator(_reference)] = Field(
         default_factory=MINILM.to_json, description="the base model: repo_id, revision, sha256"
@@ -118,7 +119,7 @@ class CollectConfig:
     runs: Count = Field(default=3, description="runs a task (one of a recoloured style), differing in data, order and rate")
     steps: Count = Field(default=100, description="optimiser steps a run")
     batch_size: Count = Field(default=16, description="texts or pictures a step")
-    max_length: Count = Field(default=48, description="tokens a text or caption")
+    max_length: Count = Field(default=48, description="tokens a text or caption; of a language model, a prompt with its answer")
     max_pictures: Count = Field(default=256, description="training pictures of a style")
     time_shift: Number = Field(
         default=0.0, description="for styles on a flow: see the section 'transformer'; colours are decided in much noise"

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from cond_pdiff import __version__
-from cond_pdiff.cli import adapters, classify, evaluate, generate, generators, push, recipes, train
+from cond_pdiff.cli import adapters, ask, classify, evaluate, generate, generators, push, recipes, train
 from cond_pdiff.errors import CondPDiffError
 
 PROGRAM = "cond-pdiff"
@@ -48,7 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (generate, classify, adapters, generators, push, train, evaluate):
+for module in (generate, classify, ask, adapters, generators, push, train, evaluate):
     app.add_typer(module.commands)
 app.add_typer(recipes.commands, name="recipe")
 

@@ -48,6 +48,9 @@ def generate(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     label: Labels = None,
+    free_answers: Annotated[
+        bool, typer.Option("--free-answers", help="The examples' answers are texts of their own, and no labels; for language models.")
+    ] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write the adapter.")],
     generator: Annotated[
         str | None,
@@ -75,9 +78,10 @@ def generate(
     labels, shown = label or [], [parse_example(one) for one in example or []]
     if examples is not None:
         found = read_labelled(examples, "train", text_column or (), label_column)
-        description, labels = description or found.description, labels or list(dict.fromkeys([*found.labels, *(name for _, name in shown)]))
+        description, free_answers = description or found.description, free_answers or found.free
+        labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image, vector, shown, labels), num_adapters
+    condition, count = _condition(description, image, vector, shown, labels, free_answers), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
     if refine:
@@ -109,21 +113,21 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
 
 
 def _condition(
-    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str]
+    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str], free: bool
 ) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.conditions.vector import Vector
 
     if vector is not None:
-        if image is not None or description is not None or examples or labels:
+        if image is not None or description is not None or examples or labels or free:
             raise ConditionError("give a vector, or another condition, not both")
         return Vector.of(vector)
     if image is None:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
-        return TaskPrompt(description, examples, labels)
-    if description is not None or examples or labels:
+        return TaskPrompt(description, examples, labels, free)
+    if description is not None or examples or labels or free:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
     return StyleImage.open(image)
 

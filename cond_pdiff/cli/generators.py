@@ -23,7 +23,7 @@ def list_known(as_json: AsJson = False) -> None:
     for one in known:
         name = one.name + (f" at {one.revision[:8]}" if one.revision else "")
         kind = one.condition
-        rows.append((name, f"{kind.adapters} adapters", f"{len(one.tasks)} {kind.noun}s", f"{one.megabytes:.1f} MB", one.base.repo_id))
+        rows.append((name, f"{one.makes} adapters", f"{len(one.tasks)} {kind.noun}s", f"{one.megabytes:.1f} MB", one.base.repo_id))
     report([one.to_json() for one in known], table(rows), as_json)
 
 

@@ -21,11 +21,13 @@ class LabelledTexts:
         rows: (text, label) pairs.
         labels: all label names.
         description: of the task, where the texts are a task folder's.
+        free: are the labels texts of their own, and no names of classes? Then there are as many as differ.
     """
 
     rows: list[tuple[Text, str]]
     labels: tuple[str, ...]
     description: str | None = None
+    free: bool = False
 
 
 def read_labelled(path: Path, split: str, text_columns: Sequence[str], label_column: str | None) -> LabelledTexts:
@@ -36,12 +38,15 @@ def read_labelled(path: Path, split: str, text_columns: Sequence[str], label_col
     """
     if path.is_dir():
         from cond_pdiff.conditions.texts import check_text
-        from cond_pdiff.training.tasks.tasks import Task
+        from cond_pdiff.training.tasks.language import load_language_task
 
-        task = Task.load(path)
-        rows = task.rows(task.test_split if split == "test" else split)
-        checked = [(check_text(text, f"text {index}"), task.labels[label]) for index, (text, label) in enumerate(rows, 1)]
-        return LabelledTexts(checked, task.labels, task.description)
+        task = load_language_task(path)
+        rows = task.examples(task.reported_split if split == "test" else split)
+        checked = [(check_text(text, f"text {index}"), answer) for index, (text, answer) in enumerate(rows, 1)]
+        labels = task.instruction.labels
+        return LabelledTexts(
+            checked, tuple(labels or dict.fromkeys(answer for _, answer in checked)), task.description, free=not labels
+        )
 
     from cond_pdiff.tables import read_table, text_rows
 

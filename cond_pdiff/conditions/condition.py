@@ -13,6 +13,9 @@ from cond_pdiff.errors import ConditionError, CondPDiffError
 Labels = tuple[tuple[str, ...], str]
 """The label names of an adapter, and where they are from."""
 
+FREE_ANSWERS = "free answers"
+"""Where no label names are from if answers are texts of their own."""
+
 
 class Condition(ABC):
     """What a person gives for an adapter (the paper's "conditions", section 3.3), checked when it is made.

@@ -28,12 +28,16 @@ class Family(ABC):
 
     name: ClassVar[str]
     """The family's name in recipes and zoos, such as "sentence-encoder"."""
+    adapters: ClassVar[str] = ""
+    """The word in front of "adapters" for its own (see `Condition.adapters`); empty: what they are asked for by says it."""
     brings_head: ClassVar[bool] = False
     """Whether adapters bring whole modules (`modules_to_save`) beside their updates."""
     has_prototypes: ClassVar[bool] = False
     """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
     cuts_texts: ClassVar[bool] = True
     """Whether its adapters are trained here, on texts cut at a number of tokens, which their cards tell."""
+    writes: ClassVar[bool] = False
+    """Whether `ask` has it answer texts: `load` gives a `CausalBackbone`."""
     paints: ClassVar[bool] = False
     """Whether `preview` makes pictures with it."""
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {}
@@ -121,6 +125,7 @@ OTHER_BASE = "other-base"
 
 BUILT_IN = {
     "sequence-classifier": "cond_pdiff.families.sequence_classifier",
+    "causal-lm": "cond_pdiff.families.causal_lm",
     "text-to-image": "cond_pdiff.families.text_to_image",
     "stable-diffusion": "cond_pdiff.families.diffusers_denoiser",
     "flux": "cond_pdiff.families.diffusers_denoiser",

@@ -53,10 +53,10 @@ class PromptReport(EncoderReport):
 
 @register_component
 class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignore[misc]  # as in `Component`
-    """A sentence encoder over the parts of a prompt: its description, its label names, its example texts.
+    """A sentence encoder over the parts of a prompt: its description, its label names (or free answers), its example texts.
 
     The embedding is three unit vectors side by side (a missing part is all zeros): the description's, the mean over label
-    names, and the mean over example texts, each with the training tasks' mean taken away. Prompts share most of their
+    names or answers, and the mean over example texts, each with the training tasks' mean taken away. Prompts share most of their
     wording ("Decide whether …"); without that mean the differences count.
 
     Args:
@@ -110,7 +110,8 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
         groups: list[list[Text]] = []
         for prompt in prompts:
-            groups += [[prompt.description], [label_text(label) for label in prompt.labels], [text for text, _ in prompt.examples]]
+            names: list[Text] = [*map(label_text, prompt.labels)] or [answer for _, answer in prompt.examples]
+            groups += [[prompt.description], names, [text for text, _ in prompt.examples]]
         # Prompts of one task share most texts; each is embedded once.
         place = {text: index for index, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
         embeddings = self.backbone.embed(list(place), self.config.max_tokens)

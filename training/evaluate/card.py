@@ -9,12 +9,13 @@ from typing import Any
 from cond_pdiff.adapter_card import CARD_FILE, base_fields
 from cond_pdiff.atomic import dump_json, write_bytes, write_text
 from cond_pdiff.errors import HubError, TaskDataError
-from cond_pdiff.hub import BUNDLED_FOLDER, BUNDLED_NAMESPACE, EVAL_RESULTS, weights_megabytes
+from cond_pdiff.hub import BUNDLED_FOLDER, BUNDLED_NAMESPACE, EVAL_RESULTS
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.card import millions, write_card
 from cond_pdiff.training.evaluate.evaluate import evaluation_of
 from cond_pdiff.training.evaluate.table import EvaluationTable, part
 from cond_pdiff.training.zoo.zoo import Zoo
+from cond_pdiff.weights import weights_megabytes
 
 TUNED = {
     "both": "both `lora_A` and `lora_B`",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
+
+Row = TypeVar("Row")
 
 
 class FineTuning(Protocol):
@@ -28,3 +30,12 @@ class FineTuning(Protocol):
 
     def metrics(self, adapter: LoraAdapter, task: Any) -> dict[str, Any]:
         """Measure the quality on rows that are not trained on, for the manifest."""
+
+
+def batches_by_length(rows: Sequence[Row], size: int, rng: random.Random, length: Callable[[Row], int]) -> Iterator[list[Row]]:
+    """Yield batches of rows drawn at random, without end; rows of like length share a batch, which halves the padding."""
+    while True:
+        pool = sorted((rng.choice(rows) for _ in range(8 * size)), key=length)
+        batches = [pool[start : start + size] for start in range(0, len(pool), size)]
+        rng.shuffle(batches)
+        yield from batches

@@ -18,6 +18,7 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
 from cond_pdiff.training.config import CollectConfig
+from cond_pdiff.training.finetuning.fine_tuning import batches_by_length
 from cond_pdiff.training.precision import mixed_precision, training_device
 from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
 from cond_pdiff.training.tasks.tasks import Row, Task
@@ -33,16 +34,10 @@ class TextTaskFineTuning(ABC):
         self.config = config
 
     def batches(self, task: Task, rng: random.Random) -> Iterator[list[Row]]:
-        """Yield batches of a random subset without end; texts of like length share a batch, which halves the padding."""
+        """Yield batches of a random subset without end, of like length each."""
         rows = task.rows("train")
         rows = rng.sample(rows, max(1, round(self.config.subset * len(rows))))
-        size = self.config.batch_size
-        while True:
-            pool = [rng.choice(rows) for _ in range(8 * size)]
-            pool.sort(key=lambda row: text_length(row[0]))
-            batches = [pool[start : start + size] for start in range(0, len(pool), size)]
-            rng.shuffle(batches)
-            yield from batches
+        return batches_by_length(rows, self.config.batch_size, rng, lambda row: text_length(row[0]))
 
     def losses(self, batches: Sequence[list[Row]], tasks: Sequence[Task]) -> torch.Tensor:
         """Return the loss of each task's batch; see `task_loss`."""

@@ -17,22 +17,23 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import zlib
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from cond_pdiff.atomic import atomic_folder, dump_json
 from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import ConditionError, TaskDataError
+from cond_pdiff.training.tasks.rows import SPLITS, check_splits, read_split, test_split
 from cond_pdiff.training.tasks.task import ZooTask
 
+Drawn = TypeVar("Drawn")
 Row = tuple[Text, Any]
 """A text and its label: an index into the label names, or of a regression task a float."""
 
-SPLITS = ("train", "validation", "test")
 EXAMPLE_COUNTS = (0, 2, 4, 8, 16)
 """The numbers of examples of the prompts that a generator is trained on."""
 WORD_DROPOUT = 0.15
@@ -41,8 +42,24 @@ CLASSIFICATION_TYPES = ("single-classification", "pair-classification")
 REGRESSION_TYPE = "pair-regression"
 
 
+class PromptTask(ZooTask):
+    """A task that is asked for in words."""
+
+    condition_kind: ClassVar[type[TaskPrompt]] = TaskPrompt
+
+    description: str
+
+    @abstractmethod
+    def prompt(self, seed: int | str, num_examples: int) -> TaskPrompt:
+        """Return the task as a condition, with `num_examples` training rows as examples."""
+
+    def conditions(self, count: int) -> list[TaskPrompt]:
+        """Return the full prompt, then prompts with other examples, fewer parts, and words left out (see `varied_prompt`)."""
+        return [varied_prompt(self, index) for index in range(count)]
+
+
 @dataclass(frozen=True)
-class Task(ZooTask):
+class Task(PromptTask):
     """A classification task, or a regression task: how alike two texts are.
 
     Args:
@@ -57,8 +74,6 @@ class Task(ZooTask):
         source: where the rows come from; tasks of one source may share texts. (Of "owner/data : file" the part before the colon.)
     """
 
-    condition_kind: ClassVar[type[TaskPrompt]] = TaskPrompt
-
     name: str
     description: str
     labels: tuple[str, ...]
@@ -70,7 +85,7 @@ class Task(ZooTask):
     source: str = ""
 
     @classmethod
-    def load(cls, folder: str | Path) -> Task:
+    def load(cls, folder: str | Path) -> Self:
         """Read and check a task folder's `meta.json`; `TaskDataError` says what is wrong."""
         folder = Path(folder)
         meta = read_meta(folder)
@@ -104,35 +119,16 @@ class Task(ZooTask):
 
     def rows(self, split: str) -> list[Row]:
         """Read all (text, label) rows of a split; `TaskDataError` names the first bad line."""
-        path = next((path for path in self._files(split) if path.exists()), None)
-        if path is None:
-            raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz")
-        opener = gzip.open if path.suffix == ".gz" else open
-        rows = []
-        try:
-            with opener(path, "rt", encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        rows.append(self._row(json.loads(line)))
-                    except (KeyError, ValueError, TypeError) as error:
-                        raise TaskDataError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise TaskDataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-        if not rows:
-            raise TaskDataError(f"{path} has no rows")
-        return rows
+        return read_split(self.folder, split, self._row)
 
     @property
     def test_split(self) -> str:
         """The test split, or the validation split where there is none: numbers are reported on it, and nothing is selected on it."""
-        return "test" if any(path.exists() for path in self._files("test")) else "validation"
+        return test_split(self.folder)
 
     def check(self) -> None:
         """Raise `TaskDataError` for a task without training rows, or without any rows to report numbers on."""
-        for split in ("train", self.test_split):
-            if not any(path.exists() for path in self._files(split)):
-                needed = "training rows" if split == "train" else "a test or validation split (`cond-pdiff import-task` makes one)"
-                raise TaskDataError(f"{self.folder} has no {split}.jsonl.gz; a task needs {needed}")
+        check_splits(self.folder)
 
     def test_rows(self, limit: int | None) -> list[Row]:
         """Return up to `limit` rows of the test split, a fixed random choice."""
@@ -152,10 +148,6 @@ class Task(ZooTask):
             return TaskPrompt(self.description, spread_over_labels(nearest, num_examples, scores), scores)
         return TaskPrompt(self.description, spread_over_labels(rows, num_examples, self.labels), self.labels)
 
-    def conditions(self, count: int) -> list[TaskPrompt]:
-        """Return the full prompt, then prompts with other examples, fewer parts, and words left out (see `varied_prompt`)."""
-        return [varied_prompt(self, index) for index in range(count)]
-
     def zoo_facts(self) -> dict[str, Any]:
         """Return description and labels beside what the zoo records of every task."""
         return {**super().zoo_facts(), "description": self.description, "labels": list(self.labels)}
@@ -167,9 +159,6 @@ class Task(ZooTask):
     def index_facts(self) -> dict[str, Any]:
         """Return description and labels beside what a generator's index keeps of every task."""
         return {**super().index_facts(), "description": self.description, "labels": list(self.labels)}
-
-    def _files(self, split: str) -> tuple[Path, Path]:
-        return self.folder / f"{split}.jsonl.gz", self.folder / f"{split}.jsonl"
 
     def _row(self, data: Mapping[str, Any]) -> Row:
         label = data["label"]
@@ -191,7 +180,7 @@ class Task(ZooTask):
         return text
 
 
-def varied_prompt(task: Task, index: int) -> TaskPrompt:
+def varied_prompt(task: PromptTask, index: int) -> TaskPrompt:
     """Make the index-th condition of a task: the full prompt, then with other examples, fewer parts, and words left out.
 
     People word a task in their own way and give what they have; a generator that has only seen one wording takes everything
@@ -205,8 +194,8 @@ def varied_prompt(task: Task, index: int) -> TaskPrompt:
     kept = [word for word in words if rng.random() >= WORD_DROPOUT] or words
     description = " ".join(words if index % 3 == 0 else kept)
     if not prompt.examples and rng.random() < 0.5:
-        return TaskPrompt(description)
-    return TaskPrompt(description, prompt.examples, prompt.labels)
+        return replace(prompt, description=description, labels=())
+    return replace(prompt, description=description)
 
 
 def _label_range(value: Any) -> tuple[float, float]:
@@ -216,7 +205,7 @@ def _label_range(value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def sample_rows(rows: Sequence[Row], limit: int | None, seed: str) -> list[Row]:
+def sample_rows(rows: Sequence[Drawn], limit: int | None, seed: str) -> list[Drawn]:
     """Return up to `limit` rows, a random choice that depends only on `seed`, in their original order."""
     if limit is None or len(rows) <= limit:
         return list(rows)

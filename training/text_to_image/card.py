@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 
-from cond_pdiff.hub import weights_megabytes
 from cond_pdiff.training.card import markdown_table, millions, write_card
 from cond_pdiff.training.text_to_image.scenes import ATTRIBUTES, COLOURS, OBJECTS, PLACES, RELATIONS, TIMES
+from cond_pdiff.weights import weights_megabytes
 
 COLUMNS = {"generated": "generated", "reconstructed": "renders after the autoencoder", "rendered": "renders", "shuffled": "other prompts"}
 

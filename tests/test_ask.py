@@ -1,0 +1,149 @@
+"""Generators of adapters for language models, from a description to an answer: `train`, `generate`, `ask`, `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import HIDDEN, TINY_RECIPE, quiet, refused, told
+from test_causal_lm import bases, collections, section, zoos
+
+from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
+from cond_pdiff.conditions.instruction import Instruction
+from cond_pdiff.errors import ConditionError
+from cond_pdiff.few_shot import FewShotRequest, choose_by_answers
+from cond_pdiff.generator_info import GeneratorInfo
+from cond_pdiff.hub import Backbone
+from cond_pdiff.training.evaluate.evaluate import evaluate
+from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.stages.check import check_generator
+from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.zoo.push import write_zoo_card
+from cond_pdiff.training.zoo.zoo import Zoo
+
+__all__ = ["bases", "collections", "section", "zoos"]
+
+EXAMPLES = [("up", "down"), ("in", "out")]
+
+
+@pytest.fixture(scope="module")
+def generator(zoos: dict[str, Zoo], collections: Path, tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    recipe = {**TINY_RECIPE, "unet": {**TINY_RECIPE["unet"], "condition_encoder": encoder}}
+    return train(recipe, zoos["llama"].folder, collections, tmp_path_factory.mktemp("run"))
+
+
+def test_a_generator_for_language_models(generator: Path, zoos: dict[str, Zoo], collections: Path, tmp_path: Path) -> None:
+    assert check_generator(generator, zoos["llama"].folder, collections, generator.parent).generated == 2
+    pipe = quiet(CondPDiffPipeline.from_pretrained(generator))
+    prompt = TaskPrompt("Do opposites.", EXAMPLES, free=True)
+    out = pipe(prompt, num_adapters=3, generator=torch.Generator().manual_seed(0))
+    assert "labels     none: answers are free" in str(out.report)
+    assert "on the given examples (base model" in str(out.report) or "chosen     the base model" in str(out.report)
+    assert (out.adapter.metadata["labels"], out.adapter.family.name) == ([], "causal-lm")
+    assert Instruction.recorded(out.adapter.metadata) == Instruction("Do opposites.")
+    base = pipe.base_model()
+    tokens = base.prompt_tokens("hello")
+    with out.adapters[0].attached(base):
+        inside = base.judge([tokens], [base.answer_tokens("x")])[0]
+    with out.adapters[0].attached(base.model):
+        assert torch.equal(base.judge([tokens], [base.answer_tokens("x")])[0], inside)
+    assert not torch.equal(base.judge([tokens], [base.answer_tokens("x")])[0], inside)
+    again = LoraAdapter.load(out.save_adapter(tmp_path / "adapter"))
+    assert again.metadata["condition"]["free"] is True
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "    Do opposites.\n    Input: …" in card
+    assert "AutoModelForCausalLM" in card
+
+
+def test_labels_of_a_prompt_are_chosen_among(generator: Path) -> None:
+    pipe = quiet(CondPDiffPipeline.from_pretrained(generator))
+    out = pipe(TaskPrompt("Which side?", [("up", "left"), ("down", "left_most")]), num_adapters=2)
+    assert out.report.labels == ("left", "left_most")
+    assert out.report.choice is not None
+    assert out.report.choice.base is not None
+    assert pipe(TaskPrompt("Which side?", labels=["left", "left_most"])).report.choice is None
+
+
+def test_the_adapter_with_the_likeliest_answers_is_chosen(zoos: dict[str, Zoo]) -> None:
+    zoo = zoos["llama"]
+    adapters = [zoo.runs(name)[0].adapter() for name in ("copies", "opposites")]
+    base = zoo.family.load(zoo.base, adapters[0].spec)
+    for strength in (1.0, -1.0):
+        scaled = [adapter.scaled(strength) for adapter in adapters]
+        choice = choose_by_answers(base, scaled, FewShotRequest((), EXAMPLES, 160), Instruction("Do opposites."))
+        assert choice.index == min((0, 1), key=lambda place: choice.scores[place].loss)
+        assert choice.strength == float(choice.scores[choice.index].loss <= choice.base.loss)
+        assert choice.score == (choice.scores[choice.index] if choice.strength else choice.base)
+    assert choice.strength == 0.0
+
+
+def test_ask_answers_in_text_and_in_labels(run: Any, zoos: dict[str, Zoo], generator: Path, tmp_path: Path) -> None:
+    zoo = zoos["llama"]
+    folder = zoo.runs("opposites")[0].folder
+    answer = told(run("ask", folder, "up", "--max-tokens", 5, "--json"))
+    assert answer["text"] == "up"
+    done = run("ask", folder, "up", "--max-tokens", 5)
+    assert "\n".join(done.out).strip() == "\n".join(answer["answer"].splitlines()).strip()
+    assert told(run("ask", folder, "up", "--max-tokens", 5, "--description", "Other words.", "--json")) != answer
+    labelled = told(run("ask", zoo.runs("sides")[0].folder, "up", "--json"))
+    assert labelled["answer"] in ("left", "left_most")
+    assert sum(labelled["probabilities"].values()) == pytest.approx(1)
+    done = run("ask", zoo.runs("sides")[0].folder, "up " * 100)
+    assert done.err == ["note: the prompt is longer than 160 tokens; the end of the text is not read"]
+    assert told(run("ask", folder, "up ||| down", "--label", "yes", "--label", "no", "--json"))["answer"] in ("yes", "no")
+    options = ["--generator", generator, "--num-adapters", 2, "--example", "up=down", "--free-answers"]
+    assert run("generate", "Do opposites.", *options, "--out", tmp_path / "made").status == 0
+    assert LoraAdapter.load(tmp_path / "made").metadata["condition"]["examples"] == [["up", "down"]]
+    assert told(run("ask", tmp_path / "made", "up", "--max-tokens", 3, "--json"))["text"] == "up"
+
+
+def test_a_generation_task_brings_description_and_free_answers(run: Any, generator: Path, collections: Path, tmp_path: Path) -> None:
+    options = ["--generator", generator, "--num-adapters", 2, "--max-examples", 5]
+    assert run("generate", "--examples", collections / "generation" / "copies", *options, "--out", tmp_path / "a").status == 0
+    made = LoraAdapter.load(tmp_path / "a").metadata
+    assert (made["condition"]["description"], made["condition"]["free"], made["labels"]) == ("Do copies.", True, [])
+    assert len(made["condition"]["examples"]) == 5
+    assert all(text == answer for text, answer in made["condition"]["examples"])
+
+
+def test_a_generator_says_that_it_makes_language_adapters(run: Any, generator: Path, zoos: dict[str, Zoo]) -> None:
+    info = GeneratorInfo.read(generator)
+    assert info.makes == info.to_json()["makes"] == "language"
+    assert "makes      language adapters for" in str(info)
+    assert "opposites" in write_zoo_card(zoos["llama"], "owner/zoo").read_text(encoding="utf-8")
+    refused(run("classify", zoos["llama"].runs("sides")[0].folder, "up"), "not an adapter for texts")
+
+
+def test_ask_refuses_what_it_cannot_do(run: Any, saved: Path, zoos: dict[str, Zoo]) -> None:
+    refused(run("ask", saved, "up"), "is not an adapter for a language model")
+    folder = zoos["llama"].runs("opposites")[0].folder
+    refused(run("ask", folder, " "), "the text is empty")
+    refused(run("ask", folder, "up", "--max-tokens", 0), "max_tokens")
+    refused(run("ask", folder, "up", "--max-tokens", 600), "more than the 512 of the model")
+    with pytest.raises(ConditionError, match="free answers have no labels"):
+        TaskPrompt("Do.", labels=["a", "b"], free=True)
+    assert TaskPrompt("Do.", [("a", "b")], free=True).examples == (("a", "b"),)
+
+
+def test_generators_are_evaluated_by_exact_match(
+    run: Any, generator: Path, zoos: dict[str, Zoo], collections: Path, tmp_path: Path
+) -> None:
+    zoo = zoos["llama"]
+    evaluation = evaluate(generator, zoo.folder, collections, tmp_path / "evaluation", EvaluateConfig(samples=2, max_rows=3))
+    assert evaluation is not None
+    assert [result["task"] for result in evaluation["tasks"]] == ["opposites", "sides", "copies"]
+    for result in evaluation["tasks"]:
+        assert result["rows"] == 3
+        assert all(value is None or 0 <= value <= 1 for value in result["exact_match"].values())
+        assert result["exact_match"]["soup"] is None  # one run a task
+    table = (tmp_path / "evaluation" / "evaluation.md").read_text(encoding="utf-8")
+    assert "base, 3 in context" in table
+    done = run("evaluate", generator, "--zoo", zoo.folder, "--tasks", collections, "--out", tmp_path / "evaluation", "--samples", 2,
+               "--max-rows", 3, "--card")  # fmt: skip
+    assert done.status == 0, done.err
+    card = (generator / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-generation" in card
+    assert "cond-pdiff ask my-adapter" in card
