@@ -40,8 +40,8 @@ MAX_JSON_BYTES = 4 << 20
 MAX_CONFIG_NUMBERS = {"scheduler_config.json": 10**5, "config.json": 10**7}
 """The largest number in a component's settings: from it, memory is allocated before weights are compared with it."""
 
-PLACES_IN_FILES = ("spans",)
-"""The entries of settings whose numbers are places in a file (of a `ModuleCode`), from which no memory is allocated."""
+PLACES_IN_FILES = "spans"
+"""The entry of settings whose numbers are places in a file (of a `ModuleCode`), from which no memory is allocated."""
 
 EVAL_RESULTS = ".eval_results"
 
@@ -365,10 +365,8 @@ def check_config_numbers(name: str, settings: Any, where: object) -> None:
     todo, largest = [settings], 0
     while todo:
         value = todo.pop()
-        if isinstance(value, dict):
-            todo.extend(part for key, part in value.items() if key not in PLACES_IN_FILES)
-        elif isinstance(value, list):
-            todo.extend(value)
+        if isinstance(value, (dict, list)):
+            todo.extend([part for key, part in value.items() if key != PLACES_IN_FILES] if isinstance(value, dict) else value)
         elif isinstance(value, int):
             largest = max(largest, abs(value))
     if largest > MAX_CONFIG_NUMBERS[name]:
