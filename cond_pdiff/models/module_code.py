@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from cond_pdiff.atomic import atomic_file
 from cond_pdiff.component import Component
 from cond_pdiff.errors import CondPDiffError, HubError
+from cond_pdiff.models.param_autoencoder import to_unit_variance
 from cond_pdiff.tensor_file import Entry, TensorFile, write_tensors
 
 MODULES_FILE = "modules.safetensors"
@@ -118,11 +118,7 @@ class ModuleCode(Component):
 
     def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
         """Change `scaling_factor` so that `latents`, which were encoded with it, get unit variance (root mean square); return those."""
-        spread = float(latents.detach().double().square().mean().sqrt())
-        if not math.isfinite(spread) or spread == 0:
-            raise CondPDiffError(f"latents have size {spread}; the adapters are all alike")
-        self.register_to_config(scaling_factor=self.config.scaling_factor / spread)
-        return latents / spread
+        return to_unit_variance(self, latents)
 
     # --- the file ------------------------------------------------------------------------------------------------
 

@@ -176,8 +176,13 @@ class ParamAutoencoder(Component):
 
     def fit_scaling_factor(self, latents: torch.Tensor) -> torch.Tensor:
         """Change `scaling_factor` so that `latents`, which were encoded with it, get unit variance (root mean square); return those."""
-        spread = float(latents.detach().double().square().mean().sqrt())
-        if not math.isfinite(spread) or spread == 0:
-            raise CondPDiffError(f"latents have size {spread}; the autoencoder is not trained")
-        self.register_to_config(scaling_factor=self.config.scaling_factor / spread)
-        return latents / spread
+        return to_unit_variance(self, latents)
+
+
+def to_unit_variance(autoencoder: Component, latents: torch.Tensor) -> torch.Tensor:
+    """Return latents with a root mean square of 1, and change the `scaling_factor` of the autoencoder that made them accordingly."""
+    spread = float(latents.detach().double().square().mean().sqrt())
+    if not math.isfinite(spread) or spread == 0:
+        raise CondPDiffError(f"latents have size {spread}; the autoencoder is not trained, or all adapters are alike")
+    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor / spread)
+    return latents / spread
