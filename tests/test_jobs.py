@@ -96,12 +96,15 @@ def test_processes_do_the_same_and_outlive_workers_that_die(tmp_path: Path) -> N
 
 
 def test_limits_of_time_and_memory(tmp_path: Path) -> None:
-    work = PlainWork(tmp_path, count=4, wrong=((0, "hang"), (3, "eat")))
-    report = run_jobs(work, Execution(per_job=PerJob(memory=1.5, minutes=0.03)))
-    check(work, but=(0, 3))
-    assert report.failed["made/0"] == "JobTimeout: it took longer than 0.03 minutes"
-    assert report.failed["made/3"] == "MemoryError"
-    assert work.begun(0) == work.begun(3) == 3
+    for name, wrong, per_job, error in (
+        ("time", "hang", PerJob(minutes=0.02), "JobTimeout: it took longer than 0.02 minutes"),
+        ("memory", "eat", PerJob(memory=0.8), "MemoryError"),
+    ):
+        work = PlainWork(tmp_path / name, count=3, wrong=((1, wrong),))
+        report = run_jobs(work, Execution(per_job=per_job))
+        check(work, but=(1,))
+        assert report.failed == {"made/1": error}
+        assert work.begun(1) == 3
 
 
 DRIVER = """

@@ -80,6 +80,11 @@ class Execution:
         if self.workers < 0:
             raise CondPDiffError(f"workers must be at least 0, got {self.workers}")
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether jobs are done in other processes than this one."""
+        return self != Execution()
+
     def open(self, work: Work) -> Executor:
         """Return where the jobs are done; a context manager."""
         from cond_pdiff.training.jobs.local import Here, Processes
@@ -88,9 +93,7 @@ class Execution:
             from cond_pdiff.training.jobs.cluster import OnRay
 
             return OnRay(work, self)
-        if self.workers or self.per_job != PerJob() or self.store:
-            return Processes(work, self)
-        return Here(work)
+        return Processes(work, self) if self.is_elsewhere else Here(work)
 
 
 @dataclass
