@@ -7,8 +7,10 @@ environment or working folder is shipped, as those are limited in size: every ma
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import socket
 import sys
 import time
 from typing import Any, Self
@@ -22,6 +24,7 @@ AHEAD = 2
 """The number of bundles that are out for each that can run: one runs, one waits behind it."""
 LEAST_OUT = 4
 """The number that is out at least: what waits makes a cluster that can grow do so."""
+CONNECT_SECONDS = 10.0
 COUNT_SECONDS = 5.0
 """The time for which the size of the cluster is taken as known."""
 
@@ -44,20 +47,25 @@ class OnRay:
         self._out: dict[Any, tuple[Bundle, Any]] = {}  # reference → bundle and actor
         self._idle: list[Any] = []
         self._counted = (0, -COUNT_SECONDS)
+        self._until = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         # An environment variable, as Ray sets it to the CPUs of the first task of a worker only if it is not set.
         threads = {"env_vars": {"OMP_NUM_THREADS": str(self.execution.per_job.cpus)}}
+        _check_address(self.execution.address)
         try:
-            self.ray.init(self.execution.address, runtime_env=threads, log_to_driver=False, logging_level="warning", include_dashboard=None)
+            self._until.enter_context(contextlib.redirect_stdout(sys.stderr))  # where Ray tells of workers that died
+            self.ray.init(self.execution.address, runtime_env=threads, log_to_driver=False, logging_level="warning")
+            self._until.callback(self.ray.shutdown)  # and with it, what is running: it has no receipt yet, and is done again
         except ConnectionError as error:
-            raise CondPDiffError(f"there is no Ray cluster at {self.execution.address}: {error}; `ray start --head` begins one") from error
+            self._until.close()
+            raise CondPDiffError(f"the Ray cluster cannot be reached: {error}") from error
         if not self._fit():
             print(f"note: no machine of the cluster has room for {self.execution.per_job}; waiting for one", file=sys.stderr)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.ray.shutdown()  # and with it, what is running: it has no receipt yet, and is done again
+        self._until.close()
 
     @property
     def free(self) -> int:
@@ -108,6 +116,16 @@ class OnRay:
             number = sum(min(int(node.get(name, 0) / amount) for name, amount in wanted.items() if amount) for node in nodes)
             self._counted = number, time.monotonic()
         return number
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse an address where nobody listens: Ray would wait there for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except OSError as error:
+            raise CondPDiffError(f"there is no Ray cluster at {address} ({error}); `ray start --head` begins one") from error
 
 
 _kept: tuple[str, Work] | None = None
