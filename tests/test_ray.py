@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head that does no jobs, and two nodes of one CPU each."""
+    """A head that does no jobs, and a node with a CPU and what passes for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -30,24 +30,21 @@ def cluster() -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for gpus in (0, 1):
-            cluster.add_node(num_cpus=1, num_gpus=gpus)
+        cluster.add_node(num_cpus=1, num_gpus=1)
         yield cluster
         cluster.shutdown()
 
 
 def test_a_killed_worker_a_killed_node_and_bad_jobs(cluster: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = PlainWork(tmp_path, count=16, seconds=0.1, wrong=((2, "die once"), (5, "fail"), (9, "hang")))
-    nodes = list(cluster.worker_nodes)
-    done: list[str] = []
+    other, done = cluster.add_node(num_cpus=1), list[str]()
 
     def kill_a_node(job: str) -> None:
         done.append(job)
         if len(done) == 4:
-            cluster.remove_node(nodes[0], allow_graceful=False)
+            cluster.remove_node(other, allow_graceful=False)
 
     report = run_jobs(work, Execution("ray", address=cluster.address, per_job=PerJob(minutes=0.03)), on_done=kill_a_node)
-    cluster.add_node(num_cpus=1)
     check(work, but=(5, 9))
     assert sorted(done) == sorted(set(work.jobs()) - {"made/5", "made/9"})
     assert work.begun(2) == 2
