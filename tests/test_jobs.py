@@ -153,6 +153,12 @@ def test_machines_without_a_common_file_system_meet_in_a_store(tmp_path: Path) -
         run_jobs(second, Execution(store="nowhere://x"))
 
 
+def test_without_ray_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CondPDiffError, match=r"pip install 'cond-pdiff\[ray\]'"):
+        run_jobs(PlainWork(tmp_path), Execution("ray"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"address": "auto"}, "are for the executor ray"), ({"per_job": PerJob(gpus=1)}, "GPUs a job"), ({"workers": -1}, "at least 0")],

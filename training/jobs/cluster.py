@@ -36,8 +36,10 @@ class OnRay:
         # Before Ray is imported: it would ship the environment of `uv run` to all workers, and make them build it.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without GPUs see the machine's as before
-        import ray
-
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise CondPDiffError("the executor ray needs the package ray: pip install 'cond-pdiff[ray]'") from error
         self.ray = ray
         self.work, self.execution = dataclasses.replace(work), execution  # type: ignore[type-var]  # all work is a dataclass; without its cache
         per_job = execution.per_job

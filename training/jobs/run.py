@@ -205,12 +205,16 @@ class _Plan:
         done = []
         if isinstance(ended, Lost):
             for job in bundle:
-                self._losses[job] += len(bundle) == 1  # of several, nobody knows whose fault it was
-                self._again(job, f"its worker was lost {MAX_LOSSES} times: {ended.reason}", self._losses[job] >= MAX_LOSSES)
+                self._losses[job] += 1
+                if self._losses[job] > 1:  # of several, nobody knows whose fault it was
+                    self._alone.add(job)
+                over = len(bundle) == 1 and self._losses[job] >= MAX_LOSSES
+                self._again(job, f"its worker was lost {self._losses[job]} times: {ended.reason}", over)
             return done
         for outcome in ended:
             if outcome.error:
                 self._failures[outcome.job] += 1
+                self._alone.add(outcome.job)
                 over = outcome.final or self._failures[outcome.job] >= MAX_FAILURES
                 self._again(outcome.job, outcome.error, over, outcome.trace)
                 continue
@@ -225,9 +229,8 @@ class _Plan:
         return done
 
     def _again(self, job: str, error: str, over: bool, trace: str = "") -> None:
-        """Put a job behind all others, alone; or aside, with all that need it."""
+        """Put a job behind all others; or aside, with all that need it."""
         if not over:
-            self._alone.add(job)
             later = (self._failures[job] + self._losses[job]) * len(self.todo)
             heapq.heappush(self._ready, (self.todo[job] + later, job))
             return
