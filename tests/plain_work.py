@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -23,7 +24,7 @@ class PlainWork(Work):
         folder: gets the results, and in `log/` a file for each time that a job began.
         count: jobs.
         seconds: that each takes.
-        wrong: number of a job → "fail", "refuse", "hang", "eat", "die", or "die once".
+        wrong: number of a job → "fail", "refuse", "hang", "deaf", "eat", "die", or "die once".
         chain: each job needs the one before it.
     """
 
@@ -60,6 +61,9 @@ class PlainWork(Work):
             raise TrainingError("the data are wrong")
         if trouble == "hang":
             time.sleep(3600)
+        while trouble == "deaf":
+            with contextlib.suppress(Exception):
+                time.sleep(3600)
         if trouble == "eat":
             held = [bytearray(50_000_000) for _ in range(400)]
             raise AssertionError(f"{len(held)} pieces were there")

@@ -107,6 +107,25 @@ def test_limits_of_time_and_memory(tmp_path: Path) -> None:
         assert work.begun(1) == 3
 
 
+DEAF = """
+import sys
+from pathlib import Path
+from plain_work import PlainWork
+import cond_pdiff.training.jobs.work as jobs
+jobs.GRACE_SECONDS = 0.3
+jobs.perform(PlainWork(Path(sys.argv[1]), wrong=((0, "deaf"),)), ["made/0"], jobs.PerJob(minutes=0.01))
+"""
+
+
+def test_a_job_that_hears_no_signal_is_ended_with_its_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DEAF, tmp_path], env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in run_job" in done.stderr  # where it was
+
+
 DRIVER = """
 import sys
 from pathlib import Path

@@ -21,6 +21,7 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
+from cond_pdiff.training.jobs.run import Execution
 from cond_pdiff.training.reproduce import table2
 from cond_pdiff.training.reproduce.ablations import Ablation, AblationRunner
 from cond_pdiff.training.reproduce.cells import open_folder
@@ -239,6 +240,9 @@ def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
     monkeypatch.setattr("cond_pdiff.training.reproduce.experiment.Experiment.with_generator", None)
     reproduce("table1", tasks, killed, recipe, quick=True)
     assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
+    monkeypatch.undo()
+    reproduce("table1", tasks, tmp_path / "processes", recipe, quick=True, execution=Execution(workers=2))
+    assert (tmp_path / "processes" / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 import sys
@@ -40,12 +41,12 @@ class OnRay:
             import ray
         except ModuleNotFoundError as error:
             raise CondPDiffError("the executor ray needs the package ray: pip install 'cond-pdiff[ray]'") from error
-        self.ray = ray
+        self.ray: Any = ray
         self.work, self.execution = dataclasses.replace(work), execution  # type: ignore[type-var]  # all work is a dataclass; without its cache
         per_job = execution.per_job
         resources = {"num_cpus": per_job.cpus, "num_gpus": per_job.gpus, "memory": int(per_job.memory * 1e9) or None}
-        self._task = ray.remote(_do).options(**resources, max_retries=0, retry_exceptions=False, name=work.label)
-        self._actor = ray.remote(_Worker).options(**resources, max_restarts=0, max_task_retries=0, name=None)
+        self._task = self.ray.remote(_do).options(**resources, max_retries=0, retry_exceptions=False, name=work.label)
+        self._actor = self.ray.remote(_Worker).options(**resources, max_restarts=0, max_task_retries=0, name=None)
         self._out: dict[Any, tuple[Bundle, Any]] = {}  # reference → bundle and actor
         self._idle: list[Any] = []
         self._counted = (0, -COUNT_SECONDS)
@@ -57,7 +58,7 @@ class OnRay:
         _check_address(self.execution.address)
         try:
             self._until.enter_context(contextlib.redirect_stdout(sys.stderr))  # where Ray tells of workers that died
-            self.ray.init(self.execution.address, runtime_env=threads, log_to_driver=False, logging_level="warning")
+            self.ray.init(self.execution.address, runtime_env=threads, log_to_driver=False, logging_level=logging.WARNING)
             self._until.callback(self.ray.shutdown)  # and with it, what is running: it has no receipt yet, and is done again
         except ConnectionError as error:
             self._until.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ MAX_LOSSES = 6
 """The number of workers that may die under a job before it is set aside: what kills its worker each time is the job's own fault."""
 
 WAIT_SECONDS = 1.0
+SEEN_SECONDS = 60.0
 
 Bundle = tuple[str, ...]
 """Jobs that a worker is given together."""
@@ -145,11 +147,19 @@ def run_jobs(
                 for job in plan.settle(bundle, ended):
                     if store:
                         store.pull([job, receipt_path(work, job).relative_to(work.folder).as_posix()])
+                    _await(work.folder / job)
                     on_done(job)
             bar.n = plan.done
             bar.set_postfix({"failed": len(plan.failed)} if plan.failed else {}, refresh=False)
             bar.update(0)
     return Report(plan.done, plan.failed, work.folder)
+
+
+def _await(path: Path) -> None:
+    """Wait until another machine's file is seen here: a network's file system may take its time."""
+    until = time.monotonic() + SEEN_SECONDS
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 class _Plan:
@@ -202,7 +212,7 @@ class _Plan:
 
     def settle(self, bundle: Bundle, ended: list[Outcome] | Lost) -> list[str]:
         """Note what became of a bundle; return the jobs that are done."""
-        done = []
+        done: list[str] = []
         if isinstance(ended, Lost):
             for job in bundle:
                 self._losses[job] += 1

@@ -35,6 +35,7 @@ RECEIPTS, FAILURES = "receipts", "failures"
 PACKAGES = ("cond-pdiff", "torch", "diffusers", "transformers", "peft")
 """The packages whose versions a receipt tells."""
 
+STDERR = 2
 GRACE_SECONDS = 30.0
 """The time that a job which hears no signal has, after its limit, before its process is ended."""
 
@@ -166,12 +167,17 @@ def perform(work: Work, jobs: Sequence[str], per_job: PerJob, store: Store | Non
 
     What has been done meanwhile, by a worker that a command lost sight of, is not done again.
     """
-    todo, started = [job for job in jobs if not is_done(work, job)], time.monotonic()
+    started = time.monotonic()
+    if store:
+        store.pull(work.shared())
+    todo = [job for job in jobs if not is_done(work, job)]
+    memory = 0 if per_job.gpus else per_job.memory  # what a GPU's driver maps is no measure
     try:
-        if store:
-            store.pull([*work.shared(), *(need for job in todo for need in work.needs(job))])
-        with _time_limit(60 * per_job.minutes * len(todo)), _memory_limit(per_job.memory):
-            work.run_jobs(todo)
+        with _time_limit(60 * per_job.minutes * len(todo)), _memory_limit(memory):
+            if store:
+                store.pull(need for job in todo for need in work.needs(job))
+            if todo:
+                work.run_jobs(todo)
     except Exception as error:
         if len(todo) > 1:
             return [outcome for job in jobs for outcome in perform(work, [job], per_job, store)]
@@ -207,7 +213,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=STDERR)
     try:
         yield
     finally:

@@ -141,10 +141,19 @@ class ReproduceWork(Work):
         """Where each zoo is → how it is collected; nothing is loaded yet."""
         return {zoo_path(name, rank): self.experiment.collecting(name, rank) for name, rank in self.experiment.zoos}
 
+    def _collecting(self, zoo: str) -> CollectWork:
+        """Return how a zoo is collected; only one keeps its base model in memory."""
+        for other, work in self._zoos.items():
+            if other != zoo:
+                work.close()
+        return self._zoos[zoo]
+
     def _run_of(self, job: str) -> tuple[str, CollectWork, str] | None:
         """Return the zoo that a job is a run of, how it is collected, and the run; None: it is of none."""
         zoo = "/".join(job.split("/")[:2])
-        return (zoo, self._zoos[zoo], job.removeprefix(f"{zoo}/")) if zoo in self._zoos and job not in self._parts else None
+        if zoo not in self._zoos or job in self._parts:
+            return None
+        return zoo, self._collecting(zoo), job.removeprefix(f"{zoo}/")
 
     def jobs(self) -> list[str]:
         """Return the files of all cells."""
@@ -154,7 +163,7 @@ class ReproduceWork(Work):
         """Return the steps before a cell or a step; before the manifest of a zoo, its runs."""
         zoo = job.removesuffix("/manifest.json")
         if zoo in self._zoos:
-            return [f"{zoo}/{run}" for run in self._zoos[zoo].jobs()]
+            return [f"{zoo}/{run}" for run in self._collecting(zoo).jobs()]
         if (found := self._run_of(job)) is not None:
             zoo, work, run = found
             return [f"{zoo}/{need}" for need in work.needs(run)]

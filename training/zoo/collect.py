@@ -106,6 +106,10 @@ class CollectWork(Work):
         zoo, lora_a = _open_zoo(config, tasks, self.folder, fine_tuning)
         return config, tasks, _FineTuner(fine_tuning, config, zoo, lora_a)
 
+    def close(self) -> None:
+        """Let go of the base model; it is loaded again when it is needed."""
+        self.__dict__.pop("_opened", None)
+
     @property
     def zoo(self) -> Zoo:
         """The zoo that is collected."""
