@@ -236,19 +236,30 @@ def overhead(work: Path) -> dict[str, Any]:
 
 
 def scaling(work: Path) -> dict[str, Any]:
-    """Jobs that keep a core busy without memory: throughput of two workers over one, alternately, three times."""
+    """Jobs that keep a core busy without memory: throughput of two workers over one, and of two plain processes over one beside it.
+
+    Where other work shares the cores, neither gets to two.
+    """
     rounds, jobs = 1_500_000, 8
-    ratios = []
+    ratios: dict[str, list[float]] = {"workers": [], "plain processes": []}
     for go in range(3):
-        taken = {}
-        for workers in (1, 2):
-            sleeper = Sleeper(work / f"scaling-{go}-{workers}", jobs, rounds=rounds)
+        workers, plain = {}, {}
+        for count in (1, 2):
+            sleeper = Sleeper(work / f"scaling-{go}-{count}", jobs, rounds=rounds)
             ended: list[float] = []
-            run_jobs(sleeper, Execution(workers=workers), on_done=lambda _, ended=ended: ended.append(time.time())).check()
+            run_jobs(sleeper, Execution(workers=count), on_done=lambda _, ended=ended: ended.append(time.time())).check()
             first = min(int(path.name.partition("-")[2]) for path in sleeper.folder.glob("begun/*/*")) / 1e9
-            taken[workers] = ended[-1] - first
-        ratios.append(round(taken[1] / taken[2], 3))
-    return {"two_over_one": statistics.median(ratios), "goes": ratios, "seconds_a_job": round(taken[1] / jobs, 2), "load_average": _load()}
+            workers[count] = ended[-1] - first
+            loop = f"import hashlib\nd = b''\nfor _ in range({rounds * jobs // count}): d = hashlib.sha256(d).digest()"
+            started = time.monotonic()
+            running = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(count)]
+            for process in running:
+                process.wait()
+            plain[count] = time.monotonic() - started
+        ratios["workers"].append(round(workers[1] / workers[2], 3))
+        ratios["plain processes"].append(round(plain[1] / plain[2], 3))
+    medians = {name: statistics.median(each) for name, each in ratios.items()}
+    return {"two_over_one": medians, "goes": ratios, "seconds_a_job": round(workers[1] / jobs, 2), "load_average": _load()}
 
 
 def many(work: Path, count: int = 100_000) -> dict[str, Any]:

@@ -12,6 +12,9 @@ import typer
 import yaml
 
 from cond_pdiff.cli import command
+from cond_pdiff.cli.options import execution
+from cond_pdiff.training.jobs.run import Execution
+from cond_pdiff.training.jobs.work import PerJob
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE = (DOCS / "cluster.md").read_text(encoding="utf-8").replace("\\\n", " ").replace("$SLURM_ARRAY_TASK_ID", "3")
@@ -41,6 +44,15 @@ def test_the_pages_commands_can_be_given() -> None:
         parse("cond-pdiff collect --tasks t --zoo z --per-job cpus=many")
     with pytest.raises(Exception, match="No such option"):
         parse("cond-pdiff collect --tasks t --zoo z --cluster x")
+
+
+def test_options_say_where_jobs_are_done() -> None:
+    line = "collect --tasks t --zoo z --executor ray --address a:1 --workers 3 --per-job cpus=2,gpus=0.5,minutes=3 --store memory://x"
+    name, *arguments = line.split()
+    given = command.commands[name].make_context(name, arguments).params  # type: ignore[attr-defined]
+    found = execution(*(given[option] for option in ("executor", "workers", "address", "per_job", "store")))
+    assert found == Execution("ray", 3, "a:1", PerJob(cpus=2, gpus=0.5, minutes=3), "memory://x")
+    assert execution("local", 0, None, None, None) == Execution()
 
 
 def wrong(entry: dict[str, Any], known: dict[str, bool]) -> set[str]:
