@@ -81,7 +81,7 @@ class Sleeper(Work):
 def cluster(nodes: int, **options: Any) -> Iterator[Any]:
     """A head that does no jobs, and nodes of one CPU each."""
     os.environ[MARK] = str(os.getpid())
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "PYTHONPATH": str(Path(__file__).parent)}
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parent)}
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **options})

@@ -25,7 +25,7 @@ def cluster() -> Iterator[Any]:
     """A head that does no jobs, and a node with a CPU and what passes for a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find the work
         from ray.cluster_utils import Cluster
 

@@ -36,6 +36,7 @@ class OnRay:
     def __init__(self, work: Work, execution: Execution) -> None:
         # Before Ray is imported: it would ship the environment of `uv run` to all workers, and make them build it.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers of the cluster
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # tasks without GPUs see the machine's as before
         try:
             import ray

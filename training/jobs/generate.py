@@ -145,7 +145,7 @@ class GenerateWork(Work):
         """Number of a line → why it is no request."""
         return self._read[1]
 
-    @property
+    @cached_property
     def at_once(self) -> int:  # type: ignore[override]  # of other work it is a setting
         """The number of requests that are denoised together."""
         adapters = max(len(request.seeds) for request in self.requests.values())
