@@ -133,7 +133,7 @@ def _params(pipe: CondPDiffPipeline, condition: Condition, facts: Mapping[str, A
     """Generate the adapter's params, shape `(num_params,)`, whatever examples say, and without the base model."""
     if "rows_at_once" in facts:  # it was made among others, on which it does not depend
         (made,) = denoise_many(pipe, [Request(condition, (facts["seed"],))], facts["num_inference_steps"], facts["guidance_scale"])
-        return decode_apart(pipe, made.latents)[0]
+        return decode_apart(pipe, list(made.latents))[0]
     seeds = [torch.Generator().manual_seed(facts["seed"]) for _ in range(min(facts["num_adapters"], MAX_ADAPTERS))]
     params: torch.Tensor = pipe(
         condition,

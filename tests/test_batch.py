@@ -81,6 +81,7 @@ def test_unseen_styles_are_shown_in_all_their_views(style_generator: Path, tmp_p
 
 
 def test_wrong_conditions_and_numbers_are_refused(pipe: CondPDiffPipeline) -> None:
+    assert generate_many(pipe, []) == []
     for condition in (["a", "b"], Image.new("RGB", (64, 64)), TaskPrompt("good " * 400)):
         with pytest.raises(ConditionError):
             generate_many(pipe, [Request("Is the remark kind?"), Request(condition)])
