@@ -322,17 +322,18 @@ def batch(work: Path, count: int = 10_000, singles: int = 100) -> dict[str, Any]
         rates[name] = {"a_second": number / (time.monotonic() - wall), "cpu_milliseconds_each": 1000 * (_cpu() - cpu) / number}
 
     pipe(TaskPrompt("warm up"), generator=seeded(0, 1))
-    with timed("single calls in a loop", singles):
-        for number, request in enumerate(requests):
-            prompt = TaskPrompt(request["description"], (), request["labels"])
-            pipe(prompt, generator=seeded(request["seed"], 1)).save_adapter(work / "single" / str(number))
+    for threads in (torch.get_num_threads(), 1):  # torch's default; and what each process of a batch has
+        torch.set_num_threads(threads)
+        with timed(f"single calls in a loop, threads: {threads}", singles):
+            for number, request in enumerate(requests):
+                prompt = TaskPrompt(request["description"], (), request["labels"])
+                pipe(prompt, generator=seeded(request["seed"], 1)).save_adapter(work / f"single-{threads}" / str(number))
     with timed("single calls of the command", 3):
         for number, request in enumerate(requests[:3]):
             labels = [word for label in request["labels"] for word in ("--label", label)]
             out = str(work / "command" / str(number))
             subprocess.run([sys.executable, "-m", "cond_pdiff", "generate", request["description"], *labels, "--out", out], check=True,
                            stdout=subprocess.DEVNULL)  # fmt: skip
-    torch.set_num_threads(1)
     half = count // 2
     parts = [write_requests(work / f"part-{part}.jsonl", half) for part in range(2)]
     with timed("batch, one process", half):
@@ -341,10 +342,10 @@ def batch(work: Path, count: int = 10_000, singles: int = 100) -> dict[str, Any]
         generate_batch(GenerateWork(TEXTS, parts[1], work / "batch-2"), Execution(workers=2)).jobs.check()
     sizes = sum(path.stat().st_size for path in (work / "batch-1" / "1").iterdir())
     rounded = {name: {key: round(value, 2) for key, value in rate.items()} for name, rate in rates.items()}
-    loop, command = rates["single calls in a loop"], rates["single calls of the command"]
+    loop, command = rates["single calls in a loop, threads: 1"], rates["single calls of the command"]
     return {
         "adapters": count, "rates": rounded, "bytes_an_adapter": sizes, "load_average": _load(),
-        "over_the_loop": {name: round(rates[name]["a_second"] / loop["a_second"], 2) for name in rates},
+        "over_the_loop_of_one_thread": {name: round(rates[name]["a_second"] / loop["a_second"], 2) for name in rates},
         "over_the_command": round(rates["batch, one process"]["a_second"] / command["a_second"], 1),
     }  # fmt: skip
 

@@ -59,10 +59,10 @@ def generate_batch(
         OutputExistsError: the folder holds something else, or a batch of another generator or other settings, or, without `force`, an
             adapter of another request.
     """
-    work.open_folder()
     if not work.requests:
         first = next(iter(work.wrong.values()), "it is empty")
         raise ConditionError(f"{work.file} holds no request for {work.generator}: {first}")
+    work.open_folder()
     others = [job for job in work.jobs() if not force and receipt_path(work, job).exists() and (work.folder / job).exists()]
     if other := next((job for job in others if not is_done(work, job)), None):
         raise OutputExistsError(f"{work.folder / other} was made of another request; give this one another id, or --force to replace it")
