@@ -213,6 +213,7 @@ def push_folder(
     *,
     repo_type: str = "model",
     patterns: Sequence[str] = PUSHED_PATTERNS,
+    left_out: Sequence[str] = (),
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -226,6 +227,7 @@ def push_folder(
 
     Args:
         patterns: what is sent; hidden files and folders never are, but for `.eval_results`.
+        left_out: patterns of what is not sent all the same.
         private: for a new repository.
         revision: a branch, created if there is none; None is the main one.
         create_pr: open a pull request instead of committing.
@@ -238,7 +240,7 @@ def push_folder(
     """
     found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     shown = [name for name in found if not any(part.startswith(".") and part != EVAL_RESULTS for part in name.split("/"))]
-    names = sorted(filter_repo_objects(shown, allow_patterns=list(patterns)))
+    names = sorted(filter_repo_objects(shown, allow_patterns=list(patterns), ignore_patterns=list(left_out)))
     if not names:
         raise HubError(f"{folder} holds nothing to push; expected files like {', '.join(patterns)}")
     files = {name: found[name] for name in names}

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.condition import condition_kind
+from cond_pdiff.conditions.condition import Condition, condition_kind
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import find_generator
 from cond_pdiff.pipelines.generator_pipeline import BROKEN_GENERATOR
+from cond_pdiff.pipelines.many import Request, decode_apart, denoise_many
 from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS, CondPDiffPipeline
 from cond_pdiff.pipelines.provenance import build_scheduler, generator_source, machine_facts, package_versions, scheduler_settings
 
@@ -110,20 +111,10 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
     elif own["scheduler"] != facts["scheduler"]:
         raise AdapterError(f"the adapter was made with a {facts['scheduler']}, but the generator has a {own['scheduler']}")
     recorded = dict(facts.get("machine", {}))
-    seeds = [torch.Generator().manual_seed(facts["seed"]) for _ in range(min(facts["num_adapters"], MAX_ADAPTERS))]
     with _threads(recorded.get("threads")):
         now = {**package_versions(), **machine_facts(torch.device("cpu"))}
-        params = pipe(
-            condition_kind(facts["condition"]).from_json(facts["condition"], image),
-            num_adapters=facts["num_adapters"],  # as many as then: the sums of a larger batch may round in another way
-            generator=seeds if facts["generators"] == "each" else seeds[0],
-            num_inference_steps=facts["num_inference_steps"],
-            guidance_scale=facts["guidance_scale"],
-            timesteps=facts.get("timesteps"),
-            sigmas=facts.get("sigmas"),
-            output_type="params",  # whatever examples say, and without the base model
-        )
-    again = pipe.codec.to_adapter(params[facts["candidate"]]).scaled(facts.get("strength", 1.0))
+        condition = condition_kind(facts["condition"]).from_json(facts["condition"], image)
+        again = _again(pipe, condition, facts).scaled(facts.get("strength", 1.0))
     adapter.layout.validate(again.tensors)
     largest = max(float(tensor.abs().max()) for tensor in adapter.tensors.values())
     differences = [float((again.tensors[key] - tensor).abs().max()) for key, tensor in adapter.tensors.items()]
@@ -135,6 +126,25 @@ def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Pa
         _different(then, now, "unknown"),
         _different(_flat(facts), _flat(own), "the default") if "scheduler_config" in facts else {},
     )
+
+
+def _again(pipe: CondPDiffPipeline, condition: Condition, facts: Mapping[str, Any]) -> LoraAdapter:
+    """Generate the adapter, whatever examples say, and without the base model."""
+    if "rows_at_once" in facts:  # it was made among others, on which it does not depend
+        (made,) = denoise_many(pipe, [Request(condition, (facts["seed"],))], facts["num_inference_steps"], facts["guidance_scale"])
+        return pipe.template.adapter_of(next(decode_apart(pipe, list(made.latents))))
+    seeds = [torch.Generator().manual_seed(facts["seed"]) for _ in range(min(facts["num_adapters"], MAX_ADAPTERS))]
+    params: torch.Tensor = pipe(
+        condition,
+        num_adapters=facts["num_adapters"],  # as many as then: the sums of a larger batch may round in another way
+        generator=seeds if facts["generators"] == "each" else seeds[0],
+        num_inference_steps=facts["num_inference_steps"],
+        guidance_scale=facts["guidance_scale"],
+        timesteps=facts.get("timesteps"),
+        sigmas=facts.get("sigmas"),
+        output_type="params",
+    )
+    return pipe.codec.to_adapter(params[facts["candidate"]])
 
 
 @contextlib.contextmanager

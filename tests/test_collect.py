@@ -23,6 +23,7 @@ from cond_pdiff.peft_files import WEIGHTS_FILE
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
+from cond_pdiff.training.jobs.run import Execution
 from cond_pdiff.training.tasks.metrics import measure
 from cond_pdiff.training.tasks.tasks import Row, Task, write_task
 from cond_pdiff.training.zoo.collect import _clip_gradients, collect
@@ -255,6 +256,24 @@ def test_shards_cover_all_jobs_and_give_the_same_adapters(zoo: Zoo, config: Coll
     assert [len(names) for names in done] == [2, 2, 2]
     assert weights(shard) == weights(zoo)
     assert len(json.loads((shard.folder / "manifest.json").read_text())["runs"]) == len(JOBS)
+
+
+def test_processes_give_the_same_adapters(zoo: Zoo, config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    where = Execution(workers=2, store=f"file://{tmp_path / 'store'}")  # the jobs' way on a cluster, without one
+    made = collect(config, tasks_folder, tmp_path / "zoo", execution=where)
+    assert weights(made) == weights(zoo)
+    assert weights(Zoo(tmp_path / "store")) == weights(zoo)
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {"lora_a.safetensors", "multitask", "receipts", "tasks", "zoo.json"}
+
+
+def test_a_job_that_fails_is_set_aside_and_the_others_are_done(config: CollectConfig, tasks_folder: Path, tmp_path: Path) -> None:
+    broken = replace(config, learning_rates=(1e30, config.learning_rates[0]), multitask_learning_rate=config.learning_rates[0])
+    with pytest.raises(TrainingError, match=r"3 of 6 jobs failed and were set aside, tasks/\w+/run-0 among them: .*the loss is nan"):
+        collect(broken, tasks_folder, tmp_path / "zoo")
+    made = Zoo(tmp_path / "zoo")
+    assert [(run.task, run.facts["run"]) for run in all_runs(made)] == [("animals", 1), ("moods", 1)]
+    assert made.multitask() is not None
+    assert json.loads((made.folder / "manifest.json").read_text())["complete"] is False
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------

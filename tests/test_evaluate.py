@@ -111,7 +111,9 @@ def test_common_errors(first: list[int], second: list[int], expected: float | No
 
 def test_every_task_has_every_column(out: Path, evaluation: dict[str, Any]) -> None:
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
-        "evaluation.json", "evaluation.md", "tasks/animals.json", "tasks/likeness.json", "tasks/moods.json",
+        "evaluation.json", "evaluation.md",
+        *(f"receipts/tasks/{name}.json.json" for name in ("animals", "likeness", "moods")),
+        "tasks/animals.json", "tasks/likeness.json", "tasks/moods.json",
     ]  # fmt: skip
     results = {result["task"]: result for result in evaluation["tasks"]}
     assert {name: result["seen"] for name, result in results.items()} == {"animals": True, "moods": True, "likeness": False}

@@ -204,6 +204,8 @@ def test_a_zoo_is_pushed_as_a_data_set_with_manifest_and_card(hub: LoopbackHub, 
     files = hub.files("owner/zoo", "dataset")
     assert {name for name in files if name != ".gitattributes"} == set(push.files)
     assert len([name for name in files if name.endswith("run.json")]) == len(list(tiny_zoo.rglob("run.json")))
+    assert (zoo.folder / "receipts").is_dir()
+    assert not [name for name in files if name.startswith("receipts/")]  # they name machines
     card = files["README.md"].decode()
     rows = [line for line in card.splitlines() if line.startswith(("| moods", "| animals"))]
     assert len(rows) == 2

@@ -21,6 +21,7 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.measure import mean_interval
 from cond_pdiff.training.evaluate.style_table import StyleTable
+from cond_pdiff.training.jobs.run import Execution
 from cond_pdiff.training.reproduce import table2
 from cond_pdiff.training.reproduce.ablations import Ablation, AblationRunner
 from cond_pdiff.training.reproduce.cells import open_folder
@@ -229,16 +230,19 @@ def test_a_killed_run_goes_on_and_the_same_seed_gives_the_same_bytes(
         with pytest.raises(KeyboardInterrupt):
             reproduce("table1", tasks, killed, recipe, quick=True)
     assert not (killed / "table1.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in killed.rglob("cells/**/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("cells/**/*.json")}
     assert len(before) == 4
     reproduce("table1", tasks, killed, recipe, quick=True)
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in killed.rglob("cells/**/*.json")}.items()
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in killed.glob("cells/**/*.json")}.items()
     assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
     (killed / "table1.json").unlink()
     monkeypatch.setattr("cond_pdiff.training.reproduce.experiment.Experiment.predict", None)  # whatever measures would fail
     monkeypatch.setattr("cond_pdiff.training.reproduce.experiment.Experiment.with_generator", None)
     reproduce("table1", tasks, killed, recipe, quick=True)
     assert (killed / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
+    monkeypatch.undo()
+    reproduce("table1", tasks, tmp_path / "processes", recipe, quick=True, execution=Execution(workers=2))
+    assert (tmp_path / "processes" / "table1.json").read_bytes() == (undisturbed / "table1.json").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from cond_pdiff.cli.options import AsJson, GeneratorName, GuidanceScale, OwnTasks, ResultFolder, Seed, ShardOption, Steps, Tasks, ZooFolder
+from cond_pdiff.cli.options import (
+    Address,
+    AsJson,
+    Executor,
+    GeneratorName,
+    GuidanceScale,
+    OwnTasks,
+    PerJobOption,
+    ResultFolder,
+    Seed,
+    ShardOption,
+    Steps,
+    StoreOption,
+    Tasks,
+    Workers,
+    ZooFolder,
+    execution,
+)
 from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, report
 from cond_pdiff.defaults import (
     CALIBRATION_DRAWS,
@@ -36,6 +53,11 @@ def evaluate(
     steps: Steps = DEFAULT_STEPS,
     seed: Seed = 0,
     shard: ShardOption = None,
+    executor: Executor = "local",
+    workers: Workers = 0,
+    address: Address = None,
+    per_job: PerJobOption = None,
+    store: StoreOption = None,
     card: Annotated[bool, typer.Option("--card", help="Also write the generator's model card (a local generator folder).")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +78,8 @@ def evaluate(
     if card:
         check_card_place(generator)
         check_collected(zoo)
-    evaluation = evaluate(generator, zoo, tasks, out, config, shard or (0, 1), tuple(only or ()))
+    where = execution(executor, workers, address, per_job, store)
+    evaluation = evaluate(generator, zoo, tasks, out, config, shard or (0, 1), tuple(only or ()), where)
     if evaluation is None:
         told = "this shard is done; tasks of other shards are missing: the process that finishes last writes the tables"
         report({"finished": False}, told, as_json)
@@ -107,6 +130,10 @@ def reproduce(
         typer.Option(metavar="NAME", help="Recipe name[+VARIANT] or JSON file (default: reproduce-minilm; for table2 pixart-mini-styles)."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few steps and few rows: some minutes instead of hours.")] = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
+    address: Address = None,
+    per_job: PerJobOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a table or figures of the paper (resumable).
@@ -117,7 +144,7 @@ def reproduce(
 
     hide_loading_bars()
     hide_peft_warning()
-    result = reproduce(name, tasks, out, recipe, quick)
+    result = reproduce(name, tasks, out, recipe, quick, execution(executor, workers, address, per_job, None))
     report(result, (out / f"{name}.md").read_text(encoding="utf-8"), as_json)
 
 

@@ -7,7 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cond_pdiff.cli.options import AdapterName, AsJson, Base, Force, GuidanceScale, LabelColumn, Labels, Seed, Steps, TextColumns
+from cond_pdiff.cli.options import (
+    AdapterName,
+    Address,
+    AsJson,
+    Base,
+    Executor,
+    Force,
+    GuidanceScale,
+    LabelColumn,
+    Labels,
+    PerJobOption,
+    Seed,
+    Shard,
+    ShardOption,
+    Steps,
+    StoreOption,
+    TextColumns,
+    Workers,
+    execution,
+)
 from cond_pdiff.cli.output import hide_loading_bars, note, report
 from cond_pdiff.cli.texts import LabelledTexts, read_labelled, spread
 from cond_pdiff.defaults import (
@@ -27,6 +46,7 @@ if TYPE_CHECKING:
     from cond_pdiff.conditions.condition import Condition
     from cond_pdiff.conditions.texts import Text
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
+    from cond_pdiff.training.jobs.run import Execution
 
 commands = typer.Typer()
 
@@ -67,6 +87,15 @@ def generate(
     refine: Annotated[
         int, typer.Option(metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12.")
     ] = 0,
+    batch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Requests, JSON Lines: an adapter each, below --out; see docs/cluster.md.")
+    ] = None,
+    shard: ShardOption = None,
+    executor: Executor = "local",
+    workers: Workers = 0,
+    address: Address = None,
+    per_job: PerJobOption = None,
+    store: StoreOption = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -75,6 +104,14 @@ def generate(
     Candidate i uses the seed plus i. With examples, the candidate that does best on them is written, or the base model if it is expected to
     do better. A task folder given as examples has a description and label names, too, which need not be repeated.
     """
+    where = execution(executor, workers, address, per_job, store)
+    if batch is not None:
+        if any((description, image, vector, example, examples, label, refine)):
+            raise ConditionError("a batch has its conditions, examples and labels in its file, and its adapters are not refined")
+        _generate_batch(batch, out, generator or TEXT_GENERATOR, num_adapters, steps, guidance_scale, seed, shard, where, force, as_json)
+        return
+    if where.is_elsewhere or shard:
+        raise CondPDiffError("--executor, --workers, --per-job, --store and --shard are for a --batch of requests")
     labels, shown = label or [], [parse_example(one) for one in example or []]
     if examples is not None:
         found = read_labelled(examples, "train", text_column or (), label_column)
@@ -100,6 +137,36 @@ def generate(
     adapter.save(out, overwrite=force)
     facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
+
+
+def _generate_batch(
+    file: Path,
+    out: Path,
+    generator: str,
+    num_adapters: int | None,
+    steps: int,
+    guidance_scale: float | None,
+    seed: int,
+    shard: Shard | None,
+    where: Execution,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make an adapter for each line of a file, and tell which lines gave none."""
+    from cond_pdiff.training.jobs.generate import GenerateWork, generate_batch
+
+    _check_numbers(num_adapters or 1, steps, guidance_scale)
+    if not file.is_file():
+        raise ConditionError(f"there is no file of requests {file}")
+    hide_loading_bars()
+    work = GenerateWork(generator, file, out, num_adapters, steps, guidance_scale, seed)
+    made = generate_batch(work, where, shard or (0, 1), force)
+    for number, why in made.wrong.items():
+        note(f"line {number} of {file} was skipped: {why}")
+    facts = {"folder": str(out), "adapters": made.jobs.done, "skipped": made.wrong, "failed": made.jobs.failed}
+    rest = f"; {len(made.wrong)} lines skipped" if made.wrong else ""
+    report(facts, f"{made.jobs.done} adapters in {out}{rest}", as_json)
+    made.jobs.check()
 
 
 def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, str]]:
@@ -146,6 +213,12 @@ def _check_generation(count: int, steps: int, guidance_scale: float | None, out:
     """Refuse numbers out of their ranges, and a folder that is not to be replaced, before a generator is loaded."""
     from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
     from cond_pdiff.atomic import check_output_folder
+
+    _check_numbers(count, steps, guidance_scale)
+    check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)
+
+
+def _check_numbers(count: int, steps: int, guidance_scale: float | None) -> None:
     from cond_pdiff.pipelines.inputs import MAX_STEPS
     from cond_pdiff.pipelines.pipeline_cond_pdiff import MAX_ADAPTERS
     from cond_pdiff.sampling import check_count, check_guidance
@@ -154,7 +227,6 @@ def _check_generation(count: int, steps: int, guidance_scale: float | None, out:
     check_count("num_inference_steps", steps, MAX_STEPS)
     if guidance_scale is not None:
         check_guidance(guidance_scale)
-    check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)
 
 
 def _load(generator: str) -> CondPDiffPipeline:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from cond_pdiff.errors import CondPDiffError
 
+if TYPE_CHECKING:
+    from cond_pdiff.training.jobs.run import Execution
+
+PER_JOB = ("cpus", "gpus", "memory", "minutes")
 DEFAULT_RECIPE = "minilm-text-tasks"
 
 
@@ -35,6 +40,31 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed < 2**63 - 1001:
         raise CondPDiffError(f"seed must be a non-negative 63-bit number, got {seed}")
     return seed
+
+
+def parse_per_job(text: str) -> dict[str, float]:
+    """Read what a job may take, written NAME=NUMBER, several with commas between."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            found = {}
+            break
+    if not found or not set(found) <= set(PER_JOB) or not all(0 <= number < 1e9 for number in found.values()):
+        raise typer.BadParameter(f"expected some of {', '.join(f'{name}=N' for name in PER_JOB)}, got {text!r}")
+    return found
+
+
+def execution(
+    executor: Literal["local", "ray"], workers: int, address: str | None, per_job: Mapping[str, float] | None, store: str | None
+) -> Execution:
+    """Return where a command's jobs are done; `CondPDiffError` says what does not fit."""
+    from cond_pdiff.training.jobs.run import Execution, PerJob
+
+    given = dict(per_job or {})
+    return Execution(executor, workers, address, PerJob(int(given.pop("cpus", 1)), **given), store)
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -72,6 +102,25 @@ ResultFolder = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Fol
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write tensorboard events.")]
 ShardOption = Annotated[
     Shard | None, typer.Option("--shard", parser=parse_shard, metavar="I/N", help="Do every N-th job beginning with I (default: all).")
+]
+
+Executor = Annotated[
+    Literal["local", "ray"], typer.Option("--executor", help="Where jobs are done: on this machine, or on a Ray cluster.")
+]
+Workers = Annotated[
+    int, typer.Option("--workers", metavar="N", min=0, help="Processes (default: this one); on Ray, jobs at a time (all that fit).")
+]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="Of a Ray cluster (default: RAY_ADDRESS, or one on this machine).")
+]
+PerJobOption = Annotated[
+    dict[str, float] | None,
+    typer.Option(
+        "--per-job", parser=parse_per_job, metavar="NAME=N,…", help="Limits of a job: cpus, gpus, memory (GB), minutes (default: cpus=1)."
+    ),
+]
+StoreOption = Annotated[
+    str | None, typer.Option("--store", metavar="URL", help="A copy of the folder (s3://…), for machines without a common file system.")
 ]
 
 Repo = Annotated[str, typer.Option(metavar="OWNER/NAME", help="Hub repository, created if there is none.")]

@@ -10,18 +10,24 @@ import typer
 
 from cond_pdiff.cli.options import (
     DEFAULT_RECIPE,
+    Address,
     AsJson,
+    Executor,
     GeneratorName,
     LabelColumn,
     OwnTasks,
+    PerJobOption,
     Recipe,
     RunFolder,
     Seed,
     ShardOption,
+    StoreOption,
     Tasks,
     Tensorboard,
     TextColumns,
+    Workers,
     ZooFolder,
+    execution,
 )
 from cond_pdiff.cli.output import hide_loading_bars, hide_peft_warning, note, report
 from cond_pdiff.defaults import STYLE_TEST_PICTURES, STYLE_TRAIN_PICTURES
@@ -37,6 +43,11 @@ def collect(
     zoo: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create or continue.")],
     shard: ShardOption = None,
     together: Annotated[int, typer.Option(metavar="N", help="Adapters trained side by side in one batch: many on a GPU.")] = 1,
+    executor: Executor = "local",
+    workers: Workers = 0,
+    address: Address = None,
+    per_job: PerJobOption = None,
+    store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune adapters for tasks into a zoo (resumable)."""
@@ -46,7 +57,7 @@ def collect(
 
     hide_peft_warning()
     config = parse(CollectConfig, read_recipe(recipe).get("collect", {}), "collect")
-    made = collect(config, tasks, zoo, shard or (0, 1), together)
+    made = collect(config, tasks, zoo, shard or (0, 1), together, execution(executor, workers, address, per_job, store))
     rest = f"; {len(made.missing)} of {len(made.jobs)} runs are missing, of other shards" if made.missing else ""
     count = sum(len(made.runs(name)) for name in (*made.task_names, *made.unseen_names))
     facts = {"zoo": str(made.folder), "adapters": count, "runs": len(made.jobs), "missing": len(made.missing)}

@@ -56,6 +56,24 @@ class Condition(ABC):
     def of(cls, given: Any) -> Condition:
         """Make a condition from what people pass in its place, or from itself; `ConditionError` says what is read."""
 
+    @classmethod
+    def from_request(cls, record: Mapping[str, Any], folder: Path) -> Condition:
+        """Read the condition of a request in a file, whose entry for it is `column`.
+
+        Args:
+            record: the request's entries, but for those that all kinds have.
+            folder: of the file; files that requests name are below it.
+
+        Raises:
+            ConditionError: another entry, or a condition that cannot be used.
+        """
+        if not cls.column:
+            raise ConditionError(f"a {cls.noun} cannot be written into a file of requests")
+        if set(record) != {cls.column}:
+            raise ConditionError(f"a request for this generator has an entry {cls.column!r}, and no {sorted(set(record) - {cls.column})}")
+        value = record[cls.column]
+        return cls.of(folder / value if cls.column_names_files and isinstance(value, str) else value)
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready facts, kept with the adapters that are made from it; `type` is the kind's name."""

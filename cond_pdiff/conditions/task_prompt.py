@@ -74,6 +74,13 @@ class TaskPrompt(Condition):
             raise ConditionError(f"not a recorded task prompt: {type(error).__name__}: {error}") from error
 
     @classmethod
+    def from_request(cls, record: Mapping[str, Any], folder: Path) -> TaskPrompt:
+        """Read the entries `description`, and where they are given `examples` (pairs of text and label) and `labels`."""
+        if "description" not in record or not set(record) <= {"description", "examples", "labels"}:
+            raise ConditionError(f"a request for this generator has a description, and may have examples and labels; got {sorted(record)}")
+        return cls.from_json({"examples": [], "labels": [], **record})
+
+    @classmethod
     def of(cls, given: Any) -> TaskPrompt:
         """Make a prompt from a plain string or a prompt."""
         if isinstance(given, cls):

@@ -53,6 +53,11 @@ class ConditionEncoder(Component):
         """
         raise NotImplementedError
 
+    def encode_apart(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
+        """Encode as `encode` does, where not even the last bit of an embedding may depend on what other conditions there are."""
+        encoded = [self.encode([condition]) for condition in conditions]
+        return torch.cat([rows for rows, _ in encoded]), [report for _, (report,) in encoded]
+
     def fit_center(self, conditions: Sequence[Any]) -> None:
         """Measure what the encoder needs to know of the training conditions, one of each task; most need nothing."""
 

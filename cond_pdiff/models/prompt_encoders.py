@@ -6,7 +6,7 @@ is referenced (id, revision, sha256) and never saved with the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,9 +94,19 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         Raises:
             ConditionError: not a prompt, or a description of more than `max_tokens` tokens.
         """
+        return self._encode(conditions, self.backbone.embed)
+
+    def encode_apart(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
+        """See `ConditionEncoder`; texts of many conditions are embedded together all the same."""
+        return self._encode(conditions, self.backbone.embed_apart)
+
+    def _encode(
+        self, conditions: Sequence[str | TaskPrompt], embed: Callable[[list[Text], int], torch.Tensor]
+    ) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         prompts = [TaskPrompt.of(condition) for condition in conditions]
-        reports = [self._report(prompt) for prompt in prompts]
-        parts = self._parts(prompts)
+        backbone = self.backbone
+        reports = [self._report(backbone, prompt) for prompt in prompts]
+        parts = self._parts(prompts, embed)
         present = parts.norm(dim=2, keepdim=True) > 0
         centered = nn.functional.normalize(parts - self.center.to(parts), dim=2) * present
         return centered.flatten(1).to(self.center.dtype), reports
@@ -104,9 +114,9 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
     @torch.no_grad()
     def fit_center(self, prompts: Sequence[TaskPrompt]) -> None:
         """Measure the mean of each part over `prompts`, which must all have labels and examples."""
-        self.center.copy_(self._parts(prompts).mean(0))
+        self.center.copy_(self._parts(prompts, self.backbone.embed).mean(0))
 
-    def _parts(self, prompts: Sequence[TaskPrompt]) -> torch.Tensor:
+    def _parts(self, prompts: Sequence[TaskPrompt], embed: Callable[[list[Text], int], torch.Tensor]) -> torch.Tensor:
         """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
         groups: list[list[Text]] = []
         for prompt in prompts:
@@ -114,17 +124,17 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
             groups += [[prompt.description], names, [text for text, _ in prompt.examples]]
         # Prompts of one task share most texts; each is embedded once.
         place = {text: index for index, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
-        embeddings = self.backbone.embed(list(place), self.config.max_tokens)
+        embeddings = embed(list(place), self.config.max_tokens)
         nothing = embeddings.new_zeros(embeddings.shape[1])
         means = [embeddings[[place[text] for text in group]].mean(0) if group else nothing for group in groups]
         return nn.functional.normalize(torch.stack(means), dim=1).unflatten(0, (len(prompts), 3))
 
-    def _report(self, prompt: TaskPrompt) -> PromptReport:
+    def _report(self, backbone: SentenceBackbone, prompt: TaskPrompt) -> PromptReport:
         limit = self.config.max_tokens
-        tokens = self.backbone.count_tokens(prompt.description)
+        tokens = backbone.count_tokens(prompt.description)
         if tokens > limit:
             raise ConditionError(f"the task description has {tokens} tokens; the condition encoder reads {limit}: shorten it")
-        lengths = [self.backbone.count_tokens(text) for text, _ in prompt.examples]
+        lengths = [backbone.count_tokens(text) for text, _ in prompt.examples]
         return PromptReport(max([tokens, *lengths]), limit, texts_cut=sum(length > limit for length in lengths))
 
 

@@ -75,3 +75,7 @@ class SentenceBackbone(TextBackbone):
             shape `(len(texts), embedding_dim)`, each row of length 1.
         """
         return self.rows(texts, max_length, batch_size) if texts else torch.zeros(0, self.embedding_dim)
+
+    def embed_apart(self, texts: Sequence[Text], max_length: int = 256) -> torch.Tensor:
+        """Embed texts as `embed` does; the last bits of an embedding do not depend on the other texts (see `rows_apart`)."""
+        return self.rows_apart(texts, max_length) if texts else torch.zeros(0, self.embedding_dim)

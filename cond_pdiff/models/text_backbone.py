@@ -17,6 +17,9 @@ from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import lock_of
 from cond_pdiff.models.frozen import BROKEN_MODEL, load_frozen
 
+TOGETHER = 8
+"""The number of texts in a forward pass of `rows_apart`."""
+
 
 def load_text_model(backbone: Backbone, auto_model: Any, **options: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, Path, set[str]]:
     """Load a model as `load_frozen` does, with its tokenizer beside it.
@@ -92,6 +95,24 @@ class TextBackbone(ABC):
         ]
         rows = torch.cat(pieces)
         return rows[torch.tensor(order).argsort().to(rows.device)]
+
+    @torch.no_grad()
+    def rows_apart(self, texts: Sequence[Text], max_length: int) -> torch.Tensor:
+        """Turn texts into rows as `rows` does but for rounding, which here does not depend on what other texts there are.
+
+        Matrix products of other shapes round differently, so each is of `TOGETHER` texts of equally many tokens, the first repeated where
+        there are too few.
+        """
+        places: dict[int, list[int]] = {}
+        for place, text in enumerate(texts):
+            places.setdefault(min(self.count_tokens(text), max_length, self.max_tokens), []).append(place)
+        parts = [alike[start : start + TOGETHER] for alike in places.values() for start in range(0, len(alike), TOGETHER)]
+        pieces = []
+        for part in parts:
+            filled = [*part, *[part[0]] * (TOGETHER - len(part))]
+            pieces.append(self.forward([texts[place] for place in filled], max_length)[: len(part)])
+        rows = torch.cat(pieces)
+        return rows[torch.tensor([place for part in parts for place in part]).argsort().to(rows.device)]
 
 
 def text_length(text: Text) -> int:

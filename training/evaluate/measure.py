@@ -15,10 +15,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.defaults import DEFAULT_STEPS, EVALUATED_ROWS, EVALUATED_SAMPLES
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.condition_index import Neighbour
@@ -155,26 +153,6 @@ class ZooEvaluator(ABC):
         started = time.perf_counter()
         self.generate(condition, 1, 2000)
         return round(time.perf_counter() - started, 3)
-
-
-def measure_all(evaluator: ZooEvaluator, tasks: Sequence[Any], shard: tuple[int, int]) -> list[dict[str, Any]] | None:
-    """Measure every n-th task beginning with the i-th into `tasks/*.json`; what was measured with these settings is kept.
-
-    Returns:
-        The results of all tasks, or None while tasks of other shards are missing.
-    """
-    for task in tqdm(tasks[shard[0] :: shard[1]], desc="evaluate", unit="task"):
-        path = evaluator.out / "tasks" / f"{task.name}.json"
-        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["settings"] != evaluator.settings:
-            write_text(path, dump_json(evaluator.measure(task)))
-    results = []
-    for task in tasks:
-        path = evaluator.out / "tasks" / f"{task.name}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if result is None or result["settings"] != evaluator.settings:
-            return None
-        results.append(result)
-    return results
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,7 +22,8 @@ from cond_pdiff.models.prompt_encoders import PromptReport
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.config import AS_GIVEN, STRICT, Amount, GuidanceScale, InferenceSteps, JsonObject
 from cond_pdiff.training.evaluate.baselines import KernelRegression
-from cond_pdiff.training.reproduce.experiment import Experiment, spread
+from cond_pdiff.training.reproduce.cells import Step
+from cond_pdiff.training.reproduce.experiment import Experiment, manifest_path, spread
 from cond_pdiff.training.reproduce.principal_code import PrincipalCode
 from cond_pdiff.training.stages.autoencoder import AutoencoderStage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
@@ -35,6 +36,7 @@ PARTS: tuple[Literal["description", "labels", "examples"], ...] = ("description"
 """The parts of a condition embedding, in the order of `SentenceConditionEncoder`."""
 
 ONE_HOT = "one-hot"
+DIFFUSION = "diffusion"
 RIDGE = 0.1
 """The ridge of the conditional mean, which is asked for the tasks that it knows; leaving these out would say nothing about that."""
 
@@ -109,13 +111,28 @@ class AblationRunner:
     def zoo(self, ablation: Ablation) -> ZooParams:
         """Read the adapters that the ablation is trained on."""
         if ablation.zoo not in self._zoos:
-            folder = self.experiment.out / "params" / f"{ablation.zoo}-{self.config.rank}"
+            folder = self.experiment.out / self._params_folder(ablation)
             self._zoos[ablation.zoo] = ZooParams.load(self.experiment.zoo(ablation.zoo, self.config.rank), folder)
         data = self._zoos[ablation.zoo]
         if not ablation.adapters:
             return data
         kept = [index for task in data.tasks.unique() for index in spread((data.tasks == task).nonzero()[:, 0].tolist(), ablation.adapters)]
         return data.part(kept)
+
+    def steps(self, ablation: Ablation, seed: int) -> dict[str, Step]:
+        """Return what is made before the ablation is measured, by path below the reproduction's folder."""
+        zoos = [manifest_path(name, self.config.rank) for name in dict.fromkeys((self.experiment.config.table_zoos[0], ablation.zoo))]
+        params = self._params_folder(ablation)
+        found = {params: Step(partial(self.zoo, ablation), tuple(zoos))}
+        if ablation.sampler == DIFFUSION:  # its training ends with a file
+            found[f"{self._folder(ablation, seed)}/unet/run.json"] = Step(partial(self.pipeline, ablation, seed), (params,))
+        return found
+
+    def _params_folder(self, ablation: Ablation) -> str:
+        return f"params/{ablation.zoo}-{self.config.rank}"
+
+    def _folder(self, ablation: Ablation, seed: int) -> str:
+        return f"ablations/{ablation.key('zoo', 'adapters', 'autoencoder', 'unet', 'pca', 'condition')}-{seed}"
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -143,8 +160,7 @@ class AblationRunner:
 
     def pipeline(self, ablation: Ablation, seed: int) -> CondPDiffPipeline:
         """Return the ablation's generator, trained if need be."""
-        parts = ("zoo", "adapters", "autoencoder", "unet", "pca", "condition")
-        folder = self.experiment.out / "ablations" / f"{ablation.key(*parts)}-{seed}"
+        folder = self.experiment.out / self._folder(ablation, seed)
         if self._last is None or self._last[0] != folder:
             self._last = folder, self._train(ablation, seed, folder)
         return self._last[1]
@@ -174,7 +190,7 @@ class AblationRunner:
         data, count = self.zoo(ablation), self.config.samples
         seeds = [torch.Generator().manual_seed(1_000_003 * seed + index) for index in range(count)]
         embedding = self.prompt_embedding(ablation, task)
-        if ablation.sampler == "diffusion":
+        if ablation.sampler == DIFFUSION:
             pipe = copy.copy(self.pipeline(ablation, seed))
             pipe.register_modules(condition_encoder=GivenCondition(embedding))
             if ablation.scheduler:

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from cond_pdiff.atomic import check_output_folder, dump_json, write_text
 from cond_pdiff.errors import CondPDiffError, TrainingError
 
-Plan = Mapping[str, Callable[[], Any]]
-"""The name of a cell (a path below the folder of cells) → how it is measured, JSON-ready."""
-
 SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part that is measured at once.
+
+    Args:
+        measure: gives its value, JSON-ready.
+        needs: the steps before it.
+    """
+
+    measure: Callable[[], Any]
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What several cells read and is made once: a zoo, a matrix of adapters, a trained generator.
+
+    Args:
+        make: makes it.
+        needs: the steps before it.
+    """
+
+    make: Callable[[], Any]
+    needs: tuple[str, ...] = ()
+
+
+Plan = Mapping[str, Cell | Step]
+"""The name of a cell (a path below the folder of cells), or the path of a step's result below the reproduction's folder → the part."""
 
 
 def open_folder(out: Path, settings: dict[str, Any]) -> None:
@@ -36,24 +62,6 @@ def open_folder(out: Path, settings: dict[str, Any]) -> None:
     if json.loads(dump_json(settings | known)) != json.loads(dump_json(known | settings)):
         raise TrainingError(f"{out} was begun with other settings (another recipe, or with or without --quick); choose another folder")
     write_text(path, dump_json(known | settings))
-
-
-def run_cells(folder: Path, plan: Plan, label: str, after_cell: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
-    """Return the values of all cells; those that are not in `folder` yet are measured, in order, and kept there.
-
-    Args:
-        after_cell: is told all values so far whenever one has been measured.
-    """
-    values = {}
-    for name, measure in tqdm(plan.items(), desc=label, unit="cell"):
-        path = folder / f"{name}.json"
-        measured = not path.exists()
-        if measured:
-            write_text(path, dump_json(measure()))
-        values[name] = read_json(path)
-        if measured:
-            after_cell(values)
-    return values
 
 
 def read_json(path: Path) -> Any:

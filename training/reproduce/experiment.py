@@ -16,11 +16,12 @@ from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.training.evaluate.baselines import multitask_adapter
 from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning, task_loss
+from cond_pdiff.training.reproduce.cells import Step
 from cond_pdiff.training.reproduce.config import Settings
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.metrics import measure, metric_names, predictions
 from cond_pdiff.training.tasks.tasks import Row, Task, load_tasks, sample_rows
-from cond_pdiff.training.zoo.collect import collected, one_of, optimise
+from cond_pdiff.training.zoo.collect import CollectWork, collected, one_of, optimise
 from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 ROUTING_PROMPTS = 5
@@ -89,17 +90,38 @@ class Experiment:
 
     def zoo(self, name: str, rank: int) -> Zoo:
         """Return one of the recipe's zoos, at one rank; collected if need be."""
-        return collected(self.settings.collect(name, rank), self.tasks_folder, self.out / "zoos" / f"{name}-{rank}")
+        return collected(self.settings.collect(name, rank), self.tasks_folder, self.out / zoo_path(name, rank))
+
+    @property
+    def zoos(self) -> list[tuple[str, int]]:
+        """The names and ranks of all zoos that there can be."""
+        ranks = dict.fromkeys((*self.config.ranks, self.config.figure_rank, self.settings.ablation.rank))
+        return [(name, rank) for name in self.config.zoos for rank in ranks]
+
+    def steps(self) -> dict[str, Step]:
+        """Return how zoos are completed and generators trained, by path below the reproduction's folder."""
+        return {path: step for name, rank in self.zoos for path, step in self._zoo_steps(name, rank).items()}
+
+    def _zoo_steps(self, name: str, rank: int) -> dict[str, Step]:
+        manifest = manifest_path(name, rank)
+        return {
+            manifest: Step(lambda: self.zoo(name, rank).write_manifest()),
+            generator_path(name, rank): Step(lambda: self.with_generator(name, rank), (manifest,)),
+        }
+
+    def collecting(self, name: str, rank: int) -> CollectWork:
+        """Return how one of the recipe's zoos is collected, run by run."""
+        return CollectWork(self.settings.collect(name, rank), self.tasks_folder, self.out / zoo_path(name, rank))
 
     def with_generator(self, name: str, rank: int) -> TrainedZoo:
         """Return a zoo with its generator, trained if need be; only the last one is kept in memory."""
         if self._trained_on is None or (self._trained_on.name, self._trained_on.rank) != (name, rank):
             self._trained_on = None
-            zoo, folder = self.zoo(name, rank), self.out / "generators" / f"{name}-{rank}"
-            if not (folder / "generator" / "model_index.json").exists():
+            zoo, generator = self.zoo(name, rank), self.out / generator_path(name, rank)
+            if not (generator / "model_index.json").exists():
                 stages = {name: self.settings.recipe.get(name, {}) for name in ("autoencoder", "unet")}
-                train(stages, zoo.folder, self.tasks_folder, folder)
-            self._trained_on = TrainedZoo(self, name, rank, zoo, CondPDiffPipeline.from_pretrained(folder / "generator"))
+                train(stages, zoo.folder, self.tasks_folder, generator.parent)
+            self._trained_on = TrainedZoo(self, name, rank, zoo, CondPDiffPipeline.from_pretrained(generator))
         return self._trained_on
 
 
@@ -156,6 +178,21 @@ class TrainedZoo:
         params = self.params([adapter])[0]
         noise = torch.randn(params.shape, generator=torch.Generator().manual_seed(seed))
         return self.pipe.codec.to_adapter(params + size * noise / noise.norm())
+
+
+def zoo_path(name: str, rank: int) -> str:
+    """Return where one of the recipe's zoos is, below the reproduction's folder."""
+    return f"zoos/{name}-{rank}"
+
+
+def manifest_path(name: str, rank: int) -> str:
+    """Return what is written when one of the recipe's zoos is complete, below the reproduction's folder."""
+    return f"{zoo_path(name, rank)}/manifest.json"
+
+
+def generator_path(name: str, rank: int) -> str:
+    """Return where the generator of one of the recipe's zoos is, below the reproduction's folder."""
+    return f"generators/{name}-{rank}/generator"
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -14,8 +14,8 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors, delta_gram
-from cond_pdiff.training.reproduce.cells import Plan
-from cond_pdiff.training.reproduce.experiment import Experiment, rounded, spread
+from cond_pdiff.training.reproduce.cells import Cell, Plan, Step
+from cond_pdiff.training.reproduce.experiment import Experiment, generator_path, rounded, spread
 from cond_pdiff.training.reproduce.table1 import noise_controls, percent
 from cond_pdiff.training.tasks.metrics import metric_names
 
@@ -40,12 +40,16 @@ PICTURES = {
 
 def plan(experiment: Experiment) -> Plan:
     """Plan cells on the two zoos of the figures' rank: several runs for performance, the checkpoints of one run for distributions."""
-    cells: dict[str, Any] = {}
-    for name in experiment.config.performance_tasks:
-        cells[f"figures/performance/{name}"] = partial(_performance, experiment, name)
-        cells[f"figures/noise/{name}"] = partial(_noise, experiment, name)
-    cells |= {f"figures/distribution/{name}": partial(_distribution, experiment, name) for name in experiment.config.distribution_tasks}
-    cells |= {f"figures/trajectories/{name}": partial(_trajectories, experiment, name) for name in experiment.config.distribution_tasks[:1]}
+    config, cells = experiment.config, dict[str, Cell | Step]()
+    performance = (generator_path(config.performance_zoo, config.figure_rank),)
+    distribution = (generator_path(config.distribution_zoo, config.figure_rank),)
+    for name in config.performance_tasks:
+        cells[f"figures/performance/{name}"] = Cell(partial(_performance, experiment, name), performance)
+        cells[f"figures/noise/{name}"] = Cell(partial(_noise, experiment, name), performance)
+    for name in config.distribution_tasks:
+        cells[f"figures/distribution/{name}"] = Cell(partial(_distribution, experiment, name), distribution)
+    for name in config.distribution_tasks[:1]:
+        cells[f"figures/trajectories/{name}"] = Cell(partial(_trajectories, experiment, name), distribution)
     return cells
 
 

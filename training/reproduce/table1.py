@@ -16,8 +16,8 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
 from cond_pdiff.training.evaluate.similarity import common_errors
-from cond_pdiff.training.reproduce.cells import Plan
-from cond_pdiff.training.reproduce.experiment import Experiment, TrainedZoo, spread
+from cond_pdiff.training.reproduce.cells import Cell, Plan, Step
+from cond_pdiff.training.reproduce.experiment import Experiment, TrainedZoo, generator_path, spread
 from cond_pdiff.training.tasks.metrics import NAMES, metric_names
 
 COLUMNS = {
@@ -40,9 +40,10 @@ NOVELTY = ("distance", "common_errors", "common_errors_between_originals")
 
 def plan(experiment: Experiment) -> Plan:
     """Plan a cell for each task's whole model, and one for each rank, zoo and task."""
-    cells: dict[str, Any] = {f"table1/{name}": partial(_whole_model, experiment, name) for name in experiment.tasks}
+    cells: dict[str, Cell | Step] = {f"table1/{name}": Cell(partial(_whole_model, experiment, name)) for name in experiment.tasks}
     for zoo, rank in itertools.product(experiment.config.table_zoos, experiment.config.ranks):
-        cells |= {f"table1/{zoo}-{rank}/{name}": partial(_adapters, experiment, zoo, rank, name) for name in experiment.tasks}
+        needs = (generator_path(zoo, rank),)
+        cells |= {f"table1/{zoo}-{rank}/{name}": Cell(partial(_adapters, experiment, zoo, rank, name), needs) for name in experiment.tasks}
     return cells
 
 

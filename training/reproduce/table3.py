@@ -15,7 +15,7 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.config import parse
 from cond_pdiff.training.reproduce.ablations import Ablation, AblationRunner
-from cond_pdiff.training.reproduce.cells import Plan
+from cond_pdiff.training.reproduce.cells import Cell, Plan, Step
 from cond_pdiff.training.reproduce.experiment import Experiment
 from cond_pdiff.training.tasks.metrics import metric_names
 
@@ -33,13 +33,14 @@ def ablations(experiment: Experiment) -> list[Ablation]:
 
 
 def plan(experiment: Experiment) -> Plan:
-    """Plan a cell for each ablation and seed; ablations that differ in nothing but their name share it."""
-    runner = AblationRunner(experiment)
-    return {
-        f"table3/{ablation.key()}-{seed}": partial(_measure, runner, ablation, seed)
-        for ablation in ablations(experiment)
-        for seed in range(experiment.settings.ablation.seeds)
-    }
+    """Plan a cell for each ablation and seed, and its steps; ablations that differ in nothing but their name share it."""
+    runner, plan = AblationRunner(experiment), dict[str, Cell | Step]()
+    for ablation in ablations(experiment):
+        for seed in range(experiment.settings.ablation.seeds):
+            steps = runner.steps(ablation, seed)
+            plan |= steps
+            plan[f"table3/{ablation.key()}-{seed}"] = Cell(partial(_measure, runner, ablation, seed), tuple(steps))
+    return plan
 
 
 def _measure(runner: AblationRunner, ablation: Ablation, seed: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch import nn
-from tqdm.auto import tqdm
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
@@ -28,6 +28,8 @@ from cond_pdiff.lora import KEY_PREFIX, LoraSpec, same_base, target_linears, upd
 from cond_pdiff.pipelines.provenance import machine_facts
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.finetuning.fine_tuning import FineTuning
+from cond_pdiff.training.jobs.run import Execution, run_jobs
+from cond_pdiff.training.jobs.work import Work
 from cond_pdiff.training.precision import mixed_precision
 from cond_pdiff.training.stages.loop import rate_factor
 from cond_pdiff.training.tasks.task import ZooTask
@@ -35,12 +37,16 @@ from cond_pdiff.training.zoo.zoo import MULTITASK, Job, Zoo, write_run
 
 
 def collect(
-    config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path, shard: tuple[int, int] = (0, 1), together: int = 1
+    config: CollectConfig,
+    tasks_folder: str | Path,
+    zoo_folder: str | Path,
+    shard: tuple[int, int] = (0, 1),
+    together: int = 1,
+    execution: Execution | None = None,
 ) -> Zoo:
     """Collect every missing adapter of the zoo.
 
-    A finished job is a folder that exists; an interrupted one left nothing. Jobs are ordered by run, so that a zoo cut
-    short covers all tasks.
+    Jobs are ordered by run, so that a zoo cut short covers all tasks. One that fails three times is set aside, the others are done.
 
     The same settings give the same bytes on one make of machine with one number of CPU threads (`OMP_NUM_THREADS`); with another one
     sums round differently, and training makes more of it. Each `run.json` says under `machine` where its run was trained, so two zoos
@@ -53,59 +59,110 @@ def collect(
         shard: (i, n) does every n-th job beginning with i, so n processes can share the work.
         together: adapters that are trained side by side, each on its own rows of one batch. They come out the same but for rounding,
             on a GPU in a fraction of the time.
+        execution: where; default: in this process.
 
     Raises:
-        TrainingError: settings that do not fit each other or the zoo, or a loss that is not finite.
+        TrainingError: settings that do not fit each other or the zoo, or jobs that failed: of a loss that is not finite.
         TaskDataError: a task is missing or malformed.
     """
     if together < 1 or (together > 1 and (config.modules_to_save or config.lora_dropout)):
         raise TrainingError(f"together must be at least 1, and 1 with modules_to_save or lora_dropout, got {together}")
-    family = family_named(config.family)
-    found: Sequence[ZooTask] = family.load_tasks(tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)
-    for task in found:
-        task.check()
-    fine_tuning: FineTuning = family.fine_tuning(config, found)
-    tasks = {task.name: task for task in found}
-    if not config.tasks:
-        kept_out = set(config.unseen)  # and what was made from it
-        names = (name for name, task in tasks.items() if not kept_out & {name, task.zoo_facts().get("source")})
-        config = dataclasses.replace(config, tasks=tuple(sorted(names)))
-    if both := sorted(set(config.unseen) & set(config.tasks)):
-        raise TrainingError(f"{both[0]!r} is named both as a task to train on and as unseen")
-    if missing := sorted(set(config.unseen) - set(tasks)):
-        raise TrainingError(f"{tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
-    zoo, lora_a = _open_zoo(config, tasks, Path(zoo_folder), fine_tuning)
-    order = {name: place for place, name in enumerate((*config.tasks, *config.unseen))}  # the recipe's; a zoo sorts its tasks
-    jobs, left = zoo.jobs, set(zoo.missing)
-    jobs.sort(key=lambda job: (-1 if config.from_multitask else config.runs, 0) if job[0] == MULTITASK else (job[1], order[job[0]]))
-    mine = jobs[shard[0] :: shard[1]]
-    fine_tuner = _FineTuner(fine_tuning, config, zoo, lora_a)
-    todo = [job for job in mine if job in left]
-    with tqdm(initial=len(mine) - len(todo), total=len(mine), desc="collect", unit="adapter") as bar:
-        for group in _side_by_side(todo, together):
-            if together == 1 or group[0][0] == MULTITASK:
-                name, _ = group[0]
-                fine_tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], group[0])
-            else:
-                fine_tuner.finetune_together([tasks[name] for name, _ in group], group[0][1])
-            bar.update(len(group))
-    zoo.write_manifest()
-    return zoo
+    work = CollectWork(config, Path(tasks_folder), Path(zoo_folder), together)
+    report = run_jobs(work, execution, shard)
+    work.zoo.write_manifest()
+    report.check()
+    return work.zoo
 
 
-def collected(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path) -> Zoo:
+@dataclasses.dataclass
+class CollectWork(Work):
+    """The adapters of a zoo, each a job; see `collect`."""
+
+    label = "collect"
+    unit = "adapter"
+
+    config: CollectConfig
+    tasks_folder: Path
+    folder: Path
+    at_once: int = 1
+
+    @cached_property
+    def _opened(self) -> tuple[CollectConfig, dict[str, ZooTask], _FineTuner]:
+        """The settings with the names of all tasks, the tasks, and what trains on them; the zoo is begun if need be."""
+        config, family = self.config, family_named(self.config.family)
+        found: Sequence[ZooTask] = family.load_tasks(self.tasks_folder, [*config.tasks, *config.unseen] if config.tasks else None)
+        for task in found:
+            task.check()
+        fine_tuning: FineTuning = family.fine_tuning(config, found)
+        tasks = {task.name: task for task in found}
+        if not config.tasks:
+            kept_out = set(config.unseen)  # and what was made from it
+            names = (name for name, task in tasks.items() if not kept_out & {name, task.zoo_facts().get("source")})
+            config = dataclasses.replace(config, tasks=tuple(sorted(names)))
+        if both := sorted(set(config.unseen) & set(config.tasks)):
+            raise TrainingError(f"{both[0]!r} is named both as a task to train on and as unseen")
+        if missing := sorted(set(config.unseen) - set(tasks)):
+            raise TrainingError(f"{self.tasks_folder} has no {missing[0]!r}, which the recipe keeps out of the zoo")
+        zoo, lora_a = _open_zoo(config, tasks, self.folder, fine_tuning)
+        return config, tasks, _FineTuner(fine_tuning, config, zoo, lora_a)
+
+    def close(self) -> None:
+        """Let go of the base model; it is loaded again when it is needed."""
+        self.__dict__.pop("_opened", None)
+
+    @property
+    def zoo(self) -> Zoo:
+        """The zoo that is collected."""
+        return self._opened[2].zoo
+
+    def jobs(self) -> list[str]:
+        """Return the folders of all runs; those of run 0 first, in the recipe's order of tasks."""
+        config, _, _ = self._opened
+        order = {name: place for place, name in enumerate((*config.tasks, *config.unseen))}  # the recipe's; a zoo sorts its tasks
+        first = -1 if config.from_multitask else config.runs
+        jobs = sorted(self.zoo.jobs, key=lambda job: (first, 0) if job[0] == MULTITASK else (job[1], order[job[0]]))
+        return [self._name(job) for job in jobs]
+
+    @cached_property
+    def _numbers(self) -> dict[str, Job]:
+        return {self._name(job): job for job in self.zoo.jobs}
+
+    def _name(self, job: Job) -> str:
+        return self.zoo.job_folder(job).relative_to(self.folder).as_posix()
+
+    def needs(self, job: str) -> list[str]:
+        """Return the multi-task baseline, where all runs start from it."""
+        return [MULTITASK] if self.config.from_multitask and job != MULTITASK else []
+
+    def joins(self, first: str, other: str) -> bool:
+        """Return whether two runs have one learning rate; the baseline stays alone."""
+        return MULTITASK not in (first, other) and self._numbers[first][1] == self._numbers[other][1]
+
+    def shared(self) -> list[str]:
+        """Return the zoo's settings and its `lora_A`."""
+        return ["lora_a.safetensors", "zoo.json"]
+
+    def run_job(self, job: str) -> None:
+        """Train one adapter."""
+        config, tasks, fine_tuner = self._opened
+        name, _ = self._numbers[job]
+        fine_tuner.finetune([tasks[task] for task in config.tasks] if name == MULTITASK else [tasks[name]], self._numbers[job])
+
+    def run_jobs(self, jobs: Sequence[str]) -> None:
+        """Train several adapters of one run number side by side; one alone as ever."""
+        _, tasks, fine_tuner = self._opened
+        numbers = [self._numbers[job] for job in jobs]
+        if self.at_once == 1 or MULTITASK in jobs:
+            super().run_jobs(jobs)
+        elif jobs:
+            fine_tuner.finetune_together([tasks[name] for name, _ in numbers], numbers[0][1])
+
+
+def collected(config: CollectConfig, tasks_folder: str | Path, zoo_folder: str | Path, execution: Execution | None = None) -> Zoo:
     """Return the zoo, which is collected, or collected to the end, if it is not complete; see `collect`."""
     if (Path(zoo_folder) / "zoo.json").exists() and not (zoo := Zoo(zoo_folder)).missing:
         return zoo
-    return collect(config, tasks_folder, zoo_folder)
-
-
-def _side_by_side(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
-    """Group neighbouring jobs of one run number, at most `most`, whose learning rate is one; the multi-task job stays alone."""
-    for _, alike in itertools.groupby(jobs, key=lambda job: (job[0] == MULTITASK, job[1])):
-        group = list(alike)
-        for start in range(0, len(group), most):
-            yield group[start : start + most]
+    return collect(config, tasks_folder, zoo_folder, execution=execution)
 
 
 def _open_zoo(

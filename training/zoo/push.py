@@ -9,6 +9,7 @@ from typing import Any
 from cond_pdiff.adapter_card import base_fields
 from cond_pdiff.hub import Push, push_folder
 from cond_pdiff.training.card import markdown_table, write_card
+from cond_pdiff.training.jobs.work import FAILURES, RECEIPTS
 from cond_pdiff.training.zoo.zoo import Zoo
 
 COLLECTED = "fine-tuned with `cond-pdiff collect`, several runs a task that differ in data, order and learning rate"
@@ -28,7 +29,9 @@ def push_zoo(zoo: Zoo, repo_id: str, **options: Any) -> Push:
     zoo.check_complete()
     zoo.write_manifest()
     write_zoo_card(zoo, repo_id)
-    return push_folder(zoo.folder, repo_id, **{"repo_type": "dataset", "commit_message": "Push a zoo of LoRA adapters", **options})
+    own = [f"{folder}/*" for folder in (RECEIPTS, FAILURES)]  # they name the machines that collected it
+    facts = {"repo_type": "dataset", "commit_message": "Push a zoo of LoRA adapters", "left_out": own}
+    return push_folder(zoo.folder, repo_id, **{**facts, **options})
 
 
 def write_zoo_card(zoo: Zoo, repo_id: str) -> Path:
