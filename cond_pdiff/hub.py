@@ -21,10 +21,8 @@ from cond_pdiff.gguf import GGUF_SUFFIX, converted
 from cond_pdiff.weights import weights_files, weights_sha256
 
 ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "chat_template.jinja")
-"""The only files ever requested from a repository, but for a GGUF file that is asked for by its name: no code, no pickles.
-
-A chat template, which a tokenizer's JSON may hold just as well, is filled in by transformers in Jinja's sandbox.
-"""
+"""The only files ever requested from a repository, but for a GGUF file that is asked for by its name: no code, no pickles. A chat
+template, which a tokenizer's JSON may hold just as well, is filled in by transformers in Jinja's sandbox."""
 
 ADAPTER_PATTERNS = ("*adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json")
 """The files that are requested of an adapter's repository; configurations in its sub-folders tell where adapters are, if not at its top."""
