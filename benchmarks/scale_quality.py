@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cond_pdiff.families.family import family_named
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import seeded
 from cond_pdiff.training.config import AutoencoderConfig, CollectConfig, UNetConfig, parse
-from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.evaluate.similarity import delta_gram
 from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.codec_stages import codec_stage
 from cond_pdiff.training.stages.condition_bank import ConditionBank
@@ -38,7 +39,7 @@ from cond_pdiff.training.stages.train import save_generator
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
 
-HELD_OUT_EVERY, PROMPTS, RESAMPLES = 3, 3, 10_000
+HELD_OUT_EVERY, PROMPTS, TASKS_AT_ONCE, RESAMPLES = 3, 2, 8, 10_000
 COLUMNS = ("base", "mean", "trained", "nearest", "gaussian", "generated")
 
 
@@ -154,16 +155,21 @@ class Quality:
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(index))
         return (between[index].mean(0) + spread * noise)[None]
 
-    def identified(self, index: int, pipe: CondPDiffPipeline) -> list[bool]:
-        """Return of adapters for several conditions of a task whether they are nearest, in ΔW, to an adapter of that task."""
-        made = [pipe(each, generator=seeded(100 + number, 1)).adapter for number, each in enumerate(self.tasks[index].conditions(PROMPTS))]
-        distances, start = [], 0
-        for chunk in self.part.chunks():
-            stop = start + len(chunk)
-            space = ZooSpace([self.part.template.to_adapter(row) for row in chunk], self.part.names[start:stop])
-            distances.append(space.distances(made))
-            start = stop
-        return [bool(hit) for hit in self.part.tasks[torch.cat(distances, 1).argmin(1)] == index]
+    def identified(self, pipe: CondPDiffPipeline, indices: Sequence[int]) -> list[bool]:
+        """Return of adapters for several conditions of each of these tasks whether the nearest first run, in ΔW, is that of their task."""
+        asked = [(index, number, each) for index in indices for number, each in enumerate(self.tasks[index].conditions(PROMPTS))]
+        made = [self.kept(pipe(each, generator=seeded(100 + number, 1)).adapter) for _, number, each in asked]
+        distances = []
+        for row in self.first:  # ‖ΔW − ΔW'‖² = ‖ΔW‖² − 2⟨ΔW, ΔW'⟩ + ‖ΔW'‖², of which the first is the same for all
+            trained = self.adapter(row)
+            norm = self.cached(f"norm-{row}", lambda trained=trained: float(delta_gram([trained], [trained])), shared=True)
+            distances.append(norm - 2 * delta_gram(made, [trained])[:, 0])
+        return [bool(nearest == index) for (index, _, _), nearest in zip(asked, torch.stack(distances, 1).argmin(1).tolist(), strict=True)]
+
+    @staticmethod
+    def kept(adapter: LoraAdapter) -> LoraAdapter:
+        """Return an adapter whose tensors are in memory, as they are read many times."""
+        return replace(adapter, tensors=dict(adapter.tensors))
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -217,8 +223,9 @@ if __name__ == "__main__":
     for index, task in enumerate(quality.tasks):
         rows[task.name] = quality.cached(f"row-{index}", lambda index=index: quality.row(index, pipe))
         print(task.name, rows[task.name], flush=True)
-    for index in range(len(quality.tasks)):
-        hits += quality.cached(f"identified-{index}", lambda index=index: quality.identified(index, pipe))
+    for start in range(0, len(quality.tasks), TASKS_AT_ONCE):
+        part = range(start, min(start + TASKS_AT_ONCE, len(quality.tasks)))
+        hits += quality.cached(f"identified-{start}", lambda part=part: quality.identified(pipe, part))
     facts = {
         "numbers": quality.data.template.layout.num_params,
         "tasks": len(rows),
