@@ -98,7 +98,10 @@ def ray(made: Any, **options: Any) -> Execution:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    """Of all files but those that a killed worker had begun aside."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    whole = {name: path for name, path in files.items() if not name.startswith(".") and "/." not in name}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in whole.items()}
 
 
 # --- what is lost ------------------------------------------------------------------------------------------------------------
@@ -215,7 +218,10 @@ def real(work: Path) -> dict[str, Any]:
         generate_batch(many, ray(made)).jobs.check()
     sums = [hashes(folder) for folder in (work / "real-one", work / "real-many")]
     same = [{name: value for name, value in each.items() if not name.startswith("receipts")} for each in sums]
-    return {"adapters": 96, "workers_killed": len(killed), "bytes_equal_to_one_process": same[0] == same[1], "files": len(same[0])}
+    different = sorted(name for name in same[0].keys() | same[1].keys() if same[0].get(name) != same[1].get(name))
+    aside = len([path for path in (work / "real-many").iterdir() if path.name.startswith(".")])
+    return {"adapters": 96, "workers_killed": len(killed), "bytes_equal_to_one_process": not different, "different": different,
+            "files": len(same[0]), "begun_aside_by_killed_workers": aside}  # fmt: skip
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------------------
