@@ -21,6 +21,7 @@ from cond_pdiff.training.stages.train import train
 WORKER = """
 import hashlib, json, os, sys
 from pathlib import Path
+import cond_pdiff.training.stages.autoencoder as first
 import cond_pdiff.training.stages.train as training
 from cond_pdiff.training.processes import processes
 
@@ -34,7 +35,7 @@ def fit_and_tell(stage, *rest):
     ends.append(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest())
     (Path(out) / f"process-{processes().process_index}.json").write_text(json.dumps(ends))
 
-training.fit = fit_and_tell
+first.fit = training.fit = fit_and_tell
 training.train(*arguments)
 """
 

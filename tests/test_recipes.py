@@ -181,7 +181,7 @@ def test_variants_that_are_none_are_refused(tmp_path: Path, variants: Any, messa
         ("autoencoder", {"model": {"num_params": 8}}, "num_params"),
         ("autoencoder", {"model": {"latent_dim": -8}}, "autoencoder, model: .*negative dimension"),
         ("unet", {"denoiser": {"heads": 8}}, "unet, denoiser: .*heads"),
-        ("unet", {"denoiser": {"type": "Nonsense"}}, r"unet, denoiser: type must be one of \['ParamUNet1D'.*, got 'Nonsense'"),
+        ("unet", {"denoiser": {"type": "Nonsense"}}, r"unet, denoiser: type must be one of \[.*'ParamUNet1D'.*\], got 'Nonsense'"),
         ("unet", {"denoiser": {"guidance_scale": 3.0}}, "unet, denoiser: guidance_scale follows from the rest of the recipe"),
         ("unet", {"condition_encoder": {"type": "Nonsense"}}, "type must be one of .*'SentenceConditionEncoder'.*, got 'Nonsense'"),
         ("unet", {"condition_encoder": {"type": "ClipConditionEncoder", "layers": 2}}, "layers"),
