@@ -386,6 +386,16 @@ def test_every_precision_trains_and_resumes_with_any_other_before_it(data: ZooPa
     assert bits(tmp_path / "whole") == bits(tmp_path / "resumed")
 
 
+def test_one_process_has_nothing_to_share(data: ZooParams, tmp_path: Path) -> None:
+    ends = []
+    for sharded in (False, True):
+        config = tiny_config(sharded=sharded, steps=3, batch_size=4)
+        stage = AutoencoderStage(data, config)
+        fit(stage, config.fit, tmp_path / f"{sharded}")
+        ends.append(stage.module.state_dict())
+    assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has it")
 def test_a_precision_that_cannot_be_had_is_refused(data: ZooParams, tmp_path: Path) -> None:
     config = tiny_config(precision="fp16")

@@ -189,6 +189,14 @@ class FitConfig:
     checkpoint_every: Count = Field(default=200, description="steps; a killed run goes on from the last checkpoint")
     log_every: Count = Field(default=20, description="steps a line of metrics.jsonl")
     seed: Seed = Field(default=0, description="of everything that is drawn")
+    sharded: bool = Field(
+        default=False,
+        description="true: weights, gradients, AdamW's moments and averages are divided among the processes (FSDP); one process has all",
+    )
+
+    def __post_init__(self) -> None:
+        if self.sharded and self.precision == "fp16":
+            raise ValueError("sharded training has the precision 'bf16' or 'no'; fp16's gradient scaler has not been tried with it")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -248,7 +256,7 @@ class UNetConfig:
 
     def record(self) -> dict[str, Any]:
         """Return what a run keeps of these settings, to be continued with the same ones."""
-        return as_recorded(asdict(self))
+        return as_recorded(recorded(self))
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -274,6 +282,10 @@ class TuneConfig:
     num_inference_steps: InferenceSteps = Field(
         default=DEFAULT_STEPS, description="denoising steps, all with gradients: as many as the adapters will be made with"
     )
+
+    def __post_init__(self) -> None:
+        if self.fit.sharded:
+            raise ValueError("this stage trains parts of a generator whose other parts work beside them; it is not sharded")
 
 
 Config = TypeVar("Config")
@@ -305,6 +317,14 @@ def _explained(config_class: Any, error: ValidationError, where: str) -> str:
     if first["type"] == "value_error":
         return f"{what}: {first['ctx']['error']}"
     return f"{what} must {first['msg'].partition(' should ')[2]}, got {first['input']!r:.80}"
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """Return what a run keeps of a section.
+
+    Words that came after the first runs are left out where they say nothing, so that older runs can be continued.
+    """
+    return asdict(config, dict_factory=lambda words: {name: value for name, value in words if value or name != "sharded"})
 
 
 def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:

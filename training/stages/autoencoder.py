@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.normalization import ParamNormalizer
-from cond_pdiff.training.config import AutoencoderConfig, build
+from cond_pdiff.training.config import AutoencoderConfig, build, recorded
 from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
 from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.stages.loop import fit
@@ -33,7 +32,7 @@ class AutoencoderStage:
         self.codec.fit_normalizer(data.chunks())
         # Batch norm sees all samples of a step, or is another network.
         self.at_once = self.module.at_once if self.module.config.norm != "batch" else None
-        self.identity: dict[str, Any] = {"config": asdict(config), "data": data.sha256}
+        self.identity: dict[str, Any] = {"config": recorded(config), "data": data.sha256}
 
     def train(self, folder: Path, tensorboard: bool = False) -> None:
         """Train the autoencoder, or go on where it stopped; see `fit`."""

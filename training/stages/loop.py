@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +24,11 @@ from tqdm.auto import tqdm
 
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.config import FitConfig
+from cond_pdiff.training.config import FitConfig, recorded
 from cond_pdiff.training.precision import attention_backend
 from cond_pdiff.training.processes import average_norms, processes, take_from_main
 from cond_pdiff.training.stages.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
+from cond_pdiff.training.stages.sharding import gather, part_of, shard, unshard
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -65,7 +65,7 @@ def fit(stage: Stage, config: FitConfig, folder: Path, tensorboard: bool = False
         tensorboard: also write tensorboard events below `folder`.
 
     Raises:
-        TrainingError: the loss is not finite (names step and batch), or the checkpoint is of another run.
+        TrainingError: the loss is not finite (names step and batch), the checkpoint is of another run, or the module cannot be sharded.
     """
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise TrainingError("tensorboard events need the package tensorboard: pip install 'cond-pdiff[train]'")
@@ -120,10 +120,16 @@ class _Run:
 
     def __init__(self, stage: Stage, config: FitConfig, folder: Path, accelerator: Accelerator) -> None:
         self.stage, self.config, self.folder, self.accelerator = stage, config, folder, accelerator
-        self.identity = json.loads(json.dumps({"fit": asdict(config), "processes": accelerator.num_processes, **stage.identity}))
-        optimizer = torch.optim.AdamW(stage.module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.module, self.optimizer = accelerator.prepare(stage.module.train(), optimizer)
-        self.ema = EMAModel(stage.module.parameters(), decay=config.ema_decay)
+        self.identity = json.loads(json.dumps({"fit": recorded(config), "processes": accelerator.num_processes, **stage.identity}))
+        self.sharded = config.sharded and accelerator.num_processes > 1
+        self.trained = shard(stage.module.train(), accelerator.device) if self.sharded else stage.module.train()
+        optimizer = torch.optim.AdamW(self.trained.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        if self.sharded:  # accelerate adds autocast, and leaves the processes to `fully_shard`
+            self.module = accelerator.prepare_model(self.trained, device_placement=False, evaluation_mode=True)
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.module, self.optimizer = accelerator.prepare(self.trained, optimizer)
+        self.ema = EMAModel(self.trained.parameters(), decay=config.ema_decay)
         self.ema.to(accelerator.device)
 
     def step(self, step: int) -> float:
@@ -135,7 +141,8 @@ class _Run:
         for done in range(0, config.batch_size, at_once):
             size = min(at_once, config.batch_size - done)
             last = done + size == config.batch_size
-            with nullcontext() if last else accelerator.no_sync(self.module):  # processes tell each other a step's whole gradients
+            # Processes tell each other a step's whole gradients; sharded ones, those of each part, of which none holds all.
+            with nullcontext() if last or self.sharded else accelerator.no_sync(self.module):
                 batch = stage.draw(size, rng)
                 with accelerator.autocast(), attention_backend(config.precision, accelerator.device.type):
                     loss = stage.loss(self.module, batch, rng)
@@ -151,25 +158,23 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if not self.optimizer.step_was_skipped:  # as the gradient scaler of fp16 does where gradients overflow
-            self.ema.step(self.stage.module.parameters())
-        average_norms(self.stage.module)
+            self.ema.step(self.trained.parameters())
+        average_norms(self.trained)
         return total
 
     def save(self, step: int) -> None:
+        optimizer_state = self.optimizer.state_dict()["state"]
+        groups = {
+            "model": self.trained.state_dict(),
+            "optimizer": {f"{index}.{name}": value for index, entry in optimizer_state.items() for name, value in entry.items()},
+            "ema": {str(index): value for index, value in enumerate(self.ema.shadow_params)},
+        }
+        whole = {group: gather(tensors) for group, tensors in groups.items()}
         if not self.accelerator.is_main_process:
             return
-        optimizer_state = self.optimizer.state_dict()["state"]
         scaler = self.accelerator.scaler
-        save_checkpoint(
-            self.folder,
-            step,
-            {
-                "model": self.stage.module.state_dict(),
-                "optimizer": {f"{index}.{name}": value for index, entry in optimizer_state.items() for name, value in entry.items()},
-                "ema": {str(index): value for index, value in enumerate(self.ema.shadow_params)},
-            },
-            {"identity": self.identity, "ema_steps": self.ema.optimization_step, "scaler": scaler.state_dict() if scaler else None},
-        )
+        state = {"identity": self.identity, "ema_steps": self.ema.optimization_step, "scaler": scaler.state_dict() if scaler else None}
+        save_checkpoint(self.folder, step, whole, state)
 
     def restore(self) -> int:
         """Load the newest checkpoint, if any, and return the number of finished steps."""
@@ -189,21 +194,24 @@ class _Run:
                 )
             try:
                 self._load(tensors, state)
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            except (LookupError, ValueError, TypeError, RuntimeError) as error:
                 why = " ".join(str(error).split())
                 raise TrainingError(f"the checkpoint in {self.folder} is damaged ({why}); delete it to start this stage again") from error
         self._cut_log(step)
         return step
 
     def _load(self, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
-        self.stage.module.load_state_dict(tensors["model"])
-        packed = self.optimizer.state_dict()
+        own = self.trained.state_dict()
+        self.trained.load_state_dict({name: part_of(value, own.get(name, value)) for name, value in tensors["model"].items()})
+        packed, parameters = self.optimizer.state_dict(), list(self.trained.parameters())
         entries: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors["optimizer"].items():
             index, name = key.split(".", 1)
-            entries.setdefault(int(index), {})[name] = value
+            entries.setdefault(int(index), {})[name] = part_of(value, parameters[int(index)])
         self.optimizer.load_state_dict({**packed, "state": entries})
-        averages = [tensors["ema"][str(index)].to(self.accelerator.device) for index in range(len(self.ema.shadow_params))]
+        averages = [
+            part_of(tensors["ema"][str(index)], like).to(self.accelerator.device) for index, like in enumerate(self.ema.shadow_params)
+        ]
         if [average.shape for average in averages] != [average.shape for average in self.ema.shadow_params]:
             raise ValueError("the averaged weights have other shapes")
         self.ema.shadow_params = averages
@@ -233,7 +241,9 @@ class _Run:
     def finish(self) -> None:
         # Mixed precision wraps the module's forward; what is kept must not depend on accelerate.
         self.accelerator.unwrap_model(self.module, keep_fp32_wrapper=False)
-        self.ema.copy_to(self.stage.module.parameters())
+        self.ema.copy_to(self.trained.parameters())
+        if self.sharded:
+            unshard(self.trained, self.stage.module)
         take_from_main(self.stage.module)
         self.stage.module.to("cpu").eval()
         if self.accelerator.is_main_process:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.module_code import MODULES_FILE, ModuleCode
 from cond_pdiff.normalization import ParamNormalizer
-from cond_pdiff.training.config import AutoencoderConfig, build
+from cond_pdiff.training.config import AutoencoderConfig, build, recorded
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.weights import weights_sha256
@@ -47,7 +46,7 @@ class ModuleStage:
         normalizer = ParamNormalizer("none", data.template.layout.sizes)
         normalizer.fitted.fill_(1)
         self.codec = AdapterCodec(data.template, normalizer, self.module)
-        self.identity: dict[str, Any] = {"config": asdict(config), "data": data.sha256}
+        self.identity: dict[str, Any] = {"config": recorded(config), "data": data.sha256}
 
     def write(self, folder: Path) -> None:
         """Write what belongs to the zoo into `folder`: the autoencoder's `MODULES_FILE`, and whatever else."""

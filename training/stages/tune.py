@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import denoise
-from cond_pdiff.training.config import TuneConfig, parse
+from cond_pdiff.training.config import TuneConfig, parse, recorded
 from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.stages.loop import fit
@@ -102,7 +102,7 @@ class TuneStage:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
         self.rows = [_texts_by_class(task) for task in tasks]
         self.identity: dict[str, Any] = {
-            "config": asdict(config),
+            "config": recorded(config),
             "generator": weights_sha256(pipe),
             "tasks": [task.name for task in tasks],
             "rows": self._sha256(),

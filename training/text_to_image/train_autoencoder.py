@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.config import build
+from cond_pdiff.training.config import build, recorded
 from cond_pdiff.training.text_to_image.config import ImageAutoencoderConfig
 from cond_pdiff.training.text_to_image.pictures import effects, patterns, render_pool, to_input
 
@@ -64,7 +63,7 @@ class ImageAutoencoderStage:
         self.autoencoder = build(AutoencoderKL, "image_autoencoder, model", **config.model)
         _initialise(self.autoencoder, config.initial_logvar)
         self.module: nn.Module = ReconstructedPictures(self.autoencoder)
-        self.identity: dict[str, Any] = {"config": asdict(config)}
+        self.identity: dict[str, Any] = {"config": recorded(config)}
 
     @cached_property
     def pictures(self) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cond_pdiff.training.config import recorded
 from cond_pdiff.training.text_to_image.config import SceneClassifierConfig
 from cond_pdiff.training.text_to_image.pictures import render_pool, to_input
 from cond_pdiff.training.text_to_image.scenes import ATTRIBUTES, COLOURS, OBJECTS, PLACES, TIMES, Scene
@@ -78,7 +78,7 @@ class SceneClassifierStage:
         torch.manual_seed(config.fit.seed)
         self.classifier = SceneClassifier(config.channels)
         self.module: nn.Module = self.classifier
-        self.identity: dict[str, Any] = {"config": asdict(config)}
+        self.identity: dict[str, Any] = {"config": recorded(config)}
 
     @cached_property
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from cond_pdiff.training.config import build
+from cond_pdiff.training.config import build, recorded
 from cond_pdiff.training.objectives import denoising_loss, draw_noise_levels, flow_pair
 from cond_pdiff.training.text_to_image.config import TransformerConfig
 from cond_pdiff.training.text_to_image.latents import SceneLatents
@@ -89,7 +88,7 @@ class TransformerStage:
         self.transformer = build(PixArtTransformer2DModel, "transformer, model", **config.model, **sizes)
         nn.init.zeros_(self.transformer.proj_out.weight)
         self.module: nn.Module = TextToVelocity(self.transformer, self.text_encoder)
-        self.identity: dict[str, Any] = {"config": asdict(config), "latents": data.sha256, "words": len(self.tokenizer)}
+        self.identity: dict[str, Any] = {"config": recorded(config), "latents": data.sha256, "words": len(self.tokenizer)}
 
     def draw(self, batch_size: int, rng: torch.Generator) -> CaptionedBatch:
         """Draw scenes, each with a wording of its own."""
