@@ -31,6 +31,7 @@ from cond_pdiff.layout import ParamLayout
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.training.config import AutoencoderConfig
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.codec_stages import codec_stage
 from cond_pdiff.training.zoo.params import ZooParams
 
@@ -168,13 +169,11 @@ def generate_row(folder: Path) -> dict[str, Any]:
 
 
 def papers_network(numbers: int) -> dict[str, Any]:
-    """Compute what a `ParamAutoencoder` with default settings has, and needs for a training step of one adapter, without making it."""
+    """Compute what the bundled text generator's kind of `ParamAutoencoder` has, and needs to be trained, without making it."""
     with torch.device("meta"):
-        network = ParamAutoencoder(numbers)
+        network = ParamAutoencoder(numbers, **read_recipe("minilm-text-tasks")["autoencoder"]["model"])
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    widths = [numbers * channels // 4 ** (stage + 1) for stage, channels in enumerate(network.config.encoder_channels)]
-    maps = 3 * 2 * (sum(widths) + sum(widths[::-1]) + numbers * network.config.decoder_channels[-1])
-    return {"parameters": parameters, "training_gigabytes": (4 * 5 * parameters + 4 * maps) / 2**30}  # weights, gradient, AdamW, EMA; maps
+    return {"parameters": parameters, "training_gigabytes": 4 * 5 * parameters / 2**30}  # weights, gradient, AdamW's two, average
 
 
 def plot(rows: dict[str, Any], path: Path) -> None:
@@ -203,7 +202,7 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 def markdown(facts: dict[str, Any]) -> list[str]:
     """Return the rows of the table in docs/large_adapters.md."""
     lines = []
-    for numbers, row in facts["sizes"].items():
+    for numbers, row in sorted(facts["sizes"].items(), key=lambda entry: int(entry[0])):
         network = row["papers_network"]
         cells = [
             f"{int(numbers):,}", row["what"], row["modules"], f"{row['fit_seconds']:.1f} s, {row['fit_gigabytes']:.1f} GB",
