@@ -10,7 +10,7 @@ import torch
 
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import seeded
-from cond_pdiff.training.evaluate.similarity import ZooSpace
+from cond_pdiff.training.evaluate.similarity import ZooSpace, delta_gram
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -86,7 +86,7 @@ def check_generator(generator: Path, zoo_folder: str | Path, tasks_folder: str |
     for chunk in data.chunks():  # the zoo is never in memory as a whole
         stop = start + len(chunk)
         space = ZooSpace([data.template.to_adapter(row) for row in chunk], data.names[start:stop])
-        distances.append(space.distances(made))
+        distances.append(space.norms.square() - 2 * delta_gram(made, space.adapters))  # ‖ΔW‖² of what was made is the same for all
         start = stop
     nearest = data.tasks[torch.cat(distances, dim=1).argmin(1)]
     step = -(-len(data) * data.template.layout.num_params // CHECKED_NUMBERS)
