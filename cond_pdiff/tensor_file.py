@@ -62,7 +62,7 @@ def write_tensors(
 
 
 class TensorFile:
-    """A safetensors file of which only what is asked for is read: `file[key]` is an array on disk, and a part of it is a copy in memory.
+    """A safetensors file of which only what is asked for is read: `array` maps a tensor, `read` copies a part of it.
 
     The file is mapped for each read alone: pages that were read once would otherwise count as this process's memory.
 

@@ -11,7 +11,7 @@ from torch import nn
 from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.models.param_autoencoder import ParamAutoencoder
 from cond_pdiff.normalization import ParamNormalizer
-from cond_pdiff.training.config import AutoencoderConfig, build, recorded
+from cond_pdiff.training.config import AutoencoderConfig, build_typed, recorded
 from cond_pdiff.training.objectives import add_latent_noise, reconstruction_loss
 from cond_pdiff.training.precision import on_training_device
 from cond_pdiff.training.stages.loop import fit
@@ -26,8 +26,9 @@ class AutoencoderStage:
     def __init__(self, data: ZooParams, config: AutoencoderConfig) -> None:
         self.data, self.config = data, config
         torch.manual_seed(config.fit.seed)
-        arguments = {name: value for name, value in config.model.items() if name != "type"}
-        self.module = build(ParamAutoencoder, "autoencoder, model", data.template.layout.num_params, **arguments)
+        name = ParamAutoencoder.__name__
+        settings = {"type": name, **config.model}
+        self.module = build_typed({name: ParamAutoencoder}, "autoencoder, model", settings, data.template.layout.num_params)
         self.codec = AdapterCodec(data.template, ParamNormalizer(config.normalizer, data.template.layout.sizes), self.module)
         self.codec.fit_normalizer(data.chunks())
         # Batch norm sees all samples of a step, or is another network.

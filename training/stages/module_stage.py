@@ -13,7 +13,7 @@ from cond_pdiff.codec import AdapterCodec
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.models.module_code import MODULES_FILE, ModuleCode
 from cond_pdiff.normalization import ParamNormalizer
-from cond_pdiff.training.config import AutoencoderConfig, build, recorded
+from cond_pdiff.training.config import AutoencoderConfig, build_typed, recorded
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.zoo.params import ZooParams
 from cond_pdiff.weights import weights_sha256
@@ -41,8 +41,8 @@ class ModuleStage:
         self.data, self.config = data, config
         torch.manual_seed(config.fit.seed)
         spans = [(span.start, span.stop) for span in data.template.layout.module_spans()]
-        arguments = {name: value for name, value in config.model.items() if name != "type"}
-        self.module: Any = build(code, "autoencoder, model", spans, **arguments)
+        settings = {"type": code.__name__, **config.model}
+        self.module: Any = build_typed({code.__name__: code}, "autoencoder, model", settings, spans)
         normalizer = ParamNormalizer("none", data.template.layout.sizes)
         normalizer.fitted.fill_(1)
         self.codec = AdapterCodec(data.template, normalizer, self.module)
