@@ -246,7 +246,7 @@ def installed_name(path: Path) -> str:
 
 
 SHIPPED = [*python_files("cond_pdiff", *MAPPED_FOLDERS), *ROOT.glob("app.py")]
-OTHERS = [*python_files("tests", "benchmarks"), *(path for path in ROOT.glob("*.py") if path.name != "app.py")]
+OTHERS = [*python_files("tests", "benchmarks", "examples"), *(path for path in ROOT.glob("*.py") if path.name != "app.py")]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=installed_name)
