@@ -13,6 +13,7 @@ from tiny_language_models import LINEARS, TEMPLATE, save_gpt2, save_llama, token
 from transformers import Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralForCausalLM, PreTrainedModel
 
 from cond_pdiff import LoraAdapter
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import ConditionError, HubError, TaskDataError
@@ -108,6 +109,24 @@ def test_a_label_that_begins_another_ends(bases: dict[str, Path]) -> None:
     prompt = backbone.prompt_tokens("?")
     found = backbone.choices([prompt], [short, long])[0]
     assert found.tolist() == pytest.approx([one_by_one(backbone, prompt, answer) for answer in (short, long)], abs=1e-4)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS * 20])
+def test_adapters_side_by_side_answer_as_one_by_one(prompts: list[str], zoos: dict[str, Zoo]) -> None:
+    zoo = zoos["llama"]
+    adapters = [zoo.runs(name)[0].adapter() for name in ("opposites", "sides", "copies")]
+    backbone, stacked = CausalBackbone.load(zoo.base), {}
+    for key in adapters[0].tensors:
+        stacked[key] = torch.stack([adapter.tensors[key] for adapter in adapters])
+    asked, names = [*map(backbone.prompt_tokens, prompts)], [*map(backbone.answer_tokens, ("not", "not sure", "a"))]
+    with attached_to_groups(backbone.model, adapters[0].spec, stacked):
+        choices, answers = backbone.choices(asked, names, 3), backbone.answers(asked, 6, 3)
+    for group, adapter in enumerate(adapters):
+        own = slice(group * len(asked), (group + 1) * len(asked))
+        with adapter.attached(backbone):
+            torch.testing.assert_close(choices[own], backbone.choices(asked, names), atol=1e-3, rtol=1e-4)
+            assert answers[own] == backbone.answers(asked, 6)
+    assert not torch.allclose(choices[: len(asked)], choices[len(asked) : 2 * len(asked)], atol=1e-2)
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------------

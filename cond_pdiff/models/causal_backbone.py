@@ -202,24 +202,31 @@ class CausalBackbone:
         return logits, torch.tensor([[IGNORED] * (width - len(answer)) + answer for answer in answers], device=logits.device)
 
     @torch.no_grad()
-    def choices(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> torch.Tensor:
-        """Return the log-likelihood of every answer after every prompt, float32, on the CPU, shape `(len(prompts), len(answers))`."""
-        rows = torch.zeros(len(prompts), len(answers))
+    def choices(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> torch.Tensor:
+        """Return the log-likelihood of every answer after every prompt, float32, on the CPU.
+
+        Args:
+            groups: adapters that are `attached_to_groups`: all prompts are asked under each.
+
+        Returns:
+            Shape `(groups * len(prompts), len(answers))`, group after group.
+        """
+        rows = torch.zeros(groups, len(prompts), len(answers))
         width = max(map(len, answers)) - 1
         targets = torch.tensor([[*answer[1:], *[IGNORED] * (width - len(answer) + 1)] for answer in answers])
         ids = torch.tensor([[*answer[:-1], *[self.end] * (width - len(answer) + 1)] for answer in answers])
-        for places in _by_length(prompts, max(1, ROWS_AT_ONCE // len(answers))):
-            batch = [prompts[place] for place in places]
+        for places in _by_length(prompts, max(1, ROWS_AT_ONCE // (groups * len(answers)))):
+            batch = [prompts[place] for place in places] * groups
             with lock_of(self.model):
-                logits, read = self._read(batch, batch, 1)
+                logits, read = self._read(batch, batch, 1, groups)
                 first = logits[:, -1].float().log_softmax(-1).cpu()[:, ids[:, 0]]
                 read.repeat(len(answers))
                 tiled = ids.repeat(len(batch), 1).to(logits.device)
                 logits = self._extend(read, tiled, (targets != IGNORED).long().repeat(len(batch), 1).to(tiled), width).float().cpu()
             wanted = targets.repeat(len(batch), 1)
             losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-            rows[places] = first - losses.view(wanted.shape).sum(1).view(first.shape)
-        return rows
+            rows[:, places] = (first - losses.view(wanted.shape).sum(1).view(first.shape)).view(groups, len(places), -1)
+        return rows.flatten(0, 1)
 
     def _read(self, starts: Sequence[Tokens], whole: Sequence[Tokens], keep: int, groups: int = 1) -> tuple[torch.Tensor, _Read]:
         """Read rows from left to right: what all `starts` have in common once a group, then the rest of each row, padded on the left.
@@ -256,17 +263,21 @@ class CausalBackbone:
     # --- writing ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Tokens], limit: int) -> list[str | None]:
+    def answers(self, prompts: Sequence[Tokens], limit: int, groups: int = 1) -> list[str | None]:
         """Write the answers to prompts, the likeliest token each time; None: it had not ended after `limit` tokens.
+
+        Args:
+            groups: adapters that are `attached_to_groups`: all prompts are answered under each, group after group.
 
         Raises:
             ConditionError: a prompt and `limit` tokens are longer than what the model is made for.
         """
-        found: list[str | None] = [None] * len(prompts)
-        for places in _by_length(prompts, ROWS_AT_ONCE):
+        found: list[str | None] = [None] * (groups * len(prompts))
+        for own in _by_length(prompts, max(1, ROWS_AT_ONCE // groups)):
+            places = [group * len(prompts) + place for group in range(groups) for place in own]
             written: list[Tokens] = [[] for _ in places]
             open_rows = set(range(len(places)))
-            for tokens in self._written([prompts[place] for place in places], limit):
+            for tokens in self._written([prompts[place] for place in own] * groups, limit, groups):
                 for row in sorted(open_rows):
                     if tokens[row] in self._ends:
                         open_rows.remove(row)
@@ -292,12 +303,12 @@ class CausalBackbone:
             yield rest
 
     @torch.no_grad()
-    def _written(self, prompts: Sequence[Tokens], limit: int) -> Iterator[list[int]]:
+    def _written(self, prompts: Sequence[Tokens], limit: int, groups: int = 1) -> Iterator[list[int]]:
         longest = max(map(len, prompts))
         if longest + limit > self.max_tokens:
             raise ConditionError(f"a prompt of {longest} tokens and {limit} of its answer are more than the {self.max_tokens} of the model")
         with lock_of(self.model):
-            logits, read = self._read(prompts, prompts, 1)
+            logits, read = self._read(prompts, prompts, 1, groups)
             for count in range(1, limit + 1):
                 tokens = logits[:, -1].argmax(-1)
                 yield tokens.tolist()
