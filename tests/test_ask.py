@@ -17,15 +17,17 @@ from cond_pdiff.errors import ConditionError, TrainingError
 from cond_pdiff.few_shot import FewShotRequest, choose_by_answers
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
-from cond_pdiff.training.config import TuneConfig, parse
+from cond_pdiff.training.config import CollectConfig, TuneConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.check import check_generator
 from cond_pdiff.training.stages.language_tune import LanguageTuneStage
 from cond_pdiff.training.stages.loop import step_generator
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.stages.tune import tune
 from cond_pdiff.training.tasks.language import load_language_tasks
+from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.push import write_zoo_card
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -227,3 +229,21 @@ def test_tune_needs_rows_for_an_episode(by_modules: Path, collections: Path) -> 
     pipe = CondPDiffPipeline.from_pretrained(by_modules)
     with pytest.raises(TrainingError, match=r"opposites: tune draws 13 training rows an episode \(examples\), and there are 12"):
         LanguageTuneStage(pipe, load_language_tasks(collections, ["opposites"]), parse(TuneConfig, {**TUNE, "examples": 13}, "tune"))
+
+
+@pytest.mark.parametrize("name", ["smollm2-tasks", "smollm2-tasks+longer"])
+def test_the_recipe_for_language_models_runs(
+    name: str, bases: dict[str, Path], collections: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    recipe = read_recipe(name)
+    short = {"tasks": ["opposites", "sides"], "unseen": ["copies"], "steps": 2, "multitask_steps": 1, "metric_rows": 2, "precision": "no"}
+    config = parse(CollectConfig, {**recipe["collect"], **short, "base": Backbone(str(bases["llama"])).to_json()}, "collect")
+    zoo = collect(config, collections, tmp_path / "zoo")
+    encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    recipe["unet"] |= {"condition_encoder": encoder, "conditions_per_task": 2}
+    recipe["unet"]["fit"]["steps"] = recipe["tune"]["fit"]["steps"] = 2
+    recipe["tune"] |= {"examples": 6, "fit": {**recipe["tune"]["fit"], "precision": "no"}}
+    made = train(recipe, zoo.folder, collections, tmp_path / "run")
+    tuned = quiet(CondPDiffPipeline.from_pretrained(tune(recipe, made, collections, tmp_path / "tune")))
+    assert tuned.template.layout.num_params == 2 * 2 * (16 + 32 + 32)  # lora_B alone: two layers' v, o and down projections
+    assert len(tuned("Do opposites.", num_inference_steps=2).adapter.modules) == 6

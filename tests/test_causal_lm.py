@@ -12,7 +12,7 @@ import torch
 from tiny_language_models import LINEARS, TEMPLATE, save_gpt2, save_llama, tokenizer
 from transformers import Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralForCausalLM, PreTrainedModel
 
-from cond_pdiff import LoraAdapter
+from cond_pdiff import LoraAdapter, TaskPrompt
 from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.convert import save_merged
@@ -159,8 +159,18 @@ def test_long_texts_are_cut_and_instructions_are_not(backbone: CausalBackbone) -
         assert "short" in told or isinstance(text, str)
     with pytest.raises(ConditionError, match="without its text it is too long already"):
         backbone.fitted(task, "word", 20)
-    with pytest.raises(ConditionError, match="more than the 512 of the model"):
-        backbone.answers([backbone.prompt_tokens("word " * 100)], 100)
+    long, answer = backbone.prompt_tokens("word " * 100), backbone.answer_tokens("b" * 99)
+    for ask in (
+        lambda: backbone.answers([long], 100),
+        lambda: backbone.choices([backbone.prompt_tokens("?"), long], [backbone.answer_tokens("a"), answer]),
+        lambda: backbone.judge([long], [answer]),
+        lambda: backbone.log_likelihoods([long], [answer]),
+    ):
+        with pytest.raises(ConditionError, match="and 100 of its answer are more than the 512 of the model"):
+            ask()
+    for given in ("", " "):
+        with pytest.raises(ConditionError, match="empty"):
+            TaskPrompt("Do.", [("a", given)], free=True)
     with pytest.raises(ConditionError, match="an answer is empty"):
         backbone.answer_tokens("")
 

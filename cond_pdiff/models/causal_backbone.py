@@ -196,6 +196,7 @@ class CausalBackbone:
     def _predictions(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits, shape `(rows, places, vocabulary)`, and the answers' tokens that they should predict, shape `(rows, places)`."""
         whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        self._check_length(*max(((len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)), key=sum))
         width = max(map(len, answers))
         with lock_of(self.model):
             logits = self._read(prompts, whole, width, groups)[0]
@@ -211,6 +212,7 @@ class CausalBackbone:
         Returns:
             Shape `(groups * len(prompts), len(answers))`, group after group.
         """
+        self._check_length(max(map(len, prompts)), max(map(len, answers)))
         rows = torch.zeros(groups, len(prompts), len(answers))
         width = max(map(len, answers)) - 1
         targets = torch.tensor([[*answer[1:], *[IGNORED] * (width - len(answer) + 1)] for answer in answers])
@@ -304,9 +306,7 @@ class CausalBackbone:
 
     @torch.no_grad()
     def _written(self, prompts: Sequence[Tokens], limit: int, groups: int = 1) -> Iterator[list[int]]:
-        longest = max(map(len, prompts))
-        if longest + limit > self.max_tokens:
-            raise ConditionError(f"a prompt of {longest} tokens and {limit} of its answer are more than the {self.max_tokens} of the model")
+        self._check_length(max(map(len, prompts)), limit)
         with lock_of(self.model):
             logits, read = self._read(prompts, prompts, 1, groups)
             for count in range(1, limit + 1):
@@ -314,6 +314,11 @@ class CausalBackbone:
                 yield tokens.tolist()
                 if count < limit:
                     logits = self._extend(read, tokens[:, None], torch.ones_like(tokens)[:, None], 1)
+
+    def _check_length(self, prompt: int, answer: int) -> None:
+        """Raise `ConditionError` if so many tokens of a prompt and of its answer are more than the model is made for."""
+        if prompt + answer > self.max_tokens:
+            raise ConditionError(f"a prompt of {prompt} tokens and {answer} of its answer are more than the {self.max_tokens} of the model")
 
     def _text(self, tokens: Tokens) -> str:
         with lock_of(self.tokenizer):

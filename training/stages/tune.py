@@ -119,7 +119,7 @@ class TuneStage(ABC):
         """Return the mean loss of episodes under adapters that are generated from their prompts."""
         template = self.pipe.codec.template
         tensors = torch.vmap(template.to_tensors)(module([episode.prompt for episode in batch], rng))
-        with attached_to_groups(self.pipe.family.adapted_module(self.pipe.base_model()), template.spec, tensors):
+        with attached_to_groups(self.pipe.base_model().model, template.spec, tensors):
             return self.episodes_loss(batch)
 
     def describe(self, batch: list[Any]) -> str:
