@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cond_pdiff.errors import CondPDiffError
     from cond_pdiff.hub import bundled
     from cond_pdiff.layout import ParamLayout
+    from cond_pdiff.mixed_batch import AdapterPool, Request, attached_to_rows
     from cond_pdiff.models.adapter_template import AdapterTemplate
     from cond_pdiff.models.condition_index import ConditionIndex
     from cond_pdiff.models.module_basis import ModuleBasis
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 # ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
 _WHERE = {
     "AdapterCodec": "cond_pdiff.codec",
+    "AdapterPool": "cond_pdiff.mixed_batch",
     "AdapterTemplate": "cond_pdiff.models.adapter_template",
     "BackboneStyleConditionEncoder": "cond_pdiff.models.style_encoders",
     "ClipConditionEncoder": "cond_pdiff.models.prompt_encoders",
@@ -54,6 +56,7 @@ _WHERE = {
     "ParamNormalizer": "cond_pdiff.normalization",
     "ParamUNet1D": "cond_pdiff.models.param_unet_1d",
     "PrototypeClassifier": "cond_pdiff.classifier",
+    "Request": "cond_pdiff.mixed_batch",
     "SegmentAutoencoder": "cond_pdiff.models.segment_autoencoder",
     "SentenceConditionEncoder": "cond_pdiff.models.prompt_encoders",
     "StyleCnnConditionEncoder": "cond_pdiff.models.style_encoders",
@@ -62,11 +65,13 @@ _WHERE = {
     "TokenDenoiser": "cond_pdiff.models.token_denoiser",
     "Vector": "cond_pdiff.conditions.vector",
     "VectorConditionEncoder": "cond_pdiff.models.vector_encoder",
+    "attached_to_rows": "cond_pdiff.mixed_batch",
     "bundled": "cond_pdiff.hub",
 }
 
 __all__ = [
     "AdapterCodec",
+    "AdapterPool",
     "AdapterTemplate",
     "BackboneStyleConditionEncoder",
     "ClipConditionEncoder",
@@ -83,6 +88,7 @@ __all__ = [
     "ParamNormalizer",
     "ParamUNet1D",
     "PrototypeClassifier",
+    "Request",
     "SegmentAutoencoder",
     "SentenceConditionEncoder",
     "StyleCnnConditionEncoder",
@@ -91,6 +97,7 @@ __all__ = [
     "TokenDenoiser",
     "Vector",
     "VectorConditionEncoder",
+    "attached_to_rows",
     "bundled",
 ]
 

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -116,6 +117,57 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
             attachment.detach()
 
 
+Part = tuple[LoraSpec, Mapping[str, torch.Tensor]]
+"""The specification and the tensors of an adapter."""
+
+
+def attach_to_rows(model: nn.Module, rows: Sequence[Part | None]) -> Attachment:
+    """Attach to each row of every batch an adapter of its own: row i goes through that of `rows[i]`, or through the base model (None).
+
+    Adapters of one rank and the same modules that have equally many rows make one batched product a layer, so that n rows need at most
+    about √(2n) products for each rank; every adapter in `rows` is copied once, and nothing else is.
+
+    Args:
+        model: the base model, which `check_shapes` has seen for each adapter.
+        rows: the adapters of the rows; the same one is the same pair of objects. A batch may also have several neighbouring copies of each
+            row, as generation with beams does; any other number of rows is refused when the model runs.
+
+    Raises:
+        AdapterError: an adapter brings a head or is of convolutions, or the model is in a state in which adapters do not act.
+    """
+    own: dict[int, tuple[Part, list[int]]] = {}
+    for place, part in enumerate(rows):
+        if part is not None:
+            own.setdefault(id(part[1]), (part, []))[1].append(place)
+    alike: dict[tuple[Any, ...], list[tuple[Part, list[int]]]] = {}
+    for (spec, tensors), places in own.values():
+        if spec.modules_to_save or any(tensor.ndim != 2 for tensor in tensors.values()):
+            raise AdapterError(
+                f"an adapter for {spec.base_model!r} brings a head, or updates convolutions; rows of one batch can have adapters of linear "
+                "layers only: attach this one alone"
+            )
+        alike.setdefault((len(places), spec.rank, *adapted_names(tensors)), []).append(((spec, tensors), places))
+    with lock_of(model):
+        for spec in {spec.target_modules: spec for (spec, _), _ in own.values()}.values():
+            check_state(model, spec)
+        hooks = [hook for groups in alike.values() for hook in _row_hooks(model, groups, len(rows))]
+        watch = FirstRun(model, {name: layer for name, layer, _ in hooks}) if hooks else None
+        handles = _registered((layer, hook) for _, layer, hook in hooks)
+        return Attachment([*handles, *(watch.handles if watch else ())], lock_of(model))
+
+
+def _row_hooks(model: nn.Module, groups: Sequence[tuple[Part, list[int]]], total: int) -> Iterator[tuple[str, nn.Module, RowsUpdateHook]]:
+    """Yield the hooks for adapters of one rank and the same modules, each with the places of its rows, which are equally many."""
+    rows = torch.tensor([places for _, places in groups]).flatten()
+    scalings = torch.tensor([spec.scaling for (spec, _), _ in groups])[:, None, None]
+    for name in adapted_names(groups[0][0][1]):
+        layer = model.get_submodule(name)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        factors = [[factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name)] for (_, tensors), _ in groups]
+        lora_a, lora_b = map(torch.stack, zip(*factors, strict=True))
+        yield name, layer, RowsUpdateHook(GroupedUpdateHook(lora_a, lora_b.mul_(scalings.to(lora_b)), 1.0), rows, total)
+
+
 def _registered(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> list[RemovableHandle | Mark]:
     handles: list[RemovableHandle | Mark] = []
     for layer, hook in hooks:
@@ -197,8 +249,42 @@ class GroupedUpdateHook:
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Return the layer's output with every group's update added."""
-        rows = args[0].reshape(len(self.lora_b), -1, args[0].shape[-1])
-        return output + (self.scale * (rows @ self.lora_a.mT) @ self.lora_b.mT).reshape(output.shape)
+        rows, lora_a, lora_b = (tensor.to(output) for tensor in (args[0], self.lora_a, self.lora_b))
+        rows = rows.reshape(len(lora_b), -1, rows.shape[-1])
+        return output + (self.scale * (rows @ lora_a.mT) @ lora_b.mT).reshape(output.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsUpdateHook:
+    """A forward hook that adds to some rows of a batch what a grouped hook makes of them.
+
+    Args:
+        grouped: the hook for these rows, group by group.
+        rows: their places in the batch, shape `(rows of all groups,)`.
+        total: the number of rows of the batch; it may have several neighbouring copies of each.
+    """
+
+    grouped: GroupedUpdateHook
+    rows: torch.Tensor
+    total: int
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output with the updates added to the rows; `AdapterError` if the batch has other rows than it should."""
+        given = args[0]
+        copies, rest = divmod(len(given), self.total)
+        if rest or not copies or (given.ndim == 2 and copies > 1):  # tokens of all rows in one, as experts of a mixture get them
+            raise AdapterError(
+                f"a layer was given an input of shape {tuple(given.shape)}, but adapters are attached to {self.total} rows; run the model "
+                "on a batch of so many rows (or of equally many neighbouring copies of each), with layers that keep rows apart"
+            )
+        if self._is_whole:
+            return self.grouped(module, args, output)
+        places = (self.rows[:, None] * copies + torch.arange(copies)).flatten().to(output.device)
+        return output.index_copy(0, places, self.grouped(module, (given[places],), output[places]))
+
+    @cached_property
+    def _is_whole(self) -> bool:
+        return self.rows.tolist() == list(range(self.total))
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,8 +64,12 @@ def prototype_logits(names: torch.Tensor, examples: torch.Tensor, targets: torch
     Returns:
         shape `(num_texts, num_labels)`.
     """
-    sums, counts = _summed(examples, targets, len(names)), targets.bincount(minlength=len(names))
-    return LOGIT_SCALE * asked @ _prototypes(names, sums, counts).T
+    return LOGIT_SCALE * asked @ class_prototypes(names, examples, targets).T
+
+
+def class_prototypes(names: torch.Tensor, examples: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the unit-length prototypes of names and examples (see `held_out_logits`), shape of `names`."""
+    return _prototypes(names, _summed(examples, targets, len(names)), targets.bincount(minlength=len(names)))
 
 
 def _summed(examples: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:

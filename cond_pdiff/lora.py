@@ -213,8 +213,8 @@ def head_modules(model: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
 
 
 def adapted_module(model: Any) -> nn.Module:
-    """Return `model` itself, or the denoiser (`transformer` or `unet`) of a diffusers pipeline, which is where LoRAs go."""
-    for candidate in (model, getattr(model, "transformer", None), getattr(model, "unet", None)):
+    """Return `model` itself, the model of a backbone, or the denoiser (`transformer` or `unet`) of a diffusers pipeline: where LoRAs go."""
+    for candidate in (model, *(getattr(model, name, None) for name in ("model", "transformer", "unet"))):
         if isinstance(candidate, nn.Module):
             return candidate
     raise AdapterError(f"expected a model or a diffusers pipeline with a transformer or unet, got {type(model).__name__}")

@@ -13,7 +13,8 @@ from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.families.family import Family, register_family
 from cond_pdiff.few_shot import Choice, FewShotRequest, choose_by_answers
 from cond_pdiff.hub import Backbone
-from cond_pdiff.lora import LANGUAGE_TASK, LoraSpec, adapted_module
+from cond_pdiff.lora import LANGUAGE_TASK, LoraSpec
+from cond_pdiff.mixed_batch import WriterPool
 from cond_pdiff.models.causal_backbone import CausalBackbone
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ class CausalLM(Family):
         """Load the transformers model alone."""
         return CausalBackbone.load(base).model
 
-    def adapted_module(self, model: Any) -> nn.Module:
-        """Return the transformers model, also of a `CausalBackbone`."""
-        return adapted_module(model.model if isinstance(model, CausalBackbone) else model)
-
     def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
         """Choose by the likelihood of the examples' answers; see `cond_pdiff.few_shot.choose_by_answers`."""
         return choose_by_answers(base, adapters, request, Instruction.recorded(adapters[0].metadata))
@@ -61,6 +58,10 @@ class CausalLM(Family):
         from cond_pdiff.training.stages.language_tune import LanguageTuneStage
 
         return LanguageTuneStage
+
+    def pool(self, base: CausalBackbone) -> WriterPool:
+        """Return an empty pool of adapters that write, or choose among their labels."""
+        return WriterPool(base)
 
     def evaluation(self) -> tuple[Any, Any]:
         """Return the evaluation by exact match."""

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from cond_pdiff.errors import CondPDiffError
+from cond_pdiff.errors import AdapterError, CondPDiffError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, adapted_module, base_fingerprint
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
     from cond_pdiff.few_shot import Choice, FewShotRequest
+    from cond_pdiff.mixed_batch import AdapterPool
 
 
 class Family(ABC):
@@ -104,6 +105,17 @@ class Family(ABC):
             base: from `load`.
         """
         return None
+
+    def pool(self, base: Any) -> AdapterPool[Any, Any]:
+        """Return an empty pool of adapters that answer in mixed batches; see `cond_pdiff.mixed_batch`.
+
+        Args:
+            base: from `load`.
+
+        Raises:
+            AdapterError: adapters of this family do not answer texts, or bring a head.
+        """
+        raise AdapterError(f"adapters for a {self.name} cannot share a batch: pools are for sentence encoders and causal language models")
 
     # --- training them ------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from cond_pdiff.families.family import Family, register_family
 from cond_pdiff.few_shot import Choice, FewShotRequest, choose
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
+from cond_pdiff.mixed_batch import ClassifierPool
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class SentenceEncoder(Family):
         """Choose by class prototypes; see `cond_pdiff.few_shot.choose`."""
         classifier = PrototypeClassifier(base, request.labels, adapters[0], request.max_length, request.examples)
         return choose(classifier, adapters, request.similarity, request.known, request.model)
+
+    def pool(self, base: SentenceBackbone) -> ClassifierPool:
+        """Return an empty pool of classifiers."""
+        return ClassifierPool(base)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
         """Load text tasks from a folder."""

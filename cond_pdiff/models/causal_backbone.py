@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ IGNORED = -100
 """What stands for padding among the tokens that are to be predicted: torch's cross-entropy leaves it out."""
 
 Tokens = list[int]
+Under = Callable[[Sequence[int]], AbstractContextManager[Any]]
+"""What attaches adapters to the rows of a batch, one after the other, for as long as a block lasts; it is given the places of the prompts
+in the batch, as batches are formed by length. A row's keys and values are then its own: nothing is read once for several rows."""
 
 
 @dataclass
@@ -196,7 +200,8 @@ class CausalBackbone:
     def _predictions(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits, shape `(rows, places, vocabulary)`, and the answers' tokens that they should predict, shape `(rows, places)`."""
         whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-        self._check_length(*max(((len(prompt), len(answer)) for prompt, answer in zip(prompts, answers, strict=True)), key=sum))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self.check_room(prompt, len(answer))
         width = max(map(len, answers))
         with lock_of(self.model):
             logits = self._read(prompts, whole, width, groups)[0]
@@ -212,23 +217,45 @@ class CausalBackbone:
         Returns:
             Shape `(groups * len(prompts), len(answers))`, group after group.
         """
-        self._check_length(max(map(len, prompts)), max(map(len, answers)))
-        rows = torch.zeros(groups, len(prompts), len(answers))
-        width = max(map(len, answers)) - 1
-        targets = torch.tensor([[*answer[1:], *[IGNORED] * (width - len(answer) + 1)] for answer in answers])
-        ids = torch.tensor([[*answer[:-1], *[self.end] * (width - len(answer) + 1)] for answer in answers])
-        for places in _by_length(prompts, max(1, ROWS_AT_ONCE // (groups * len(answers)))):
-            batch = [prompts[place] for place in places] * groups
-            with lock_of(self.model):
-                logits, read = self._read(batch, batch, 1, groups)
-                first = logits[:, -1].float().log_softmax(-1).cpu()[:, ids[:, 0]]
-                read.repeat(len(answers))
-                tiled = ids.repeat(len(batch), 1).to(logits.device)
-                logits = self._extend(read, tiled, (targets != IGNORED).long().repeat(len(batch), 1).to(tiled), width).float().cpu()
-            wanted = targets.repeat(len(batch), 1)
-            losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
-            rows[:, places] = (first - losses.view(wanted.shape).sum(1).view(first.shape)).view(groups, len(places), -1)
-        return rows.flatten(0, 1)
+        return torch.stack(self.own_choices([*prompts] * groups, [answers] * (groups * len(prompts)), groups=groups))
+
+    @torch.no_grad()
+    def own_choices(
+        self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], under: Under | None = None, groups: int = 1
+    ) -> list[torch.Tensor]:
+        """Return for every prompt the log-likelihoods of its own answers after it, float32, on the CPU, shape `(len(its answers),)`.
+
+        Args:
+            under: attaches adapters, see `Under`.
+            groups: of neighbouring prompts, where adapters are `attached_to_groups`; in each the same ones.
+
+        Raises:
+            ConditionError: a prompt and its longest answer are longer than what the model is made for.
+        """
+        found = [torch.zeros(0)] * len(prompts)
+        most = max(map(len, answers))
+        for prompt, own in zip(prompts, answers, strict=True):
+            self.check_room(prompt, max(map(len, own)))
+        for places in _batches(prompts, max(1, ROWS_AT_ONCE // most), groups):
+            filled = [[*answers[place], *[answers[place][0]] * (most - len(answers[place]))] for place in places]
+            with lock_of(self.model), under(places) if under else nullcontext():
+                rows = self._likelihoods([prompts[place] for place in places], filled, len(places) if under else groups)
+            for place, row in zip(places, rows, strict=True):
+                found[place] = row[: len(answers[place])]
+        return found
+
+    def _likelihoods(self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], groups: int) -> torch.Tensor:
+        """Return the log-likelihoods of equally many answers to each prompt, of one batch, shape `(rows, answers)`."""
+        every = [answer for own in answers for answer in own]
+        width = max(map(len, every)) - 1
+        wanted = torch.tensor([[*answer[1:], *[IGNORED] * (width - len(answer) + 1)] for answer in every])
+        ids = torch.tensor([[*answer[:-1], *[self.end] * (width - len(answer) + 1)] for answer in every])
+        logits, read = self._read(prompts, prompts, 1, groups)
+        first = logits[:, -1].float().log_softmax(-1).cpu().gather(1, ids[:, 0].view(len(prompts), -1))
+        read.repeat(len(answers[0]))
+        logits = self._extend(read, ids.to(logits.device), (wanted != IGNORED).long().to(logits.device), width).float().cpu()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        return first - losses.view(wanted.shape).sum(1).view(first.shape)
 
     def _read(self, starts: Sequence[Tokens], whole: Sequence[Tokens], keep: int, groups: int = 1) -> tuple[torch.Tensor, _Read]:
         """Read rows from left to right: what all `starts` have in common once a group, then the rest of each row, padded on the left.
@@ -237,7 +264,8 @@ class CausalBackbone:
             Logits of the last `keep` places, shape `(rows, keep, vocabulary)`, and what was read.
         """
         shared = min(_common(starts), min(map(len, starts)) - 1)
-        if 0 < self._window < max(map(len, whole)):  # padding between the shared part and the rest would take up its places
+        # Nothing is shared, or padding between the shared part and the rest would take up places of the window.
+        if groups == len(whole) or 0 < self._window < max(map(len, whole)):
             shared = 0
         device = next(self.model.parameters()).device
         read = _Read(None, torch.zeros(len(whole) if not shared else groups, 0, dtype=torch.long, device=device))
@@ -274,26 +302,43 @@ class CausalBackbone:
         Raises:
             ConditionError: a prompt and `limit` tokens are longer than what the model is made for.
         """
-        found: list[str | None] = [None] * (groups * len(prompts))
-        for own in _by_length(prompts, max(1, ROWS_AT_ONCE // groups)):
-            places = [group * len(prompts) + place for group in range(groups) for place in own]
-            written: list[Tokens] = [[] for _ in places]
-            open_rows = set(range(len(places)))
-            for tokens in self._written([prompts[place] for place in own] * groups, limit, groups):
-                for row in sorted(open_rows):
-                    if tokens[row] in self._ends:
-                        open_rows.remove(row)
-                        found[places[row]] = self._text(written[row])
-                    written[row].append(tokens[row])
-                if not open_rows:
-                    break
-        return found
+        written = self.write([*prompts] * groups, [limit] * (groups * len(prompts)), groups=groups)
+        return [text if ended else None for text, ended in written]
+
+    @torch.no_grad()
+    def write(
+        self, prompts: Sequence[Tokens], limits: Sequence[int], under: Under | None = None, groups: int = 1
+    ) -> list[tuple[str, bool]]:
+        """Write the answers to prompts, each of at most so many tokens, and return them with whether they had ended by then.
+
+        Args:
+            under, groups: see `own_choices`.
+
+        Raises:
+            ConditionError: see `answers`.
+        """
+        written: list[Tokens] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for places in _batches(prompts, ROWS_AT_ONCE, groups):
+            still = set(places)
+            with lock_of(self.model), under(places) if under else nullcontext():
+                own = [limits[place] for place in places]
+                for tokens in self._written([prompts[place] for place in places], own, len(places) if under else groups):
+                    for place, token in zip(places, tokens, strict=True):
+                        if place in still:
+                            ended[place] = token in self._ends
+                            written[place] += [] if ended[place] else [token]
+                            if ended[place] or len(written[place]) == limits[place]:
+                                still.remove(place)
+                    if not still:
+                        break
+        return [(self._text(tokens), end) for tokens, end in zip(written, ended, strict=True)]
 
     def stream(self, prompt: Tokens, limit: int) -> Iterator[str]:
         """Yield the answer to a prompt piece by piece, at most `limit` tokens of it; see `answers`."""
         written: Tokens = []
         told = ""
-        for (token,) in self._written([prompt], limit):
+        for (token,) in self._written([prompt], [limit]):
             if token in self._ends:
                 break
             written.append(token)
@@ -305,20 +350,25 @@ class CausalBackbone:
             yield rest
 
     @torch.no_grad()
-    def _written(self, prompts: Sequence[Tokens], limit: int, groups: int = 1) -> Iterator[list[int]]:
-        self._check_length(max(map(len, prompts)), limit)
+    def _written(self, prompts: Sequence[Tokens], limits: Sequence[int], groups: int = 1) -> Iterator[list[int]]:
+        """Yield the next token of every row; those of a row beyond its own limit mean nothing, and take up no positions."""
+        for prompt, limit in zip(prompts, limits, strict=True):
+            self.check_room(prompt, limit)
         with lock_of(self.model):
             logits, read = self._read(prompts, prompts, 1, groups)
-            for count in range(1, limit + 1):
+            allowed = torch.tensor(limits, device=logits.device)[:, None]
+            for count in range(1, max(limits) + 1):
                 tokens = logits[:, -1].argmax(-1)
                 yield tokens.tolist()
-                if count < limit:
-                    logits = self._extend(read, tokens[:, None], torch.ones_like(tokens)[:, None], 1)
+                if count < max(limits):
+                    logits = self._extend(read, tokens[:, None], (count < allowed).long(), 1)
 
-    def _check_length(self, prompt: int, answer: int) -> None:
-        """Raise `ConditionError` if so many tokens of a prompt and of its answer are more than the model is made for."""
-        if prompt + answer > self.max_tokens:
-            raise ConditionError(f"a prompt of {prompt} tokens and {answer} of its answer are more than the {self.max_tokens} of the model")
+    def check_room(self, prompt: Tokens, limit: int) -> None:
+        """Raise `ConditionError` if a prompt and an answer of `limit` tokens are longer than what the model is made for."""
+        if len(prompt) + limit > self.max_tokens:
+            raise ConditionError(
+                f"a prompt of {len(prompt)} tokens and {limit} of its answer are more than the {self.max_tokens} of the model"
+            )
 
     def _text(self, tokens: Tokens) -> str:
         with lock_of(self.tokenizer):
@@ -333,6 +383,13 @@ def _common(rows: Sequence[Tokens]) -> int:
     """Count the tokens that all rows begin with."""
     first, last = min(rows), max(rows)
     return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last)))
+
+
+def _batches(rows: Sequence[Tokens], size: int, groups: int) -> Iterator[list[int]]:
+    """Yield the places of about `size` rows of like length each, equally many of each group of neighbouring ones, until all are done."""
+    count = len(rows) // groups
+    for own in _by_length(rows[:count], max(1, size // groups)):
+        yield [group * count + place for group in range(groups) for place in own]
 
 
 def _by_length(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
