@@ -115,9 +115,8 @@ def test_a_label_that_begins_another_ends(bases: dict[str, Path]) -> None:
 def test_adapters_side_by_side_answer_as_one_by_one(prompts: list[str], zoos: dict[str, Zoo]) -> None:
     zoo = zoos["llama"]
     adapters = [zoo.runs(name)[0].adapter() for name in ("opposites", "sides", "copies")]
-    backbone, stacked = CausalBackbone.load(zoo.base), {}
-    for key in adapters[0].tensors:
-        stacked[key] = torch.stack([adapter.tensors[key] for adapter in adapters])
+    backbone = CausalBackbone.load(zoo.base)
+    stacked = {key: torch.stack([adapter.tensors[key] for adapter in adapters]) for key in adapters[0].tensors}
     asked, names = [*map(backbone.prompt_tokens, prompts)], [*map(backbone.answer_tokens, ("not", "not sure", "a"))]
     with attached_to_groups(backbone.model, adapters[0].spec, stacked):
         choices, answers = backbone.choices(asked, names, 3), backbone.answers(asked, 6, 3)
