@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import HIDDEN, TINY_RECIPE, quiet, refused, told
+from conftest import HIDDEN, TINY_FIT, TINY_RECIPE, quiet, refused, told
 from test_causal_lm import bases, collections, section, zoos
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, TaskPrompt
 from cond_pdiff.conditions.instruction import Instruction
-from cond_pdiff.errors import ConditionError
+from cond_pdiff.errors import ConditionError, TrainingError
 from cond_pdiff.few_shot import FewShotRequest, choose_by_answers
 from cond_pdiff.generator_info import GeneratorInfo
 from cond_pdiff.hub import Backbone
+from cond_pdiff.training.config import CollectConfig, TuneConfig, parse
 from cond_pdiff.training.evaluate.evaluate import evaluate
 from cond_pdiff.training.evaluate.measure import EvaluateConfig
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.check import check_generator
+from cond_pdiff.training.stages.language_tune import LanguageTuneStage
+from cond_pdiff.training.stages.loop import step_generator
 from cond_pdiff.training.stages.train import train
+from cond_pdiff.training.stages.tune import tune
+from cond_pdiff.training.tasks.language import load_language_tasks
+from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.push import write_zoo_card
 from cond_pdiff.training.zoo.zoo import Zoo
 
@@ -147,3 +155,95 @@ def test_generators_are_evaluated_by_exact_match(
     card = (generator / "README.md").read_text(encoding="utf-8")
     assert "pipeline_tag: text-generation" in card
     assert "cond-pdiff ask my-adapter" in card
+
+
+# --- the third stage ---------------------------------------------------------------------------------------------------------
+
+TUNE: dict[str, Any] = {"fit": {**TINY_FIT, "steps": 20, "batch_size": 2, "learning_rate": 1e-2}, "examples": 6, "max_length": 160}
+
+
+@pytest.fixture(scope="module")
+def by_modules(zoos: dict[str, Zoo], collections: Path, tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generator with a code for each module, as the shipped recipe for language models has it."""
+    encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    denoiser = {"type": "TokenDenoiser", "width": 16, "depth": 1, "heads": 2}
+    recipe = {
+        "autoencoder": {"model": {"type": "ModuleBasis", "width": 2}, "normalizer": "none"},
+        "unet": {**TINY_RECIPE["unet"], "denoiser": denoiser, "condition_encoder": encoder},
+    }
+    return train(recipe, zoos["llama"].folder, collections, tmp_path_factory.mktemp("modules"))
+
+
+def tune_stage(generator: Path, collections: Path) -> LanguageTuneStage:
+    pipe = quiet(CondPDiffPipeline.from_pretrained(generator))
+    return LanguageTuneStage(pipe, load_language_tasks(collections, ["opposites", "sides"]), parse(TuneConfig, TUNE, "tune"))
+
+
+def test_tuning_makes_right_answers_likelier(generator: Path, collections: Path, tmp_path: Path) -> None:
+    tuned = tune({"tune": {**copy.deepcopy(TUNE), "decoder": True}}, generator, collections, tmp_path)
+    before, after = (tune_stage(folder, collections) for folder in (generator, tuned))
+    with torch.no_grad():
+        losses = [
+            sum(float(stage.loss(stage.module, stage.draw(2, rng), rng)) for rng in (step_generator(1, step) for step in range(8)))
+            for stage in (before, after)
+        ]
+    assert losses[1] < 0.95 * losses[0]
+    adapter = quiet(CondPDiffPipeline.from_pretrained(tuned))(TaskPrompt("Do opposites.", free=True)).adapter
+    assert adapter.family.name == "causal-lm"
+
+
+def test_episodes_of_language_tasks(by_modules: Path, collections: Path) -> None:
+    stage = tune_stage(by_modules, collections)
+    episodes = [episode for step in range(30) for episode in stage.draw(2, step_generator(0, step))]
+    assert {episode.task.name for episode in episodes} == {"opposites", "sides"}
+    assert {len(episode.asked) for episode in episodes} == {3}
+    assert {len(episode.prompt.examples) for episode in episodes} == {0, 3}
+    for episode in episodes:
+        free = episode.task.name == "opposites"
+        assert (episode.prompt.free, episode.prompt.labels) == (free, () if free else ("left", "left_most"))
+        assert set(episode.prompt.examples) <= set(episode.task.examples("train"))
+        assert set(episode.asked) <= set(episode.task.exchanges("train"))
+        assert not {text for text, _ in episode.prompt.examples} & {exchange.text for exchange in episode.asked}
+
+
+def test_the_loss_of_episodes_side_by_side_is_their_mean(by_modules: Path, collections: Path) -> None:
+    stage = tune_stage(by_modules, collections)
+    batch = stage.draw(3, step_generator(0, 1))
+    noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    params = torch.cat([stage.module([episode.prompt], rng) for episode, rng in zip(batch, noise, strict=True)])
+    together = stage.loss(lambda prompts, rng: params, batch, noise[0])  # type: ignore[arg-type]
+    alone = [stage.loss(lambda prompts, rng, row=row: row[None], [one], noise[0]) for one, row in zip(batch, params, strict=True)]  # type: ignore[arg-type, misc]
+    assert torch.allclose(together, torch.stack(alone).mean(), atol=1e-4)
+    together.backward(retain_graph=True)
+    assert stage.pipe.unet.to_sample.grad.abs().max() > 0
+    base = stage.pipe.base_model()
+    episode, adapter = batch[0], stage.pipe.codec.to_adapter(params[0].detach())
+    with adapter.attached(base):
+        asked = [base.prompt_tokens(episode.task.instruction.prompt(text)) for text, _ in episode.asked]
+        answers = [base.answer_tokens(answers[0]) for _, answers in episode.asked]
+        found = base.judge(asked, answers)[0]
+    assert float(alone[0].detach()) == pytest.approx(-float(found.sum()) / sum(map(len, answers)), abs=1e-4)
+
+
+def test_tune_needs_rows_for_an_episode(by_modules: Path, collections: Path) -> None:
+    pipe = CondPDiffPipeline.from_pretrained(by_modules)
+    with pytest.raises(TrainingError, match=r"opposites: tune draws 13 training rows an episode \(examples\), and there are 12"):
+        LanguageTuneStage(pipe, load_language_tasks(collections, ["opposites"]), parse(TuneConfig, {**TUNE, "examples": 13}, "tune"))
+
+
+@pytest.mark.parametrize("name", ["smollm2-tasks", "smollm2-tasks+longer"])
+def test_the_recipe_for_language_models_runs(
+    name: str, bases: dict[str, Path], collections: Path, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    recipe = read_recipe(name)
+    short = {"tasks": ["opposites", "sides"], "unseen": ["copies"], "steps": 2, "multitask_steps": 1, "metric_rows": 2, "precision": "no"}
+    config = parse(CollectConfig, {**recipe["collect"], **short, "base": Backbone(str(bases["llama"])).to_json()}, "collect")
+    zoo = collect(config, collections, tmp_path / "zoo")
+    encoder = {"type": "SentenceConditionEncoder", "backbone": tiny_backbone.to_json(), "embedding_dim": HIDDEN}
+    recipe["unet"] |= {"condition_encoder": encoder, "conditions_per_task": 2}
+    recipe["unet"]["fit"]["steps"] = recipe["tune"]["fit"]["steps"] = 2
+    recipe["tune"] |= {"examples": 6, "fit": {**recipe["tune"]["fit"], "precision": "no"}}
+    made = train(recipe, zoo.folder, collections, tmp_path / "run")
+    tuned = quiet(CondPDiffPipeline.from_pretrained(tune(recipe, made, collections, tmp_path / "tune")))
+    assert tuned.template.layout.num_params == 2 * 2 * (16 + 32 + 32)  # lora_B alone: two layers' v, o and down projections
+    assert len(tuned("Do opposites.", num_inference_steps=2).adapter.modules) == 6

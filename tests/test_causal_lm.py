@@ -12,7 +12,8 @@ import torch
 from tiny_language_models import LINEARS, TEMPLATE, save_gpt2, save_llama, tokenizer
 from transformers import Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralForCausalLM, PreTrainedModel
 
-from cond_pdiff import LoraAdapter
+from cond_pdiff import LoraAdapter, TaskPrompt
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.conditions.instruction import Instruction
 from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import ConditionError, HubError, TaskDataError
@@ -110,6 +111,23 @@ def test_a_label_that_begins_another_ends(bases: dict[str, Path]) -> None:
     assert found.tolist() == pytest.approx([one_by_one(backbone, prompt, answer) for answer in (short, long)], abs=1e-4)
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS * 20])
+def test_adapters_side_by_side_answer_as_one_by_one(prompts: list[str], zoos: dict[str, Zoo]) -> None:
+    zoo = zoos["llama"]
+    adapters = [zoo.runs(name)[0].adapter() for name in ("opposites", "sides", "copies")]
+    backbone = CausalBackbone.load(zoo.base)
+    stacked = {key: torch.stack([adapter.tensors[key] for adapter in adapters]) for key in adapters[0].tensors}
+    asked, names = [*map(backbone.prompt_tokens, prompts)], [*map(backbone.answer_tokens, ("not", "not sure", "a"))]
+    with attached_to_groups(backbone.model, adapters[0].spec, stacked):
+        choices, answers = backbone.choices(asked, names, 3), backbone.answers(asked, 6, 3)
+    for group, adapter in enumerate(adapters):
+        own = slice(group * len(asked), (group + 1) * len(asked))
+        with adapter.attached(backbone):
+            torch.testing.assert_close(choices[own], backbone.choices(asked, names), atol=1e-3, rtol=1e-4)
+            assert answers[own] == backbone.answers(asked, 6)
+    assert not torch.allclose(choices[: len(asked)], choices[len(asked) : 2 * len(asked)], atol=1e-2)
+
+
 # --- prompts -----------------------------------------------------------------------------------------------------------------
 
 
@@ -140,8 +158,18 @@ def test_long_texts_are_cut_and_instructions_are_not(backbone: CausalBackbone) -
         assert "short" in told or isinstance(text, str)
     with pytest.raises(ConditionError, match="without its text it is too long already"):
         backbone.fitted(task, "word", 20)
-    with pytest.raises(ConditionError, match="more than the 512 of the model"):
-        backbone.answers([backbone.prompt_tokens("word " * 100)], 100)
+    long, answer = backbone.prompt_tokens("word " * 100), backbone.answer_tokens("b" * 99)
+    for ask in (
+        lambda: backbone.answers([long], 100),
+        lambda: backbone.choices([backbone.prompt_tokens("?"), long], [backbone.answer_tokens("a"), answer]),
+        lambda: backbone.judge([long], [answer]),
+        lambda: backbone.log_likelihoods([long], [answer]),
+    ):
+        with pytest.raises(ConditionError, match="and 100 of its answer are more than the 512 of the model"):
+            ask()
+    for given in ("", " "):
+        with pytest.raises(ConditionError, match="empty"):
+            TaskPrompt("Do.", [("a", given)], free=True)
     with pytest.raises(ConditionError, match="an answer is empty"):
         backbone.answer_tokens("")
 

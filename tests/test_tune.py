@@ -13,7 +13,8 @@ from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.training.config import TuneConfig, parse
 from cond_pdiff.training.stages.loop import step_generator
-from cond_pdiff.training.stages.tune import TuneStage, tune
+from cond_pdiff.training.stages.text_tune import TextTuneStage
+from cond_pdiff.training.stages.tune import tune
 from cond_pdiff.training.tasks.tasks import Task, load_tasks, write_task
 
 SECTION: dict[str, Any] = {"fit": {**TINY_FIT, "steps": 30, "batch_size": 2, "learning_rate": 1e-2}, "examples": 12}
@@ -25,8 +26,8 @@ def tasks(tasks_folder: Path) -> list[Task]:
 
 
 @pytest.fixture
-def stage(pipe: CondPDiffPipeline, tasks: list[Task]) -> TuneStage:
-    return TuneStage(pipe, tasks, parse(TuneConfig, SECTION, "tune"))
+def stage(pipe: CondPDiffPipeline, tasks: list[Task]) -> TextTuneStage:
+    return TextTuneStage(pipe, tasks, parse(TuneConfig, SECTION, "tune"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_what_was_measured_of_the_old_generator_does_not_come_along(
 
 
 def test_the_decoder_is_trained_if_that_is_asked_for(pipe: CondPDiffPipeline, tasks: list[Task]) -> None:
-    stage = TuneStage(pipe, tasks, parse(TuneConfig, {**SECTION, "decoder": True}, "tune"))
+    stage = TextTuneStage(pipe, tasks, parse(TuneConfig, {**SECTION, "decoder": True}, "tune"))
     rng = step_generator(0, 0)
     stage.loss(stage.module, stage.draw(2, rng), rng).backward()
     trained = {name.partition(".")[2].split(".")[0] for name, weight in stage.module.named_parameters() if weight.grad is not None}
@@ -69,7 +70,7 @@ def test_the_decoder_is_trained_if_that_is_asked_for(pipe: CondPDiffPipeline, ta
     assert not {"encoder", "to_latent"} & trained
 
 
-def test_a_batch_of_episodes_has_the_mean_loss_of_its_episodes(stage: TuneStage) -> None:
+def test_a_batch_of_episodes_has_the_mean_loss_of_its_episodes(stage: TextTuneStage) -> None:
     batch = stage.draw(3, step_generator(0, 1))
     noise = [torch.Generator().manual_seed(seed) for seed in range(3)]
     params = torch.cat([stage.module([episode.prompt], rng) for episode, rng in zip(batch, noise, strict=True)])
@@ -79,8 +80,8 @@ def test_a_batch_of_episodes_has_the_mean_loss_of_its_episodes(stage: TuneStage)
     assert len({round(float(loss.detach()), 4) for loss in alone}) == 3
 
 
-def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneStage, tasks: list[Task]) -> None:
-    after = TuneStage(CondPDiffPipeline.from_pretrained(tuned), tasks, stage.config)
+def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TextTuneStage, tasks: list[Task]) -> None:
+    after = TextTuneStage(CondPDiffPipeline.from_pretrained(tuned), tasks, stage.config)
     with torch.no_grad():
         losses = [
             sum(float(one.loss(one.module, one.draw(2, rng), rng)) for rng in (step_generator(1, step) for step in range(10)))
@@ -89,14 +90,14 @@ def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TuneS
     assert losses[1] < 0.9 * losses[0]
 
 
-def test_an_adapter_of_the_stage_is_the_one_that_the_pipeline_makes(stage: TuneStage) -> None:
+def test_an_adapter_of_the_stage_is_the_one_that_the_pipeline_makes(stage: TextTuneStage) -> None:
     prompt = TaskPrompt("Is the remark kind?", [("the good film", "positive"), ("the bad meal", "negative")])
     own = stage.module([prompt], torch.Generator().manual_seed(3))
     assert own.requires_grad
     assert torch.equal(own, stage.pipe(prompt, generator=torch.Generator().manual_seed(3), output_type="params"))
 
 
-def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(stage: TuneStage) -> None:
+def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(stage: TextTuneStage) -> None:
     episodes = [episode for step in range(60) for episode in stage.draw(2, step_generator(0, step))]
     assert {episode.task.name for episode in episodes} == {"moods", "animals"}
     assert {len(episode.prompt.labels) for episode in episodes if episode.task.name == "animals"} == {2, 3}
@@ -113,7 +114,7 @@ def test_episodes_are_small_tasks_whose_condition_holds_some_of_the_examples(sta
     assert 0.25 < sum(shown) / len(shown) < 0.5
 
 
-def test_the_base_model_is_as_before(stage: TuneStage) -> None:
+def test_the_base_model_is_as_before(stage: TextTuneStage) -> None:
     before = {key: tensor.clone() for key, tensor in stage.pipe.base_model().model.state_dict().items()}
     rng = step_generator(0, 0)
     stage.loss(stage.module, stage.draw(2, rng), rng).backward()
@@ -136,7 +137,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(
 
 def test_refusals(tiny_generator: Path, style_generator: Path, tasks_folder: Path, tuned: Path, tmp_path: Path, run: Any) -> None:
     recipe = {"tune": copy.deepcopy(SECTION)}
-    with pytest.raises(TrainingError, match="tune needs adapters under which texts are classified by prototypes"):
+    with pytest.raises(TrainingError, match="adapters for causal-lm, sentence-encoder; this generator makes adapters for a text-to-image"):
         tune(recipe, style_generator, tasks_folder, tmp_path)
     with pytest.raises(TrainingError, match="tune: most_labels must be greater than or equal to 2, got 1"):
         tune({"tune": {**SECTION, "most_labels": 1}}, tiny_generator, tasks_folder, tmp_path)

@@ -268,7 +268,7 @@ class TuneConfig:
         default=False, description="is the autoencoder's decoder trained too? It says which adapters there can be"
     )
     examples: Annotated[int, Field(ge=4)] = Field(default=32, description="of an episode, all its classes together")
-    most_labels: Annotated[int, Field(ge=2)] = Field(default=8, description="classes of an episode")
+    most_labels: Annotated[int, Field(ge=2)] = Field(default=8, description="classes of an episode; a language model's have all of their task")
     whole_tasks: Share = Field(
         default=0.6, description="share of episodes with as many classes as their task has (up to `most_labels`)"
     )
@@ -278,7 +278,7 @@ class TuneConfig:
     without_examples: Share = Field(
         default=0.25, description="share of conditions with description and label names only"
     )
-    max_length: Count = Field(default=48, description="tokens a text")
+    max_length: Count = Field(default=48, description="tokens a text; of a language model, a prompt with its answer")
     num_inference_steps: InferenceSteps = Field(
         default=DEFAULT_STEPS, description="denoising steps, all with gradients: as many as the adapters will be made with"
     )

@@ -137,7 +137,7 @@ def tune(
 ) -> None:
     """Go on training a generator on task loss (resumable).
 
-    It is a generator of text adapters; the loss of its tasks is what they are for.
+    It is a generator of adapters for texts or for a language model; the loss of its tasks is what they are for.
     """
     from cond_pdiff.training.processes import processes
     from cond_pdiff.training.recipe import read_recipe

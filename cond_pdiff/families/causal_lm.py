@@ -20,6 +20,7 @@ from cond_pdiff.models.causal_backbone import CausalBackbone
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
     from cond_pdiff.training.finetuning.language_fine_tuning import LanguageFineTuning
+    from cond_pdiff.training.stages.language_tune import LanguageTuneStage
     from cond_pdiff.training.tasks.language import LanguageTask
 
 
@@ -51,6 +52,12 @@ class CausalLM(Family):
     def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
         """Choose by the likelihood of the examples' answers; see `cond_pdiff.few_shot.choose_by_answers`."""
         return choose_by_answers(base, adapters, request, Instruction.recorded(adapters[0].metadata))
+
+    def tuning(self) -> type[LanguageTuneStage]:
+        """Return the stage by the answers' likelihood."""
+        from cond_pdiff.training.stages.language_tune import LanguageTuneStage
+
+        return LanguageTuneStage
 
     def pool(self, base: CausalBackbone) -> WriterPool:
         """Return an empty pool of adapters that write, or choose among their labels."""

@@ -34,7 +34,7 @@ class Family(ABC):
     brings_head: ClassVar[bool] = False
     """Whether adapters bring whole modules (`modules_to_save`) beside their updates."""
     has_prototypes: ClassVar[bool] = False
-    """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`) and generators tuned by task loss."""
+    """Whether a `PrototypeClassifier` works with it: then gains can be predicted (`calibrate`)."""
     cuts_texts: ClassVar[bool] = True
     """Whether its adapters are trained here, on texts cut at a number of tokens, which their cards tell."""
     writes: ClassVar[bool] = False
@@ -126,6 +126,10 @@ class Family(ABC):
     @abstractmethod
     def fine_tuning(self, config: Any, tasks: Sequence[Any]) -> Any:
         """Return how adapters are fine-tuned on tasks: a `cond_pdiff.training.finetuning.fine_tuning.FineTuning` for a `CollectConfig`."""
+
+    def tuning(self) -> Any:
+        """Return the class of `TuneStage` that trains a generator on the loss of its tasks; None: not yet."""
+        return None
 
     def evaluation(self) -> tuple[Any, Any] | None:
         """Return how a generator is measured and how that is told: a class of `ZooEvaluator` and an `EvaluationTable`; None: not yet."""

@@ -20,6 +20,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
     from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
+    from cond_pdiff.training.stages.text_tune import TextTuneStage
     from cond_pdiff.training.tasks.tasks import Task
 
 
@@ -66,6 +67,12 @@ class SentenceEncoder(Family):
         from cond_pdiff.training.finetuning.text_fine_tuning import TextFineTuning
 
         return TextFineTuning(config)
+
+    def tuning(self) -> type[TextTuneStage]:
+        """Return the stage by prototypes."""
+        from cond_pdiff.training.stages.text_tune import TextTuneStage
+
+        return TextTuneStage
 
     def evaluation(self) -> tuple[Any, Any]:
         """Return the evaluation by accuracy, or a task's own metric."""

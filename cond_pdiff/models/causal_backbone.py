@@ -200,31 +200,46 @@ class CausalBackbone:
     def _predictions(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits, shape `(rows, places, vocabulary)`, and the answers' tokens that they should predict, shape `(rows, places)`."""
         whole = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+        for prompt, answer in zip(prompts, answers, strict=True):
+            self.check_room(prompt, len(answer))
         width = max(map(len, answers))
         with lock_of(self.model):
             logits = self._read(prompts, whole, width, groups)[0]
         return logits, torch.tensor([[IGNORED] * (width - len(answer)) + answer for answer in answers], device=logits.device)
 
     @torch.no_grad()
-    def choices(self, prompts: Sequence[Tokens], answers: Sequence[Tokens]) -> torch.Tensor:
-        """Return the log-likelihood of every answer after every prompt, float32, on the CPU, shape `(len(prompts), len(answers))`."""
-        return torch.stack(self.own_choices(prompts, [answers] * len(prompts)))
+    def choices(self, prompts: Sequence[Tokens], answers: Sequence[Tokens], groups: int = 1) -> torch.Tensor:
+        """Return the log-likelihood of every answer after every prompt, float32, on the CPU.
+
+        Args:
+            groups: adapters that are `attached_to_groups`: all prompts are asked under each.
+
+        Returns:
+            Shape `(groups * len(prompts), len(answers))`, group after group.
+        """
+        return torch.stack(self.own_choices([*prompts] * groups, [answers] * (groups * len(prompts)), groups=groups))
 
     @torch.no_grad()
     def own_choices(
-        self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], under: Under | None = None
+        self, prompts: Sequence[Tokens], answers: Sequence[Sequence[Tokens]], under: Under | None = None, groups: int = 1
     ) -> list[torch.Tensor]:
         """Return for every prompt the log-likelihoods of its own answers after it, float32, on the CPU, shape `(len(its answers),)`.
 
         Args:
             under: attaches adapters, see `Under`.
+            groups: of neighbouring prompts, where adapters are `attached_to_groups`; in each the same ones.
+
+        Raises:
+            ConditionError: a prompt and its longest answer are longer than what the model is made for.
         """
         found = [torch.zeros(0)] * len(prompts)
         most = max(map(len, answers))
-        for places in _by_length(prompts, max(1, ROWS_AT_ONCE // most)):
+        for prompt, own in zip(prompts, answers, strict=True):
+            self.check_room(prompt, max(map(len, own)))
+        for places in _batches(prompts, max(1, ROWS_AT_ONCE // most), groups):
             filled = [[*answers[place], *[answers[place][0]] * (most - len(answers[place]))] for place in places]
             with lock_of(self.model), under(places) if under else nullcontext():
-                rows = self._likelihoods([prompts[place] for place in places], filled, len(places) if under else 1)
+                rows = self._likelihoods([prompts[place] for place in places], filled, len(places) if under else groups)
             for place, row in zip(places, rows, strict=True):
                 found[place] = row[: len(answers[place])]
         return found
@@ -278,31 +293,37 @@ class CausalBackbone:
     # --- writing ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def answers(self, prompts: Sequence[Tokens], limit: int) -> list[str | None]:
+    def answers(self, prompts: Sequence[Tokens], limit: int, groups: int = 1) -> list[str | None]:
         """Write the answers to prompts, the likeliest token each time; None: it had not ended after `limit` tokens.
+
+        Args:
+            groups: adapters that are `attached_to_groups`: all prompts are answered under each, group after group.
 
         Raises:
             ConditionError: a prompt and `limit` tokens are longer than what the model is made for.
         """
-        return [text if ended else None for text, ended in self.write(prompts, [limit] * len(prompts))]
+        written = self.write([*prompts] * groups, [limit] * (groups * len(prompts)), groups=groups)
+        return [text if ended else None for text, ended in written]
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[Tokens], limits: Sequence[int], under: Under | None = None) -> list[tuple[str, bool]]:
+    def write(
+        self, prompts: Sequence[Tokens], limits: Sequence[int], under: Under | None = None, groups: int = 1
+    ) -> list[tuple[str, bool]]:
         """Write the answers to prompts, each of at most so many tokens, and return them with whether they had ended by then.
 
         Args:
-            under: attaches adapters, see `Under`.
+            under, groups: see `own_choices`.
 
         Raises:
             ConditionError: see `answers`.
         """
         written: list[Tokens] = [[] for _ in prompts]
         ended = [False] * len(prompts)
-        for places in _by_length(prompts, ROWS_AT_ONCE):
+        for places in _batches(prompts, ROWS_AT_ONCE, groups):
             still = set(places)
             with lock_of(self.model), under(places) if under else nullcontext():
                 own = [limits[place] for place in places]
-                for tokens in self._written([prompts[place] for place in places], own, len(places) if under else 1):
+                for tokens in self._written([prompts[place] for place in places], own, len(places) if under else groups):
                     for place, token in zip(places, tokens, strict=True):
                         if place in still:
                             ended[place] = token in self._ends
@@ -362,6 +383,13 @@ def _common(rows: Sequence[Tokens]) -> int:
     """Count the tokens that all rows begin with."""
     first, last = min(rows), max(rows)
     return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last)))
+
+
+def _batches(rows: Sequence[Tokens], size: int, groups: int) -> Iterator[list[int]]:
+    """Yield the places of about `size` rows of like length each, equally many of each group of neighbouring ones, until all are done."""
+    count = len(rows) // groups
+    for own in _by_length(rows[:count], max(1, size // groups)):
+        yield [group * count + place for group in range(groups) for place in own]
 
 
 def _by_length(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:

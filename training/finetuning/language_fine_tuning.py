@@ -28,6 +28,18 @@ class PromptAndAnswer(NamedTuple):
     answer: Tokens
 
 
+def answer_losses(backbone: CausalBackbone, batches: Sequence[Sequence[PromptAndAnswer]]) -> torch.Tensor:
+    """Return the mean negative log-likelihood of the answers' tokens, their ends included, of each batch, shape `(len(batches),)`.
+
+    Args:
+        batches: of equally many pairs, one for each adapter that is attached.
+    """
+    asked, answers = zip(*(pair for batch in batches for pair in batch), strict=True)
+    found = backbone.log_likelihoods(asked, answers, len(batches)).view(len(batches), -1).sum(1)
+    counts = [sum(len(answer) for _, answer in batch) for batch in batches]
+    return -found / torch.tensor(counts, device=found.device)
+
+
 class LanguageFineTuning:
     """Fine-tuning of a causal language model; see `cond_pdiff.training.finetuning.fine_tuning.FineTuning`.
 
@@ -53,11 +65,8 @@ class LanguageFineTuning:
             yield [self._tokens(task, exchange, rng.choice(exchange.answers)) for exchange in batch]
 
     def losses(self, batches: Sequence[list[PromptAndAnswer]], tasks: Sequence[LanguageTask]) -> torch.Tensor:
-        """Return the mean negative log-likelihood of the answers' tokens, their ends included, of each task."""
-        asked, answers = zip(*(pair for batch in batches for pair in batch), strict=True)
-        found = self.backbone.log_likelihoods(asked, answers, len(batches)).view(len(batches), -1).sum(1)
-        counts = [sum(len(answer) for _, answer in batch) for batch in batches]
-        return -found / torch.tensor(counts, device=found.device)
+        """Return the loss of each task's batch; see `answer_losses`."""
+        return answer_losses(self.backbone, batches)
 
     def metrics(self, adapter: LoraAdapter, task: LanguageTask) -> dict[str, Any]:
         """Measure the share of right answers on rows of the test split."""

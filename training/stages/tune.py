@@ -1,8 +1,8 @@
-"""`tune`: stage three. A text generator learns what its adapters are for: the loss of the base model with them, over many tasks.
+"""`tune`: stage three. A generator learns what its adapters are for: the loss of the base model with them, over many tasks.
 
 The diffusion of stage two reconstructs trained adapters, which says little about tasks that were not trained on. Here latents are
-denoised by the few-step sampler with gradients, decoded, and the base model with the adapter is asked to tell examples of a task
-apart; the generator learns from its mistakes. (Text-to-LoRA found such training to generalise better than reconstruction.)
+denoised by the few-step sampler with gradients, decoded, and the base model with the adapter is asked to do examples of the
+task; the generator learns from its mistakes. (Text-to-LoRA found such training to generalise better than reconstruction.)
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from cond_pdiff.attach import attached_to_groups
-from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditions.task_prompt import TaskPrompt
-from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.families.family import families
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
 from cond_pdiff.sampling import denoise
 from cond_pdiff.training.config import TuneConfig, parse, recorded
@@ -30,30 +29,11 @@ from cond_pdiff.training.evaluate.measure import weights_sha256
 from cond_pdiff.training.processes import processes
 from cond_pdiff.training.stages.loop import fit
 from cond_pdiff.training.stages.train import save_generator
-from cond_pdiff.training.tasks.tasks import WORD_DROPOUT, Task, load_tasks
-
-
-@dataclass(frozen=True)
-class Episode:
-    """A small task: some of a task's classes, with a few examples of each.
-
-    Args:
-        task: where it is from.
-        prompt: what the adapter is generated from: some words of the description, the classes' names, some of the examples.
-        texts: all examples.
-        targets: the class of each, shape `(len(texts),)`.
-        asked: those that the loss is on: what the prompt does not hold, shape `(len(texts),)`.
-    """
-
-    task: Task
-    prompt: TaskPrompt
-    texts: list[Text]
-    targets: torch.Tensor
-    asked: torch.Tensor
+from cond_pdiff.training.tasks.tasks import WORD_DROPOUT
 
 
 class ParamsGenerator(nn.Module):
-    """The part of a text generator that writes params from prompts, with gradients to the parts that are trained.
+    """The part of a generator that writes params from prompts, with gradients to the parts that are trained.
 
     Args:
         pipe: the generator; its U-Net is trained in place, and its decoder if the settings say so.
@@ -87,20 +67,22 @@ class ParamsGenerator(nn.Module):
         return pipe.codec.decode(denoise(self.unet, pipe.scheduler, noise, condition, steps, guidance, rng))
 
 
-class TuneStage:
-    """The stage (see `cond_pdiff.training.stages.loop`) that trains a text generator on the loss of its adapters.
+class TuneStage(ABC):
+    """The stage (see `cond_pdiff.training.stages.loop`) that trains a generator of adapters for tasks on the loss of its adapters.
+
+    Families differ in what an episode is and in its loss (see `Family.tuning`).
 
     Args:
-        pipe: a text generator, which is trained in place.
+        pipe: the generator, which is trained in place.
         tasks: whose training rows the episodes are drawn from.
     """
 
     name = "tune"
     at_once = None
 
-    def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Task], config: TuneConfig) -> None:
+    def __init__(self, pipe: CondPDiffPipeline, tasks: Sequence[Any], config: TuneConfig) -> None:
         self.pipe, self.tasks, self.config = pipe, list(tasks), config
-        self.rows = [_texts_by_class(task) for task in tasks]
+        self.rows = [self.read(task) for task in tasks]
         self.identity: dict[str, Any] = {
             "config": recorded(config),
             "generator": weights_sha256(pipe),
@@ -109,66 +91,52 @@ class TuneStage:
         }
         self.module: nn.Module = ParamsGenerator(pipe, config)
 
+    @abstractmethod
+    def read(self, task: Any) -> Any:
+        """Return a task's training rows, JSON-ready; raise `TrainingError` if they are too few."""
+
+    @abstractmethod
+    def episode(self, rng: random.Random, index: int) -> Any:
+        """Draw an episode of the index-th task; it has a `task`, and a `prompt` that its adapter is generated from."""
+
+    @abstractmethod
+    def episodes_loss(self, batch: Sequence[Any]) -> torch.Tensor:
+        """Return the mean loss of episodes by the base model, to which the adapter of each is attached, for equally many rows of it."""
+
     def _sha256(self) -> str:
         """Return the sha256 of all that episodes are drawn from."""
         digest = hashlib.sha256()
         for task, rows in zip(self.tasks, self.rows, strict=True):
-            digest.update(json.dumps([task.description, task.labels, rows], sort_keys=True).encode())
+            digest.update(json.dumps([task.description, task.index_facts()["labels"], rows], sort_keys=True).encode())
         return digest.hexdigest()
 
-    def draw(self, batch_size: int, rng: torch.Generator) -> list[Episode]:
+    def draw(self, batch_size: int, rng: torch.Generator) -> list[Any]:
         """Draw `batch_size` episodes of tasks that are all equally likely."""
         choice = random.Random(int(torch.randint(2**31, (1,), generator=rng)))
-        return [self._episode(choice, index) for index in choice.choices(range(len(self.tasks)), k=batch_size)]
+        return [self.episode(choice, index) for index in choice.choices(range(len(self.tasks)), k=batch_size)]
 
-    def loss(self, module: nn.Module, batch: list[Episode], rng: torch.Generator) -> torch.Tensor:
-        """Return the mean cross-entropy of episodes' examples under generated adapters, against prototypes with and without examples."""
+    def loss(self, module: nn.Module, batch: list[Any], rng: torch.Generator) -> torch.Tensor:
+        """Return the mean loss of episodes under adapters that are generated from their prompts."""
         template = self.pipe.codec.template
         tensors = torch.vmap(template.to_tensors)(module([episode.prompt for episode in batch], rng))
-        texts = [[*map(label_text, episode.prompt.labels), *episode.texts] for episode in batch]
-        base = self.pipe.base_model()
-        with attached_to_groups(base.model, template.spec, tensors):
-            rows = base.forward_groups(texts, self.config.max_length)
-        losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
-        return torch.stack(losses).mean()
+        with attached_to_groups(self.pipe.base_model().model, template.spec, tensors):
+            return self.episodes_loss(batch)
 
-    @staticmethod
-    def _episode_loss(episode: Episode, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return the loss of an episode from the embeddings of label names and examples, shape `(rows, embedding_dim)`."""
-        names, examples = embeddings.split([len(episode.prompt.labels), len(episode.texts)])
-        targets, asked = episode.targets.to(examples.device), episode.asked.to(examples.device)
-        both = (LOGIT_SCALE * examples @ names.T, held_out_logits(names, examples, targets))
-        return torch.stack([nn.functional.cross_entropy(logits[asked], targets[asked]) for logits in both]).mean()
-
-    def describe(self, batch: list[Episode]) -> str:
+    def describe(self, batch: list[Any]) -> str:
         """Return the names of the episodes' tasks."""
         return ", ".join(episode.task.name for episode in batch)
 
-    def _episode(self, rng: random.Random, index: int) -> Episode:
-        task, by_class, config = self.tasks[index], self.rows[index], self.config
-        most = min(len(by_class), config.most_labels)
-        # Tasks with few classes are mostly asked as they are; of many classes, any few make a task.
-        count = most if rng.random() < config.whole_tasks else rng.randint(2, most)
-        classes = sorted(rng.sample(sorted(by_class), count))
-        each = max(2, config.examples // count)
-        picked: list[tuple[Text, int]] = []
-        for place, label in enumerate(classes):
-            picked += [(text, place) for text in rng.sample(by_class[label], min(each, len(by_class[label])))]
-        labels = [task.labels[label] for label in classes]
-        hidden = [rng.random() >= config.shown for _ in picked]
-        if rng.random() < config.without_examples or not any(hidden):
-            hidden = [True] * len(picked)
-        words = task.description.split()
-        description = " ".join([word for word in words if rng.random() >= WORD_DROPOUT] or words)
-        shown = [(text, labels[place]) for (text, place), asked in zip(picked, hidden, strict=True) if not asked]
-        targets = torch.tensor([place for _, place in picked])
-        return Episode(task, TaskPrompt(description, shown, labels), [text for text, _ in picked], targets, torch.tensor(hidden))
+
+def with_words_left_out(description: str, rng: random.Random) -> str:
+    """Return some words of a description, or all of them if none were left."""
+    words = description.split()
+    return " ".join([word for word in words if rng.random() >= WORD_DROPOUT] or words)
 
 
 def tune(
     recipe: dict[str, Any], generator: str | Path, tasks_folder: str | Path, run_folder: str | Path, tensorboard: bool = False
 ) -> Path:
-    """Train a finished text generator on the loss of its own tasks.
+    """Train a finished generator on the loss of its own tasks.
 
     Args:
         recipe: its `tune` section (see `TuneConfig`).
@@ -181,30 +149,20 @@ def tune(
         The tuned generator's folder. Its U-Net is stored in half precision (and loaded in float32 by default).
 
     Raises:
-        TrainingError: the generator is not of text adapters, or the run folder holds a run with other settings.
+        TrainingError: the generator's family has no task loss here, or the run folder holds a run with other settings.
         TaskDataError: a task is missing or malformed.
     """
     run_folder = Path(run_folder)
     config = parse(TuneConfig, recipe.get("tune", {}), "tune")
     pipe = CondPDiffPipeline.from_pretrained(generator)
-    if not pipe.family.has_prototypes:
-        raise TrainingError(
-            f"tune needs adapters under which texts are classified by prototypes; this generator makes adapters for a {pipe.family.name}"
-        )
-    stage = TuneStage(pipe, load_tasks(tasks_folder, list(pipe.condition_index.config.tasks)), config)
+    stage_class = pipe.family.tuning()
+    if stage_class is None:
+        able = ", ".join(sorted(name for name, family in families().items() if family.tuning()))
+        raise TrainingError(f"tune knows the task loss of adapters for {able}; this generator makes adapters for a {pipe.family.name}")
+    tasks = pipe.family.load_tasks(tasks_folder, list(pipe.condition_index.config.tasks))
+    stage = stage_class(pipe, tasks, config)
     fit(stage, config.fit, run_folder / "tune", tensorboard)
     if processes().is_main_process:
         save_generator(pipe, run_folder / "generator")
     processes().wait_for_everyone()
     return run_folder / "generator"
-
-
-def _texts_by_class(task: Task) -> dict[int, list[Text]]:
-    """Return the training texts of each class that has at least two."""
-    by_class: dict[int, list[Text]] = {}
-    for text, label in task.rows("train"):
-        by_class.setdefault(label, []).append(text)
-    found = {label: texts for label, texts in by_class.items() if len(texts) > 1}
-    if len(found) < 2:
-        raise TrainingError(f"{task.folder}: tune needs two classes with at least two training rows each")
-    return found

@@ -12,7 +12,12 @@ SLACK = 4
 
 
 def predict(
-    backbone: CausalBackbone, task: LanguageTask, exchanges: Sequence[Exchange], max_length: int, shots: Sequence[Exchange] = ()
+    backbone: CausalBackbone,
+    task: LanguageTask,
+    exchanges: Sequence[Exchange],
+    max_length: int,
+    shots: Sequence[Exchange] = (),
+    groups: int = 1,
 ) -> list[str | None]:
     """Answer texts with the model as it is, with whatever adapter is attached; None: an answer that did not end.
 
@@ -22,13 +27,14 @@ def predict(
     Args:
         max_length: tokens of prompt and answer, as in training; long texts are cut where their beginning is enough.
         shots: examples that stand before each text, cut in the same way, with the first of their answers.
+        groups: adapters that are `attached_to_groups`: all texts are answered under each, group after group.
     """
     names = [backbone.answer_tokens(answer) for answer in task.instruction.answers]
     asked = prompts(backbone, task, exchanges, max_length, shots)
     if names:
-        return [task.instruction.answers[place] for place in backbone.choices(asked, names).argmax(1).tolist()]
+        return [task.instruction.answers[place] for place in backbone.choices(asked, names, groups).argmax(1).tolist()]
     longest = max(len(backbone.answer_tokens(answer)) for _, answers in exchanges for answer in answers)
-    return backbone.answers(asked, longest + SLACK)
+    return backbone.answers(asked, longest + SLACK, groups)
 
 
 def prompts(
