@@ -10,10 +10,10 @@ from cond_pdiff import CondPDiffError
 from cond_pdiff.page import report, style_tab
 from cond_pdiff.page.language_tab import LanguageTab
 from cond_pdiff.page.style_tab import StyleTab
-from cond_pdiff.page.tab import KEEP_SECONDS
+from cond_pdiff.page.tab import KEEP_SECONDS, Tab
 from cond_pdiff.page.text_tab import TextTab
 
-TABS = (StyleTab, TextTab, LanguageTab)
+TABS: tuple[type[Tab], ...] = (StyleTab, TextTab, LanguageTab)
 MAX_WAITING, MAX_UPLOAD = 64, "10mb"
 THEME = gr.themes.Default().set(  # gradio's own orange and grey are hard to read on white, and white on its orange
     button_primary_background_fill="*primary_700",

@@ -20,7 +20,7 @@ CSS = """
 .report .neighbour img {width: 72px; height: 72px; margin: 0; image-rendering: pixelated}
 .report dt {float: left; font-weight: 600; margin-right: 6px} .report dt::first-letter {text-transform: uppercase}
 .report dt::after {content: ":"} .report dd {margin: 0}
-.answers table {width: 100%; table-layout: fixed; border-collapse: collapse}
+.answers table {width: 100%; table-layout: fixed; border-collapse: collapse} .answers table, .answers tr {border: 0}
 .answers th, .answers td {text-align: left; vertical-align: top; padding: 6px 8px; overflow-wrap: anywhere; border: 0;
   border-bottom: 1px solid var(--border-color-primary)}
 .answers th:first-child {width: 46%} .answers tbody th {font-weight: 400}

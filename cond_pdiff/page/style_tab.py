@@ -32,7 +32,8 @@ MAX_PROMPTS, NUM_EXAMPLES = 4, 6
 
 CSS = """
 .gallery img {image-rendering: pixelated}
-.gallery .grid-wrap {min-height: 0; max-height: none; overflow: visible} .gallery .grid-container {height: auto; align-items: start}
+.gallery .grid-wrap {min-height: 0; height: auto; max-height: none; overflow: visible}
+.gallery .grid-container {height: auto; align-items: start}
 .gallery .thumbnail-item {aspect-ratio: auto; height: auto; display: block; background: none}
 .gallery .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%; border-radius: inherit}
 .gallery .caption-label {position: static; max-width: 100%; border: 0; padding: 4px 2px; white-space: normal; overflow: visible;
