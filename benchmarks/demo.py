@@ -4,7 +4,7 @@
     python benchmarks/demo.py clients [--clients 100] [--requests 500]  # every client's adapter is compared by sha256
     python benchmarks/demo.py previews [--previews 1000]              # many fail half-way; the base model's weights stay as they are
 
-The first two start `app.py` in a process of its own, on the bundled generators or on those in --styles and --tasks.
+The first two start the page in a process of its own, on the bundled generators or on those in --styles and --tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import io
 import multiprocessing
 import random
 import struct
-import sys
 import tempfile
 import threading
 import time
@@ -31,17 +30,15 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+from cond_pdiff.defaults import LANGUAGE_GENERATOR, STYLE_GENERATOR, TEXT_GENERATOR
 
 
 def serve(styles: str | None, tasks: str | None, pipe: Any) -> None:
-    """Run the app and send its address."""
-    sys.path.insert(0, str(ROOT))
-    import app
+    """Run the page and send its address."""
+    from cond_pdiff.page.page import LAUNCH, build_page
 
-    app.STYLES, app.TASKS = styles or app.STYLES, tasks or app.TASKS
-    page = app.build()
-    page.launch(max_file_size=app.MAX_UPLOAD, prevent_thread_lock=True, quiet=True)
+    page = build_page(styles or STYLE_GENERATOR, tasks or TEXT_GENERATOR, LANGUAGE_GENERATOR)
+    page.launch(**LAUNCH, prevent_thread_lock=True, quiet=True)
     pipe.send(page.local_url)
     threading.Event().wait()
 
@@ -236,7 +233,7 @@ def main() -> None:
     parser.add_argument("--tasks", help="text generator (default: the bundled one)")
     arguments = parser.parse_args()
     if arguments.what == "previews":
-        previews(arguments.styles or "cond-pdiff/pixart-mini-styles", arguments.previews)
+        previews(arguments.styles or STYLE_GENERATOR, arguments.previews)
         return
     ours, theirs = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(target=serve, args=(arguments.styles, arguments.tasks, theirs), daemon=True)

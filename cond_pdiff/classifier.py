@@ -193,6 +193,10 @@ class PrototypeClassifier:
         names, examples, asked = self._embed([check_text(text, f"text {index}") for index, text in enumerate(texts, 1)])
         return prototype_logits(names, examples, self.targets.to(names.device), asked)
 
+    def probabilities(self, texts: Sequence[Text]) -> list[dict[str, float]]:
+        """Return label → probability of each text, in the order of the labels; see `logits`."""
+        return [dict(zip(self.labels, row, strict=True)) for row in self.logits(texts).softmax(1).tolist()]
+
     @torch.no_grad()
     def example_embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed the label names and the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""

@@ -5,6 +5,7 @@ They stand in a module of their own that imports nothing, so that help can name 
 
 TEXT_GENERATOR = "cond-pdiff/minilm-text-tasks"
 STYLE_GENERATOR = "cond-pdiff/pixart-mini-styles"
+LANGUAGE_GENERATOR = "cond-pdiff/smollm2-tasks"
 
 DEFAULT_STEPS = 20
 """The number of denoising steps. Adapters of one task then vary as much as after 200 steps (`benchmarks/spread.py`): on the four narrowest

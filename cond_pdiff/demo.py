@@ -83,6 +83,6 @@ def demonstrate(pipe: CondPDiffPipeline) -> Demonstration:
 
 def _answers(classifier: PrototypeClassifier) -> tuple[Answer, ...]:
     """Return a classifier's answers for `SENTENCES`."""
-    probabilities = classifier.logits([text for text, _ in SENTENCES]).softmax(1)
-    best = [(classifier.labels[int(row.argmax())], float(row.max())) for row in probabilities]
+    rows = classifier.probabilities([text for text, _ in SENTENCES])
+    best = [max(row.items(), key=lambda item: item[1]) for row in rows]
     return tuple(Answer(label, share, label == right) for (label, share), (_, right) in zip(best, SENTENCES, strict=True))

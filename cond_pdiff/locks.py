@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 LOADING = threading.RLock()
 """The lock held while a model is loaded: diffusers and transformers change torch for the whole process while they do it."""
 
 Loaded = TypeVar("Loaded")
+Step = TypeVar("Step")
 # Beside the objects, not on them: those are copied, pickled and saved.
 _locks: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()
 _registry = threading.Lock()
@@ -37,3 +40,36 @@ def load_once(loaded: list[Loaded], load: Callable[[], Loaded]) -> Loaded:
             if not loaded:
                 loaded.append(load())
     return loaded[0]
+
+
+def in_one_thread(begin: Callable[[], Generator[Step, None, None]]) -> Iterator[Step]:
+    """Yield what the generator of `begin()` yields, which runs in a thread of its own from its first step to its last.
+
+    A lock belongs to the thread that took it. A generator that holds one between its steps, as a language model's answer under an
+    adapter does, must not be driven by now this thread and now that, as web servers do. It may run ahead of the caller; where the caller
+    stops early (closes this one), it stops after the step that it is at. What it raises is raised here.
+    """
+    told: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    stopped = threading.Event()
+
+    def run() -> None:
+        try:
+            with contextlib.closing(begin()) as steps:
+                for step in steps:
+                    told.put((True, step))
+                    if stopped.is_set():
+                        return
+            told.put((False, None))
+        except BaseException as error:
+            told.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        going, value = told.get()
+        while going:
+            yield value
+            going, value = told.get()
+        if value is not None:
+            raise value
+    finally:
+        stopped.set()

@@ -143,8 +143,8 @@ def push_space(app: str | Path, repo_id: str, generators: tuple[str, ...] = (), 
 
     Args:
         app: the project's `app.py`.
-        generators: Hub repositories of generators to show instead of the bundled ones, at most one for styles and one for tasks;
-            the Space fetches them when it is built.
+        generators: Hub repositories of generators to show instead of the bundled ones, at most one of a kind; the Space fetches them when
+            it is built.
         options: as for `cond_pdiff.hub.push_folder`.
 
     Raises:

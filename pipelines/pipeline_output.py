@@ -42,28 +42,35 @@ class GenerationReport:
         """Return a JSON-ready description."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        kind = self.condition.condition_kind
-        where = "in distribution" if self.in_distribution else f"OUT OF DISTRIBUTION, unlike every trained {kind.noun}"
-        similarity = self.nearest[0].similarity if self.nearest else 0.0
-        lines = [
-            f"request    {where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",
-            "nearest    " + ", ".join(f"{neighbour.task} {neighbour.similarity:.2f}" for neighbour in self.nearest),
-        ]
-        if self.choice:
-            choice = self.choice
+    def facts(self) -> dict[str, str]:
+        """Return what is told of it beside its place among what was trained, in words: title → fact."""
+        told: dict[str, str] = {}
+        if choice := self.choice:
             place, own = f"{choice.index + 1} of {len(choice.scores)}", choice.scores[choice.index].accuracy
             if choice.strength:
                 beside = f" (base model {choice.base.accuracy:.0%})" if choice.base else ""
-                lines.append(f"chosen     {place}, accuracy {own:.0%} on the given examples{beside}")
+                told["chosen"] = f"{place}, accuracy {own:.0%} on the given examples{beside}"
             else:
-                lines.append(f"chosen     the base model, accuracy {choice.score.accuracy:.0%} on the given examples ({place}: {own:.0%})")
-            lines += [f"gain       {choice.gain}"] if choice.gain else []
-        lines += [f"note       {self.condition.cuts}"] if self.condition.cuts else []
-        if kind.names_classes:
+                told["chosen"] = f"the base model, accuracy {choice.score.accuracy:.0%} on the given examples ({place}: {own:.0%})"
+            if choice.gain:
+                told["gain"] = str(choice.gain)
+        if self.condition.cuts:
+            told["note"] = self.condition.cuts
+        if self.condition.condition_kind.names_classes:
             none = "none: answers are free" if self.labels_from == FREE_ANSWERS else "none known; name them when classifying"
-            lines.append("labels     " + (f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else none))
-        return "\n".join(lines)
+            told["labels"] = f"{', '.join(self.labels)} (from the {self.labels_from})" if self.labels else none
+        return told
+
+    def __str__(self) -> str:
+        noun = self.condition.condition_kind.noun
+        where = "in distribution" if self.in_distribution else f"OUT OF DISTRIBUTION, unlike every trained {noun}"
+        similarity = self.nearest[0].similarity if self.nearest else 0.0
+        told = {
+            "request": f"{where} (similarity {similarity:.2f}, threshold {self.threshold:.2f})",
+            "nearest": ", ".join(f"{neighbour.task} {neighbour.similarity:.2f}" for neighbour in self.nearest),
+            **self.facts(),
+        }
+        return "\n".join(f"{title:<10} {fact}" for title, fact in told.items())
 
 
 @dataclass

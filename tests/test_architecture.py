@@ -32,9 +32,10 @@ RANKS = {
     "families": 10,
     "pipelines": 11,
     "cond_pdiff": 12, "demo": 12, "verify": 12,
-    "training": 13, "app": 13,
-    "cli": 14,
-    "__main__": 15,
+    "page": 13,
+    "training": 14, "app": 14,
+    "cli": 15,
+    "__main__": 16,
 }  # fmt: skip
 
 # Who may depend, inside a function, on what stands above it: a family's training half is imported when something is trained.
@@ -42,7 +43,7 @@ LAZY = {("families", "training")}
 
 # Optional or heavy imports → the one unit that may have them, and whether only inside a function.
 PLACES = {
-    "gradio": ("app", False),
+    "gradio": ("page", False),
     "typer": ("cli", False),
     "huggingface_hub": ("hub", False),
     "open_clip": ("models", True),
@@ -295,7 +296,9 @@ def test_no_bare_import_of_a_mapped_folder(path: Path) -> None:
         ("cond_pdiff.training.new", "found = {StyleImage: 1}.get(type(x))", "chooses by StyleImage"),
         ("cond_pdiff.training.new", "found = type(x).__name__.startswith('StyleImage')", "asks for StyleImage"),
         ("cond_pdiff.training.new", "found = encoder.condition_kind is StyleImage", "compares with StyleImage"),
-        ("cond_pdiff.hub", "import gradio", "belongs in app only"),
+        ("cond_pdiff.hub", "import gradio", "belongs in page only"),
+        ("app", "import gradio", "belongs in page only"),
+        ("cond_pdiff.page.new", "from cond_pdiff.training.zoo.zoo import Zoo", "page may not depend on training"),
         ("cond_pdiff.adapter", "from huggingface_hub import HfApi", "belongs in hub only"),
         ("cond_pdiff.models.new", "import open_clip", "outside a function"),
         ("cond_pdiff.models.new", "def f():\n    import datasets", "belongs in training only"),
@@ -333,7 +336,8 @@ def test_checker_refuses(module: str, source: str, complaint: str) -> None:
         ("cond_pdiff.cli.new", "import typer\ndef f():\n    from cond_pdiff.training.zoo.zoo import Zoo"),
         ("cond_pdiff.__main__", "from cond_pdiff.cli import main"),
         ("cond_pdiff.training.new", "import cond_pdiff\nfrom .zoo import Zoo\ndef f():\n    from datasets import load_dataset"),
-        ("app", "import gradio\nfrom cond_pdiff import CondPDiffPipeline"),
+        ("cond_pdiff.page.new", "import gradio\nfrom cond_pdiff import CondPDiffPipeline"),
+        ("app", "from cond_pdiff.page.page import build_page"),
         ("cond_pdiff.classifier", "import torch\nmodel.eval()\nread('x', trust_remote_code=False, use_safetensors=True)"),
     ],
 )

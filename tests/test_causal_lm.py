@@ -156,6 +156,11 @@ def test_long_texts_are_cut_and_instructions_are_not(backbone: CausalBackbone) -
         told = backbone._text(tokens)
         assert "Which?\nOptions: a, b\nInput" in told
         assert "short" in told or isinstance(text, str)
+        shares, read = backbone.shares(task, text, 90)
+        assert read == backbone.fitted(task, text, 90 - len(backbone.answer_tokens("a"))) != text
+        likelihoods = [one_by_one(backbone, backbone.prompt_tokens(task.prompt(read)), backbone.answer_tokens(name)) for name in "ab"]
+        assert list(shares.values()) == pytest.approx(torch.tensor(likelihoods).softmax(0).tolist(), abs=1e-4)
+        assert list(shares) == ["a", "b"]
     with pytest.raises(ConditionError, match="without its text it is too long already"):
         backbone.fitted(task, "word", 20)
     long, answer = backbone.prompt_tokens("word " * 100), backbone.answer_tokens("b" * 99)

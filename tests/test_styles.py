@@ -138,13 +138,17 @@ def test_a_picture_gives_adapters_that_peft_and_the_pipeline_take(
     assert {neighbour.task for neighbour in out.report.nearest} == {"embers", "lagoon"}
     for name in ("embers", "lagoon"):
         shown = np.asarray(pipe.condition_index.preview(name), int)
-        scene = Image.fromarray(Style.load(styles_folder / name).pictures("train")[0][0].numpy())
+        style = Style.load(styles_folder / name)
+        pixels, _ = style.pictures("train")
+        scene = Image.fromarray(pixels[style.shown_scene(len(pixels))].numpy())
         small = np.asarray(scene.resize((48, 48), Image.Resampling.BOX), int)
         assert shown.shape == (48, 48, 3)
         assert np.abs(shown - small).mean() < 12
         assert np.abs(shown.mean((0, 1)) - small.mean((0, 1))).max() < 4
     assert str(out.report).startswith("request    ")
     assert "labels" not in str(out.report)
+    assert out.report.facts() == {}
+    assert len({Style(f"style {number}", styles_folder, "", "", "").shown_scene(128) for number in range(20)}) > 10
 
     folder = out.save_adapter(tmp_path / "embers")
     metadata = LoraAdapter.load(folder).metadata

@@ -6,7 +6,7 @@ import copy
 import gc
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,7 @@ from test_adapter_head import head_adapter
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
 from cond_pdiff.few_shot import refine
 from cond_pdiff.hub import Backbone
-from cond_pdiff.locks import _locks, lock_of
+from cond_pdiff.locks import _locks, in_one_thread, lock_of
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures, unknown_words
@@ -207,3 +207,40 @@ def test_locks_belong_to_models_without_being_part_of_them(pipe: CondPDiffPipeli
     del module
     gc.collect()
     assert len(_locks) == count
+
+
+def counting(model: torch.nn.Module, count: int, ended: threading.Event) -> Generator[tuple[int, int], None, None]:
+    """Numbers and the thread that counts them, which has the model to itself meanwhile."""
+    try:
+        with lock_of(model):
+            for number in range(count):
+                yield number, threading.get_ident()
+            if count == 3:
+                raise ValueError("three")
+    finally:
+        ended.set()
+
+
+def test_a_generator_that_holds_a_lock_is_driven_by_many_threads() -> None:
+    model, ended = torch.nn.Linear(1, 1), threading.Event()
+    steps = in_one_thread(lambda: counting(model, 40, ended))
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        told = [(one, other)[place % 2].submit(next, steps).result() for place in range(40)]
+    assert [number for number, _ in told] == list(range(40))
+    assert len({thread for _, thread in told} | {threading.get_ident()}) == 2
+    assert next(steps, None) is None
+    assert ended.is_set()
+    with pytest.raises(ValueError, match="three"):
+        list(in_one_thread(lambda: counting(model, 3, ended)))
+    assert at_once(lambda number: len(list(in_one_thread(lambda: counting(model, 5, ended))))) == [5] * THREADS
+
+
+def test_a_caller_that_stops_early_ends_the_thread() -> None:
+    model, ended = torch.nn.Linear(1, 1), threading.Event()
+    steps = in_one_thread(lambda: counting(model, 10**9, ended))
+    assert next(steps)[0] == 0
+    assert not ended.is_set()
+    steps.close()
+    assert ended.wait(30)
+    assert lock_of(model).acquire(timeout=30)
+    lock_of(model).release()

@@ -67,11 +67,8 @@ def ask(
 
 def _choose(model: CausalBackbone, instruction: Instruction, asked: Text, limit: int, as_json: bool) -> None:
     """Report the likeliest label of a text, which is cut where it was in training."""
-    names = [model.answer_tokens(name) for name in instruction.answers]
-    fits = model.fitted(instruction, asked, min(limit, model.max_tokens) - max(map(len, names)))
-    if fits != asked:
+    shares, read = model.shares(instruction, asked, limit)
+    if read != asked:
         note(f"the prompt is longer than {limit} tokens; the end of the text is not read")
-    prompt = model.prompt_tokens(instruction.prompt(fits))
-    shares = dict(zip(instruction.labels, model.choices([prompt], names)[0].softmax(0).tolist(), strict=True))
     best = max(shares, key=lambda name: shares[name])
     report({"text": asked, "answer": best, "probabilities": shares}, f"{best:<24} {shares[best]:>4.0%}", as_json)

@@ -141,10 +141,10 @@ def _classified(classifier: PrototypeClassifier, texts: list[Text | None]) -> li
     limit = classifier.max_length
     if cut := sum(classifier.backbone.count_tokens(one) > limit for one in known):
         note(f"{cut} of {len(known)} texts longer than {limit} tokens; the rest of them is not read")
-    rows = iter(classifier.logits(known).softmax(1).tolist())
+    rows = iter(classifier.probabilities(known))
     facts = []
     for text in texts:
-        probabilities = dict(zip(classifier.labels, next(rows), strict=True)) if text is not None else {}
+        probabilities = next(rows) if text is not None else {}
         best = max(probabilities, key=lambda name: probabilities[name]) if probabilities else None
         facts.append({"text": text, "label": best, "probabilities": probabilities})
     return facts

@@ -257,6 +257,20 @@ class CausalBackbone:
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return first - losses.view(wanted.shape).sum(1).view(first.shape)
 
+    def shares(self, instruction: Instruction, text: Text, limit: int) -> tuple[dict[str, float], Text]:
+        """Return the probability of each label of an instruction for a text, and as much of the text as was read.
+
+        Args:
+            limit: prompt and answer may have that many tokens, as in training; no more than the model is made for.
+
+        Raises:
+            ConditionError: see `fitted`.
+        """
+        names = [self.answer_tokens(name) for name in instruction.answers]
+        read = self.fitted(instruction, text, min(limit, self.max_tokens) - max(map(len, names)))
+        found = self.choices([self.prompt_tokens(instruction.prompt(read))], names)[0].softmax(0)
+        return dict(zip(instruction.labels, found.tolist(), strict=True)), read
+
     def _read(self, starts: Sequence[Tokens], whole: Sequence[Tokens], keep: int, groups: int = 1) -> tuple[torch.Tensor, _Read]:
         """Read rows from left to right: what all `starts` have in common once a group, then the rest of each row, padded on the left.
 

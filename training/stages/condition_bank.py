@@ -31,7 +31,7 @@ class ConditionBank:
         facts: of each task, for the generator's index.
         inputs: embeddings, shape `(num_tasks, conditions, condition_dim)`; for an encoder that is trained with the U-Net its
             inputs, shape `(num_tasks, conditions, 3, side, side)`, uint8, on disk.
-        previews: of styles, one scene in each, as a WebP file.
+        previews: of styles, a scene in each, as a WebP file.
         sha256: of all prompts or pictures that the inputs are made of.
     """
 

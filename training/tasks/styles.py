@@ -103,10 +103,15 @@ class Style(ZooTask):
         return {**super().zoo_facts(), **({"source": self.source} if self.source else {})}
 
     def preview(self) -> bytes:
-        """Return the first scene in the style, small."""
-        scene, file = Image.fromarray(self.pictures("train")[0][0].numpy()), io.BytesIO()
+        """Return a scene in the style, small: which one, the style's name decides, so that styles side by side show many."""
+        pixels, _ = self.pictures("train")
+        scene, file = Image.fromarray(pixels[self.shown_scene(len(pixels))].numpy()), io.BytesIO()
         scene.resize((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BOX).save(file, "WEBP", quality=PREVIEW_QUALITY)
         return file.getvalue()
+
+    def shown_scene(self, count: int) -> int:
+        """Return which of `count` scenes stands for the style."""
+        return random.Random(f"{self.name}/preview").randrange(count)
 
 
 def load_styles(folder: str | Path, names: Sequence[str] | None = None) -> list[Style]:
