@@ -164,7 +164,7 @@ class CondPDiffPipeline(GeneratorPipeline):
 
         Args:
             condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
-                a Pillow image, or the path or bytes of an image file.
+                a Pillow image, or the path or bytes of an image file, or a list of these: pictures of one style, in any order.
             num_adapters: how many candidates. With examples in the prompt, the one that does best on them is chosen (the paper
                 generates 20 and chooses on training data), or the base model if it is expected to do better; of adapters with
                 heads, one alone is not judged, nor compared with the base model.
@@ -358,8 +358,6 @@ class CondPDiffPipeline(GeneratorPipeline):
         if guidance_scale is not None:
             check_guided(guidance_scale, self.unet.config.unconditional)
         check_generators(generator, num_adapters)
-        if isinstance(condition, (list, tuple)):
-            raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         checked = self.condition_encoder.condition_kind.of(condition)
         told = self._head_labels
         if told is not None and len(checked.labels) not in (0, told):

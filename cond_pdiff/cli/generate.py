@@ -55,7 +55,10 @@ commands = typer.Typer()
 def generate(
     description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What to decide, in a sentence or two.")] = None,
     *,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description; repeatable: several of one style."),
+    ] = None,
     vector: Annotated[Path | None, typer.Option(metavar="FILE", help="A .npy or .safetensors file with numbers instead.")] = None,
     example: Annotated[
         list[str] | None,
@@ -118,7 +121,7 @@ def generate(
         description, free_answers = description or found.description, free_answers or found.free
         labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image, vector, shown, labels, free_answers), num_adapters
+    condition, count = _condition(description, image or [], vector, shown, labels, free_answers), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
     if refine:
@@ -127,7 +130,7 @@ def generate(
 
     from cond_pdiff.sampling import seeded
 
-    pipe = _load(generator or (TEXT_GENERATOR if image is None else STYLE_GENERATOR))
+    pipe = _load(generator or (STYLE_GENERATOR if image else TEXT_GENERATOR))
     output = pipe(condition, count, steps, guidance_scale, seeded(seed, count))
     adapter, lines = output.adapter, [str(output.report)]
     if refine:
@@ -180,23 +183,23 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
 
 
 def _condition(
-    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str], free: bool
+    description: str | None, image: list[Path], vector: Path | None, examples: list[tuple[Text, str]], labels: list[str], free: bool
 ) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.conditions.vector import Vector
 
     if vector is not None:
-        if image is not None or description is not None or examples or labels or free:
+        if image or description is not None or examples or labels or free:
             raise ConditionError("give a vector, or another condition, not both")
         return Vector.of(vector)
-    if image is None:
+    if not image:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
         return TaskPrompt(description, examples, labels, free)
     if description is not None or examples or labels or free:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
-    return StyleImage.open(image)
+    return StyleImage.of(image)
 
 
 def _check_refinement(condition: Condition, steps: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cond_pdiff.conditions.condition import FREE_ANSWERS, Condition, Labels, register_condition
+from cond_pdiff.conditions.condition import FREE_ANSWERS, Condition, Files, Labels, register_condition
 from cond_pdiff.conditions.texts import Text, check_examples, check_labels, check_string
 from cond_pdiff.errors import ConditionError
 
@@ -65,7 +65,7 @@ class TaskPrompt(Condition):
         return {**facts, "free": True} if self.free else facts  # a word that came later
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], file: str | Path | None = None) -> TaskPrompt:
+    def from_json(cls, data: Mapping[str, Any], file: Files | None = None) -> TaskPrompt:
         """Read what `to_json` wrote, which is all of it."""
         try:
             examples = [(tuple(text) if isinstance(text, list) else text, label) for text, label in data["examples"]]
@@ -87,6 +87,8 @@ class TaskPrompt(Condition):
             return given
         if isinstance(given, str):
             return cls(given)
+        if isinstance(given, (list, tuple)):
+            raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         raise ConditionError(f"this generator reads a task description (a string or a TaskPrompt), got a {type(given).__name__}")
 
     @classmethod
