@@ -19,6 +19,11 @@ MAX_EXAMPLES = 64
 ANSWER_TOKENS = 64
 """The most tokens of a language model's answer."""
 
+MAX_REFINE_STEPS = 1000
+REFINE_BATCH = 8
+"""Pictures in each step of refining a style."""
+STYLE_REFINE_RATE = 5e-3
+
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0
 

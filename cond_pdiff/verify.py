@@ -86,7 +86,7 @@ def verify(adapter: LoraAdapter, generator: str | Path | None = None, image: Fil
         HubError: the generator is not to be had.
     """
     if "refined" in adapter.metadata:
-        raise AdapterError("the adapter was refined on examples after it was generated; only what a generator wrote can be made again")
+        raise AdapterError("the adapter was refined after it was generated; only what a generator wrote can be made again")
     missing = [name for name in NEEDED if adapter.metadata.get(name) is None]
     if missing:
         raise AdapterError(f"the adapter does not record its {missing[0]}; only generated ones with a seed can be made again")

@@ -113,6 +113,14 @@ class Condition(ABC):
         """Return further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
         return ()
 
+    def refined_on(self) -> str:
+        """Return what the training steps of `Family.refine` are taken on, in words.
+
+        Raises:
+            ConditionError: there is nothing, or not enough.
+        """
+        raise ConditionError(f"a {self.noun} given as a {self.name} shows nothing that training steps could be taken on")
+
     def classes(self, trained: Sequence[str], in_trained_order: bool) -> Labels | None:
         """Return the label names that go with an adapter, and where they are from; None for a kind that names no classes.
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cond_pdiff.conditions.condition import Condition, Files, register_condition
 from cond_pdiff.conditions.images import SMALLEST_CROP, open_picture, size_of, small_rgb, square_crop
+from cond_pdiff.conditions.texts import check_string
 from cond_pdiff.errors import ConditionError
 
 STYLE_VIEWS = 16
@@ -35,7 +36,7 @@ class StyleImage(Condition):
         others: further pictures of the same style. `of` brings all into one order, so that it makes no difference in which they are given.
 
     Raises:
-        ConditionError: not an image, too small, or not decodable.
+        ConditionError: not an image, too small, or not decodable; or a caption that is no text.
     """
 
     name: ClassVar[str] = "style-image"
@@ -55,6 +56,7 @@ class StyleImage(Condition):
         if not isinstance(self.image, Image.Image):
             raise ConditionError(f"a style image must be a Pillow image, got {type(self.image).__name__}")
         object.__setattr__(self, "image", small_rgb(self.image))
+        object.__setattr__(self, "caption", check_string(self.caption, "the caption") if self.caption else "")
 
     @property
     def pictures(self) -> tuple[StyleImage, ...]:
@@ -112,6 +114,13 @@ class StyleImage(Condition):
         crops = STYLE_VIEWS // len(self.pictures)
         return [view for picture in self.pictures for view in (picture, *picture._crops(crops))]
 
+    def refined_on(self) -> str:
+        """Return the number of pictures; all of them must have captions, or none."""
+        if len({bool(picture.caption) for picture in self.pictures}) > 1:
+            raise ConditionError("some pictures have captions and some have none; training steps take a caption of each, or of none")
+        count = len(self.pictures)
+        return f"{count} picture{'s' if count > 1 else ''}"
+
     def _crops(self, count: int) -> list[StyleImage]:
         rng = random.Random(0)
         return [StyleImage(square_crop(self.image, rng.uniform(SMALLEST_CROP, 1.0), rng)) for _ in range(count)]
@@ -132,14 +141,17 @@ class StyleImage(Condition):
             return cls(image)
 
     @classmethod
-    def of(cls, given: Any) -> StyleImage:
+    def of(cls, given: Any, captions: Sequence[str] = ()) -> StyleImage:
         """Make a style image from itself, a Pillow image, a path, or a file's bytes; or from a list of these, pictures of one style.
 
+        Args:
+            captions: of the pictures of a list, one each; see `caption`.
+
         Raises:
-            ConditionError: something else; of a list, the message says which one. No picture, or too many.
+            ConditionError: something else; of a list, the message says which one. No picture, or too many; another number of captions.
         """
-        if isinstance(given, (list, tuple)):
-            return cls._of_several(given)
+        if isinstance(given, (list, tuple)) or captions:
+            return cls._of_several(given if isinstance(given, (list, tuple)) else [given], captions)
         if isinstance(given, cls):
             return given
         if isinstance(given, Image.Image):
@@ -149,7 +161,7 @@ class StyleImage(Condition):
         raise ConditionError(f"this generator reads a style image (Pillow image, path or bytes), got a {type(given).__name__}")
 
     @classmethod
-    def _of_several(cls, given: Sequence[Any]) -> StyleImage:
+    def _of_several(cls, given: Sequence[Any], captions: Sequence[str]) -> StyleImage:
         pictures: list[StyleImage] = []
         for number, one in enumerate(given, 1):
             try:
@@ -161,5 +173,9 @@ class StyleImage(Condition):
                 raise ConditionError(f"{which}{error}") from error
         if not 1 <= len(pictures) <= MAX_PICTURES:
             raise ConditionError(f"give 1 to {MAX_PICTURES} style images, got {len(pictures)}")
+        if isinstance(captions, str) or len(captions) not in (0, len(pictures)):
+            raise ConditionError(f"give a list of captions, one for each of the {len(pictures)} pictures, or none; got {captions!r:.80}")
+        if captions:
+            pictures = [replace(picture, caption=caption) for picture, caption in zip(pictures, captions, strict=True)]
         first, *others = sorted(pictures, key=lambda picture: (picture.sha256, picture.caption))
         return replace(first, others=tuple(others)) if others else first
