@@ -22,7 +22,8 @@ ANSWER_TOKENS = 64
 MAX_REFINE_STEPS = 1000
 REFINE_BATCH = 8
 """Pictures in each step of refining a style."""
-STYLE_REFINE_RATE = 5e-3
+STYLE_REFINE_RATE = 0.015
+"""The learning rate of refining a style, which is that of the bundled generator's zoo."""
 
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0

@@ -41,11 +41,8 @@ class ShownStyle(Style):
 
     @classmethod
     def of(cls, condition: StyleImage, side: int) -> ShownStyle:
-        """Cut the largest square out of the middle of each picture, at this side in pixels; without captions, of its crops too."""
-        shown = list(condition.pictures)
-        captioned = all(picture.caption for picture in shown)
-        if not captioned:
-            shown += condition.views()
+        """Cut the largest square out of the middle of each picture, at this side in pixels."""
+        shown = condition.pictures
         pixels = torch.stack([_square(picture.image, side) for picture in shown])
         captions = tuple(picture.caption or NEUTRAL_CAPTION for picture in shown)
         return cls("the pictures shown", Path(condition.sha256), pixels=pixels, captions=captions)
@@ -65,8 +62,7 @@ def refine_style(
     Args:
         base: the adapter's text-to-image pipeline, which nobody else uses meanwhile.
         adapter: the start.
-        condition: a `StyleImage`, or what `StyleImage.of` reads. Pictures with captions are trained on as they are, others and crops
-            of them (`StyleImage.views`) with the empty caption.
+        condition: a `StyleImage`, or what `StyleImage.of` reads. Without captions, the empty one is trained on, which is worse.
         steps: of AdamW.
         seed: of pictures, noises and times.
         learning_rate: rises in the first tenth of the steps and falls by a cosine.
