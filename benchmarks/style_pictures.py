@@ -37,6 +37,12 @@ from cond_pdiff.training.tasks.styles import Style, load_styles
 COUNTS = (1, 2, 4, 8)
 STEPS = (5, 20, 50, 100)
 STARTS = ("generated", "nothing", "multitask")
+POINTS = (
+    *(("generated", 20), ("nothing", 100), ("nothing", 20), ("multitask", 20), ("generated", 100), ("multitask", 100), ("uncaptioned", 20)),
+    *((start, steps) for steps in (5, 50) for start in STARTS),
+    ("multitask", 0),
+)
+"""Starts and steps, in the order in which they are measured; without steps, the others are those of the conditions."""
 PICTURES = 24
 METRICS = {"kid": "kernel distance", "look": "colours and textures"}
 
@@ -78,22 +84,18 @@ class Measurer:
         found["positive"] = compare(self.draw(adapter, captions, positive_only=True), true)
         return found
 
-    def refinement(self, style: Style) -> dict[str, dict[str, Distances]]:
-        """Measure by start and number of steps on all pictures; 20 steps from the generated adapter also without captions."""
+    def refinement(self, style: Style, start: str, steps: int) -> Distances:
+        """Measure an adapter after steps on all pictures; "uncaptioned": from the generated adapter, without captions."""
         condition, true, captions = read_style(style)
-        shown, plain = StyleImage.of(condition), StyleImage.of([picture.image for picture in condition])
-        start = self.generate(shown)
-        starts = {"generated": start, "nothing": start.scaled(0.0), "multitask": self.multitask}
-        found = {
-            "generated": {"0": compare(self.draw(start, captions), true)},
-            "nothing": {"0": compare(self.shared("base", None, captions), true)},
-            "multitask": {"0": compare(self.shared("multitask", self.multitask, captions), true)},
-        }
-        for steps in STEPS:
-            for name, adapter in starts.items():
-                found[name][str(steps)] = compare(self.draw(refine_style(self.base, adapter, shown, steps), captions), true)
-        found["uncaptioned"] = {"20": compare(self.draw(refine_style(self.base, start, plain, 20), captions), true)}
-        return found
+        shown = StyleImage.of(condition)
+        if start == "multitask" and not steps:
+            return compare(self.shared(start, self.multitask, captions), true)
+        adapter = self.multitask if start == "multitask" else self.generate(shown)
+        if start == "nothing":
+            adapter = adapter.scaled(0.0)
+        if start == "uncaptioned":
+            shown = StyleImage.of([picture.image for picture in condition])
+        return compare(self.draw(refine_style(self.base, adapter, shown, steps), captions), true)
 
 
 def read_style(style: Style) -> tuple[list[StyleImage], PictureSet, list[str]]:
@@ -115,18 +117,27 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     conditions, refined = list(results["conditions"].values()), list(results["refinement"].values())
     titles = {"base": "no LoRA", "1": "1 picture", **{str(count): f"{count} pictures" for count in COUNTS[1:]}}
     rows = [[title, *_cells(conditions, (key,), ("1",))] for key, title in titles.items()]
-    rows.append(["8, positive side only", *_cells(conditions, ("positive",), ("8",))])
-    heads = ["shown", *(head for name in METRICS.values() for head in (name, "− 1 picture (last row: − 8)"))]
-    lines = markdown_table(heads, rows).splitlines()
+    rows.append(["8 pictures, positive side only", *_cells(conditions, ("positive",), ("8",))])
+    heads = [f"{len(conditions)} styles"]
+    for name in METRICS.values():
+        heads += [name, "beside 1 picture; the last row beside 8"]
+    lines = [*markdown_table(heads, rows).splitlines(), ""]
     rows = []
     for steps in map(str, (0, *STEPS)):
-        rows.append([steps, *(_value(refined, (start, steps), metric) for metric in METRICS for start in STARTS)])
-    rows.append(["20, no captions", *(cell for metric in METRICS for cell in (_value(refined, ("uncaptioned", "20"), metric), "", ""))])
-    names = {"generated": "from generated", "nothing": "from nothing", "multitask": "from multi-task"}
-    lines += ["", *markdown_table(["steps", *(f"{name}, {names[one]}" for name in METRICS.values() for one in STARTS)], rows).splitlines()]
-    pairs = [_gap(refined, ("generated", "20"), ("nothing", "100"), metric) for metric in METRICS]
-    lines += ["", *markdown_table(["20 from generated − 100 from nothing", *METRICS.values()], [["", *pairs]]).splitlines()]
-    return lines
+        rows.append([f"{steps} steps", *(_value(refined, (start, steps), metric) for metric in METRICS for start in STARTS)])
+    bare = ["uncaptioned", "", ""]
+    rows.append(["20 steps, no captions", *(_value(refined, (start, "20"), metric) for metric in METRICS for start in bare)])
+    starts = {"generated": "from generated", "nothing": "from nothing", "multitask": "from multi-task"}
+    heads = [f"{len(refined)} styles", *(f"{name}, {starts[start]}" for name in METRICS.values() for start in STARTS)]
+    lines += [*markdown_table(heads, rows).splitlines(), ""]
+    pairs = {
+        "20 steps from generated beside 100 from nothing": (("generated", "20"), ("nothing", "100")),
+        "20 steps from generated beside 20 from nothing": (("generated", "20"), ("nothing", "20")),
+        "20 steps from generated beside 20 from multi-task": (("generated", "20"), ("multitask", "20")),
+        "20 steps from generated beside generated": (("generated", "20"), ("generated", "0")),
+    }
+    rows = [[title, *(_gap(refined, *pair, metric) for metric in METRICS)] for title, pair in pairs.items()]
+    return [*lines, *markdown_table([f"{len(refined)} styles", *METRICS.values()], rows).splitlines()]
 
 
 def _cells(results: Sequence[Any], row: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
@@ -136,18 +147,22 @@ def _cells(results: Sequence[Any], row: tuple[str, ...], beside: tuple[str, ...]
     return cells
 
 
-def _of(result: Any, path: tuple[str, ...], metric: str) -> float:
-    for name in path:
-        result = result[name]
-    return float(result[metric])
+def _of(result: Any, path: tuple[str, ...], metric: str) -> float | None:
+    """Return a value; None where it was not measured."""
+    for name in (*path, metric):
+        result = result.get(name, {})
+    return None if result == {} else float(result)
 
 
 def _value(results: Sequence[Any], path: tuple[str, ...], metric: str) -> str:
-    return f"{mean([_of(result, path, metric) for result in results]):.3g}"
+    """Return the mean over all styles; a dash where some were not measured."""
+    values = [_of(result, path, metric) for result in results]
+    return "–" if None in values else f"{mean(values):.3g}"
 
 
 def _gap(results: Sequence[Any], first: tuple[str, ...], other: tuple[str, ...], metric: str) -> str:
-    gaps = [_of(result, first, metric) - _of(result, other, metric) for result in results]
+    pairs = [(_of(result, first, metric), _of(result, other, metric)) for result in results]
+    gaps = [one - two for one, two in pairs if one is not None and two is not None]
     low, high = mean_interval(gaps) or (float("nan"),) * 2
     return f"{mean(gaps):+.3g} ({low:.3g} to {high:.3g})"
 
@@ -163,20 +178,28 @@ def main() -> None:
     arguments = parser.parse_args()
     measurer = Measurer(arguments.multitask)
     unseen = load_styles(arguments.tasks, read_recipe(RECIPE)["collect"]["unseen"])
-    work = {"conditions": unseen, "refinement": unseen[:: len(unseen) // arguments.refined][: arguments.refined]}
-    for part, styles in work.items():
-        for style in styles:
-            if not arguments.only or style.name in arguments.only:
-                found = once(arguments.out / part / f"{style.name}.json", partial(getattr(measurer, part), style))
-                print(part, style.name, found, flush=True)
+    chosen = [style for style in unseen if style.name in arguments.only or not arguments.only]
+    for style in chosen:
+        found = once(arguments.out / "conditions" / f"{style.name}.json", partial(measurer.conditions, style))
+        print(style.name, found, flush=True)
+    refined = unseen[:: len(unseen) // arguments.refined][: arguments.refined]
+    for style in (style for style in refined if style in chosen):
+        for start, steps in POINTS:
+            path = arguments.out / "refinement" / style.name / f"{start}-{steps}.json"
+            print(style.name, start, steps, once(path, partial(measurer.refinement, style, start, steps)), flush=True)
     write_results(arguments.out)
 
 
 def write_results(out: Path) -> None:
     """Gather all that is measured in one file."""
-    facts: dict[str, Any] = {"generator": GENERATOR, "pictures": PICTURES, "shown": list(COUNTS), "steps": list(STEPS)}
-    for part in ("conditions", "refinement"):
-        facts[part] = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / part).glob("*.json"))}
+    conditions = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "conditions").glob("*.json"))}
+    refined: dict[str, dict[str, dict[str, Distances]]] = {}
+    for path in sorted((out / "refinement").glob("*/*.json")):
+        begun = conditions[path.parent.name]
+        found = refined.setdefault(path.parent.name, {"generated": {"0": begun[str(max(COUNTS))]}, "nothing": {"0": begun["base"]}})
+        start, _, steps = path.stem.partition("-")
+        found.setdefault(start, {})[steps] = json.loads(path.read_text(encoding="utf-8"))
+    facts = {"generator": GENERATOR, "pictures": PICTURES, "conditions": conditions, "refinement": refined}
     write_text(out / "style_pictures.json", dump_json(facts))
 
 

@@ -170,7 +170,7 @@ def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "class prototypes", f"of the label names and {len(metadata['prototype_examples'])} recorded examples"
     refined = metadata.get("refined")
     if isinstance(refined, Mapping):
-        shown = f"{_line(refined['pictures'])} of the pictures" if "pictures" in refined else "labelled examples"
+        shown = f"the pictures ({_line(refined['pictures'])})" if "pictures" in refined else "labelled examples"
         yield "refined", f"{_line(refined.get('steps'))} steps on {shown}, learning rate {_line(refined.get('learning_rate'))}"
 
 

@@ -54,7 +54,7 @@ def loss_of(base: PixArtAlphaPipeline, adapter: LoraAdapter, style: ShownStyle) 
 
 def test_steps_bring_the_loss_on_the_pictures_down(pipe: CondPDiffPipeline, shown: list[Path]) -> None:
     base = pipe.base_model()
-    before = fingerprint(base.transformer)
+    before, wanted = fingerprint(base.transformer), [parameter.requires_grad for parameter in base.transformer.parameters()]
     output = pipe(shown, generator=seeds(3), refine_steps=12)
     start, end = output.adapters[0], output.adapter
     assert same(start, pipe(shown, generator=seeds(3)).adapter)
@@ -64,6 +64,8 @@ def test_steps_bring_the_loss_on_the_pictures_down(pipe: CondPDiffPipeline, show
     assert loss_of(base, end, style) < loss_of(base, start, style)
     assert not any(tensor.requires_grad for tensor in end.tensors.values())
     assert fingerprint(base.transformer) == before
+    assert [parameter.requires_grad for parameter in base.transformer.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in base.transformer.parameters())
     facts = {"steps": 12, "learning_rate": 0.015, "seed": 0, "pictures": 2, "captions": []}
     assert end.metadata == {**start.metadata, "refined": facts}
 
@@ -89,7 +91,7 @@ def test_captions_are_trained_on_and_kept(pipe: CondPDiffPipeline, shown: list[P
     adapter = pipe(captioned, generator=seeds(3), refine_steps=2).adapter
     assert not same(adapter, pipe(shown, generator=seeds(3), refine_steps=2).adapter)
     assert sorted(adapter.metadata["refined"]["captions"]) == sorted(CAPTIONS)
-    assert "| refined | 2 steps on 2 of the pictures, learning rate 0.015 |" in (adapter.save(tmp_path / "a") / "README.md").read_text()
+    assert "| refined | 2 steps on the pictures (2), learning rate 0.015 |" in (adapter.save(tmp_path / "a") / "README.md").read_text()
     with pytest.raises(AdapterError, match="refined after it was generated"):
         verify(adapter, pipe._card_folder, shown)
     for captions in (CAPTIONS[:1], [*CAPTIONS, "a boat"], CAPTIONS[0]):

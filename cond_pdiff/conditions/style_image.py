@@ -7,6 +7,7 @@ import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ class StyleImage(Condition):
         object.__setattr__(self, "image", small_rgb(self.image))
         object.__setattr__(self, "caption", check_string(self.caption, "the caption") if self.caption else "")
 
-    @property
+    @cached_property
     def pictures(self) -> tuple[StyleImage, ...]:
         """The picture and the others, each alone."""
         return (replace(self, others=()) if self.others else self, *self.others)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.base_state import check_trainable
 from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.defaults import MAX_REFINE_STEPS, REFINE_BATCH, STYLE_REFINE_RATE
+from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import adapted_module
 from cond_pdiff.sampling import check_count
 from cond_pdiff.training.config import CollectConfig
@@ -89,12 +93,25 @@ def refine_style(
         stacked = {key: tensor.to(device, torch.float32, copy=True)[None] for key, tensor in adapter.tensors.items()}
         moving = {key: tensor.requires_grad_() for key, tensor in stacked.items() if ".lora_B." in key}
         fine_tuning = StyleFineTuning(config, base)
-        with attached_to_groups(model.requires_grad_(False), adapter.spec, stacked):
+        with frozen(model), attached_to_groups(model, adapter.spec, stacked):
             optimise(fine_tuning, config, list(moving.values()), one_of(fine_tuning, [style], seed), steps, learning_rate)
     done = {key: tensor.detach()[0].to(adapter.tensors[key]) for key, tensor in moving.items()}
     captions = [picture.caption for picture in shown.pictures if picture.caption]
     facts = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "pictures": len(shown.pictures), "captions": captions}
     return dataclasses.replace(adapter, tensors={**adapter.tensors, **done}, metadata={**adapter.metadata, "refined": facts})
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no gradients be taken of a model's own parameters inside the block; the thread has the model to itself."""
+    with lock_of(model):
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def side_of(base: Any) -> int:
