@@ -22,6 +22,7 @@ from cond_pdiff.attach import Attachment, attach, check_shapes, factors_of
 from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.families.family import Family, family_of
+from cond_pdiff.guidance import positive_side
 from cond_pdiff.hub import Backbone, Push, find_adapter, hub_name, push_folder
 from cond_pdiff.layout import ParamLayout, check_values, tensor_entries, tensor_shapes
 from cond_pdiff.locks import lock_of
@@ -220,7 +221,7 @@ class LoraAdapter:
     def _adapted_module(self, model: Any) -> nn.Module:
         return self.family.adapted_module(model) if self.family else adapted_module(model)
 
-    def attach(self, model: Any, scale: float = 1.0, check: bool = True) -> Attachment:
+    def attach(self, model: Any, scale: float = 1.0, check: bool = True, positive_only: bool = False) -> Attachment:
         """Add scale · ΔW to the model's targeted linear layers, without touching their weights.
 
         Several adapters may be attached to one model; their updates add up. A head is the adapter's own at every strength: it
@@ -236,16 +237,19 @@ class LoraAdapter:
             model: the base model (for sentence-transformers: `model[0].auto_model`), or a diffusers pipeline.
             scale: of ΔW. 0 is the base model (with the adapter's head, if it has one), 1 the adapter at full strength.
             check: verify the base model first (see `check_base`); switch off only where it has just been verified.
+            positive_only: of a diffusers pipeline, attach to the positive side of classifier-free guidance alone: the negative pass
+                is the base model's. `AdapterError` where the sides cannot be told apart (see `cond_pdiff.guidance`).
 
         Returns:
             An `Attachment`; call its `detach()` to get the base model back, bit for bit.
         """
         if check:
             self.check_base(model)
-        return attach(self.spec, self.tensors, self._adapted_module(model), scale)
+        module = self._adapted_module(model)
+        return attach(self.spec, self.tensors, module, scale, positive_side(model, module) if positive_only else None)
 
     @contextlib.contextmanager
-    def attached(self, model: Any, scale: float = 1.0, check: bool = True) -> Iterator[Any]:
+    def attached(self, model: Any, scale: float = 1.0, check: bool = True, positive_only: bool = False) -> Iterator[Any]:
         """Attach the adapter inside a block and detach it after that, also on errors: `with adapter.attached(model): …`.
 
         The thread has the model to itself inside the block: another one that comes to such a block of the same model, or runs the
@@ -254,7 +258,7 @@ class LoraAdapter:
         if check:  # before others have to wait: it only reads
             self.check_base(model)
         with lock_of(self._adapted_module(model)):
-            attachment = self.attach(model, scale, check=False)
+            attachment = self.attach(model, scale, check=False, positive_only=positive_only)
             try:
                 yield model
             finally:

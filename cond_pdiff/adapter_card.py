@@ -170,7 +170,8 @@ def _making(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "class prototypes", f"of the label names and {len(metadata['prototype_examples'])} recorded examples"
     refined = metadata.get("refined")
     if isinstance(refined, Mapping):
-        yield "refined", f"{_line(refined.get('steps'))} steps on labelled examples, learning rate {_line(refined.get('learning_rate'))}"
+        shown = f"the pictures ({_line(refined['pictures'])})" if "pictures" in refined else "labelled examples"
+        yield "refined", f"{_line(refined.get('steps'))} steps on {shown}, learning rate {_line(refined.get('learning_rate'))}"
 
 
 def _verdict(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from cond_pdiff.base_state import FirstRun, check_state
 from cond_pdiff.errors import AdapterError
+from cond_pdiff.guidance import PositiveSide, Watched
 from cond_pdiff.layout import tensor_shapes
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, head_modules, target_linears, update_shape
@@ -67,30 +68,36 @@ def factors_of(tensors: Mapping[str, torch.Tensor], module: str) -> tuple[torch.
     return tensors[f"{KEY_PREFIX}{module}.lora_A.weight"], tensors[f"{KEY_PREFIX}{module}.lora_B.weight"]
 
 
-def attach(spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module, scale: float) -> Attachment:
+def attach(
+    spec: LoraSpec, tensors: Mapping[str, torch.Tensor], model: nn.Module, scale: float, side: PositiveSide | None = None
+) -> Attachment:
     """Add scale · ΔW to the targeted layers of a model that `check_shapes` has seen, and put the adapter's heads in the place of its own.
 
     In its first run the model raises `AdapterError` if it does not run any of these layers (see `FirstRun`).
+
+    Args:
+        side: the positive side of guidance, if ΔW is to be added on it alone.
 
     Raises:
         AdapterError: another adapter has its head on the model, or it is in a state in which adapters do not act (see `check_state`).
     """
     with lock_of(model):
         check_state(model, spec)
-        hooks: dict[str, tuple[nn.Module, UpdateHook | HeadHook]] = {}
+        hooks: dict[str, tuple[nn.Module, UpdateHook | PositiveHook | HeadHook]] = {}
         for name in adapted_names(tensors):
             linear = model.get_submodule(name)
             weight: torch.Tensor = linear.weight  # type: ignore[assignment]
             lora_a, lora_b = (factor.to(weight.device, weight.dtype) for factor in factors_of(tensors, name))
             kind = ConvUpdateHook if lora_a.ndim == 4 else UpdateHook
-            hooks[name] = linear, kind(lora_a, lora_b * (scale * spec.scaling))
+            hook = kind(lora_a, lora_b * (scale * spec.scaling))
+            hooks[name] = linear, PositiveHook(hook, side) if side else hook
         for name, head in head_modules(model, spec).items():
             if HeadHook.on(head):
                 raise AdapterError(f"another adapter has its head on {name!r}; detach it first, or mix the two with interpolate")
             own = head.named_parameters(recurse=False)
             hooks[name] = head, HeadHook({part: tensors[f"{KEY_PREFIX}{name}.{part}"].to(kept) for part, kept in own})
         watch = FirstRun(model, {name: layer for name, (layer, _) in hooks.items()})
-        return Attachment([*_registered(hooks.values()), *watch.handles], lock_of(model))
+        return Attachment([*_registered(hooks.values()), *watch.handles, *(side.watch() if side else ())], lock_of(model))
 
 
 @contextlib.contextmanager
@@ -168,8 +175,8 @@ def _row_hooks(model: nn.Module, groups: Sequence[tuple[Part, list[int]]], total
         yield name, layer, RowsUpdateHook(GroupedUpdateHook(lora_a, lora_b.mul_(scalings.to(lora_b)), 1.0), rows, total)
 
 
-def _registered(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> list[RemovableHandle | Mark]:
-    handles: list[RemovableHandle | Mark] = []
+def _registered(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> list[RemovableHandle | Mark | Watched]:
+    handles: list[RemovableHandle | Mark | Watched] = []
     for layer, hook in hooks:
         handles += [Mark(layer), layer.register_forward_hook(hook, with_kwargs=isinstance(hook, HeadHook))]
     return handles
@@ -196,7 +203,7 @@ class Mark:
 class Attachment:
     """The attachment of an adapter to a model; `detach` removes it. The base model's weights are never written to."""
 
-    def __init__(self, handles: list[RemovableHandle | Mark], lock: threading.RLock) -> None:
+    def __init__(self, handles: list[RemovableHandle | Mark | Watched], lock: threading.RLock) -> None:
         self._handles, self._lock = handles, lock
 
     def detach(self) -> None:
@@ -231,6 +238,18 @@ class ConvUpdateHook(UpdateHook):
         assert isinstance(module, nn.Conv2d)
         rows, lora_a, lora_b = (tensor.to(output) for tensor in (args[0], self.lora_a, self.lora_b))
         return output + nn.functional.conv2d(module._conv_forward(rows, lora_a, None), lora_b)
+
+
+@dataclass(frozen=True, eq=False)
+class PositiveHook:
+    """A forward hook that adds what another one does on the positive side of guidance alone."""
+
+    hook: UpdateHook
+    side: PositiveSide
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output with the update added on the positive side."""
+        return self.side.merge(output, self.hook(module, args, output))
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,6 +59,25 @@ def check_state(model: nn.Module, spec: LoraSpec) -> None:
             )
 
 
+def check_trainable(model: nn.Module, spec: LoraSpec) -> None:
+    """Refuse a model through which no gradients can be sent to an adapter that is attached to it, beside all that `check_state` refuses.
+
+    Raises:
+        AdapterError: a part of it is compiled, quantised, offloaded, or was made in inference mode.
+    """
+    check_state(model, spec)
+    for name, module in model.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if hasattr(module, "_hf_hook") or any(hasattr(hook, "group") for hook in hooks.values()):
+            raise AdapterError(
+                f"the weights of {_called(name)} are moved for each run (offloading), which training does not survive; load the base whole"
+            )
+        _check_runs_hooks(name, module)
+        _check_weights(name, module)
+        if any(parameter.is_inference() for parameter in module.parameters(recurse=False)):
+            raise AdapterError(f"the weights of {_called(name)} were made in inference mode; load the base outside torch.inference_mode()")
+
+
 def _belongs(name: str, spec: LoraSpec) -> bool:
     plain = name.replace(f"{COMPILED_WRAPPER}.", "")
     return spec.targets(plain) or spec.saves(plain)

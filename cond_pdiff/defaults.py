@@ -20,6 +20,12 @@ MAX_EXAMPLES = 64
 ANSWER_TOKENS = 64
 """The most tokens of a language model's answer."""
 
+MAX_REFINE_STEPS = 1000
+REFINE_BATCH = 8
+"""Pictures in each step of refining a style."""
+STYLE_REFINE_RATE = 0.015
+"""The learning rate of refining a style, which is that of the bundled generator's zoo."""
+
 PICTURE_STEPS = 10
 PICTURE_GUIDANCE = 2.0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditions.instruction import Instruction
-from cond_pdiff.conditions.texts import Text, label_text
+from cond_pdiff.conditions.texts import Text, check_refinable_examples, label_text
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.causal_backbone import CausalBackbone
@@ -283,8 +282,7 @@ def check_refinement(examples: Sequence[tuple[Text, str]], steps: int) -> None:
     """Refuse what `refine` would refuse of examples and steps, before anything is loaded."""
     if steps < 1:
         raise CondPDiffError(f"steps must be at least 1, got {steps}")
-    if max(Counter(label for _, label in examples).values(), default=0) < 2:
-        raise ConditionError("refining needs two examples of at least one class: each is told apart by the others of its class")
+    check_refinable_examples(examples)
 
 
 def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.condition import Condition, condition_kind
+from cond_pdiff.conditions.condition import Condition, Files, condition_kind
 from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import find_generator
 from cond_pdiff.pipelines.generator_pipeline import BROKEN_GENERATOR
@@ -71,14 +71,14 @@ class Verification:
         return told + (f"; with the scheduler that it records, which is not the generator's own ({own})" if own else "")
 
 
-def verify(adapter: LoraAdapter, generator: str | Path | None = None, image: str | Path | None = None) -> Verification:
+def verify(adapter: LoraAdapter, generator: str | Path | None = None, image: Files | None = None) -> Verification:
     """Generate an adapter again from its recorded generator, condition, seed and settings, and compare every tensor.
 
     That is done on the CPU, with the recorded scheduler and number of threads. Adapters of version 0.1.0 record neither.
 
     Args:
         generator: where the generator is now; default: by its recorded name and commit.
-        image: the style image of a style adapter; adapters keep its hash only.
+        image: the style image of a style adapter, or all of them, in any order; adapters keep their hashes only.
 
     Raises:
         AdapterError: the adapter does not record enough, or the generator is not the one that made it.
@@ -86,7 +86,7 @@ def verify(adapter: LoraAdapter, generator: str | Path | None = None, image: str
         HubError: the generator is not to be had.
     """
     if "refined" in adapter.metadata:
-        raise AdapterError("the adapter was refined on examples after it was generated; only what a generator wrote can be made again")
+        raise AdapterError("the adapter was refined after it was generated; only what a generator wrote can be made again")
     missing = [name for name in NEEDED if adapter.metadata.get(name) is None]
     if missing:
         raise AdapterError(f"the adapter does not record its {missing[0]}; only generated ones with a seed can be made again")
@@ -96,7 +96,7 @@ def verify(adapter: LoraAdapter, generator: str | Path | None = None, image: str
         raise AdapterError(f"what the adapter records of its making is malformed: {type(error).__name__}: {error}") from error
 
 
-def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Path | None, image: str | Path | None) -> Verification:
+def _compare(adapter: LoraAdapter, facts: Mapping[str, Any], generator: str | Path | None, image: Files | None) -> Verification:
     source: Mapping[str, Any] = facts["generator"]
     name = generator if generator is not None else source["name"]
     folder = find_generator(name, **({"revision": source["revision"]} if source["revision"] and generator is None else {}))

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from cond_pdiff.conditions.condition import Condition
+from cond_pdiff.defaults import MAX_REFINE_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError
-from cond_pdiff.sampling import check_guidance, is_guided
+from cond_pdiff.sampling import check_count, check_guidance, is_guided
 
 MAX_STEPS = 1000
 OUTPUT_TYPES = ("adapter", "params", "pt", "latent")
@@ -74,3 +76,13 @@ def check_output(output_type: Any, callback_tensors: Sequence[str], known_tensor
     unknown = [name for name in callback_tensors if name not in known_tensors]
     if unknown:
         raise CondPDiffError(f"callbacks can have {list(known_tensors)}, not {unknown[0]!r}")
+
+
+def check_refinement(condition: Condition, steps: Any, seed: Any, output_type: str = "adapter") -> None:
+    """Refuse numbers of training steps and seeds that are out of their range, and steps on a condition that shows nothing for them."""
+    check_count("refine_steps", steps, MAX_REFINE_STEPS, least=0)
+    check_count("refine_seed", seed, 2**63 - 1, least=0)
+    if steps:
+        condition.refined_on()
+        if output_type != "adapter":
+            raise CondPDiffError(f"refine_steps are taken from an adapter, and output_type is {output_type!r}; leave one of the two out")

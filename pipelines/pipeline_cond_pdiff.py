@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,15 @@ from cond_pdiff.models.condition_index import ConditionIndex, Neighbour
 from cond_pdiff.models.denoisers import Denoiser
 from cond_pdiff.normalization import ParamNormalizer
 from cond_pdiff.pipelines.generator_pipeline import GeneratorPipeline
-from cond_pdiff.pipelines.inputs import MAX_STEPS, check_generators, check_guided, check_output, check_schedule, only_condition
+from cond_pdiff.pipelines.inputs import (
+    MAX_STEPS,
+    check_generators,
+    check_guided,
+    check_output,
+    check_refinement,
+    check_schedule,
+    only_condition,
+)
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput, GenerationReport
 from cond_pdiff.pipelines.provenance import generation_settings, recorded_seeds
 from cond_pdiff.sampling import OnStep, check_count, denoise, is_guided
@@ -159,12 +168,14 @@ class CondPDiffPipeline(GeneratorPipeline):
         *,
         prompt: str | TaskPrompt | None = None,
         image: Any = None,
+        refine_steps: int = 0,
+        refine_seed: int = 0,
     ) -> Any:
         """Generate adapters for one condition. Threads that share a pipeline take turns.
 
         Args:
             condition: for a text generator a `TaskPrompt`, or a plain task description; for a style generator a `StyleImage`,
-                a Pillow image, or the path or bytes of an image file.
+                a Pillow image, or the path or bytes of an image file, or a list of these: pictures of one style, in any order.
             num_adapters: how many candidates. With examples in the prompt, the one that does best on them is chosen (the paper
                 generates 20 and chooses on training data), or the base model if it is expected to do better; of adapters with
                 heads, one alone is not judged, nor compared with the base model.
@@ -183,6 +194,10 @@ class CondPDiffPipeline(GeneratorPipeline):
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
             prompt, image: diffusers' words for `condition`, of a text or a style generator; give one of the three.
+            refine_steps: go on from the chosen candidate with so many training steps on the prompt's labelled examples (say 12) or on the
+                pictures (say 20; with `StyleImage(…, caption=…)` for each, on pictures and captions); the output's `adapter` is what they
+                end in. They need the base model, which is loaded, and no thread that uses it meanwhile. 0: none.
+            refine_seed: of all that these steps draw.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -195,6 +210,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         condition = only_condition(self.condition_encoder.condition_kind.keyword, condition, prompt, image)
         checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_refinement(checked, refine_steps, refine_seed, output_type)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
         schedule = {name: list(steps) for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
         with lock_of(self.unet):  # guidance scale, interruption, offloading and the scheduler have state
@@ -222,6 +238,8 @@ class CondPDiffPipeline(GeneratorPipeline):
             settings = generation_settings(self.scheduler, self.unet.dtype, self._execution_device, generator, self._source)
         made = [{**asked, **settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
         output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report)
+        if refine_steps:
+            output = self._refined(output, checked, refine_steps, refine_seed)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -297,6 +315,12 @@ class CondPDiffPipeline(GeneratorPipeline):
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
 
+    def _refined(self, output: CondPDiffPipelineOutput, condition: Condition, steps: int, seed: int) -> CondPDiffPipelineOutput:
+        """Go on from the chosen adapter, also where examples prefer the base model: on the mean, a generated one is the better start."""
+        base, start = self.base_model(), output.adapters[output.chosen]
+        with torch.enable_grad():
+            return replace(output, refined=self.family.refine(base, start, condition, steps, seed))
+
     @property
     def family(self) -> Family:
         """The family of base models that the generator's adapters are for.
@@ -358,8 +382,6 @@ class CondPDiffPipeline(GeneratorPipeline):
         if guidance_scale is not None:
             check_guided(guidance_scale, self.unet.config.unconditional)
         check_generators(generator, num_adapters)
-        if isinstance(condition, (list, tuple)):
-            raise ConditionError("one condition a call, please; num_adapters gives several adapters for it")
         checked = self.condition_encoder.condition_kind.of(condition)
         told = self._head_labels
         if told is not None and len(checked.labels) not in (0, told):

@@ -82,16 +82,23 @@ class CondPDiffPipelineOutput(BaseOutput):
         chosen: index of the candidate that does best on the prompt's examples; 0 where there are none.
         report: see `GenerationReport`.
         latents: the denoised latents, shape `(num_adapters, channels, length)`.
+        refined: what the chosen candidate has become by `refine_steps`; None without any, and then no field of the tuple.
     """
 
     adapters: list[LoraAdapter]
     chosen: int
     report: GenerationReport
     latents: torch.Tensor
+    refined: LoraAdapter | None = None
 
     @property
     def adapter(self) -> LoraAdapter:
-        """The chosen adapter, or the base model if the prompt's examples say so (see `Choice`), with the prototypes that suit it."""
+        """The refined adapter, if there is one.
+
+        Else the chosen one, or the base model if the prompt's examples say so (see `Choice`), with the prototypes that suit it.
+        """
+        if self.refined is not None:
+            return self.refined
         adapter, choice = self.adapters[self.chosen], self.report.choice
         if choice is None:
             return adapter

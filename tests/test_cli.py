@@ -66,7 +66,7 @@ def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path
     out = ["--out", tmp_path / "no", "--generator", tiny_generator]
     refused(run("generate", DESCRIPTION, "--refine", 4, *out), "give some with --example")
     refused(run("generate", DESCRIPTION, *EXAMPLES, "--refine", 4, *out), "two examples of at least one class")
-    refused(run("generate", DESCRIPTION, *examples, "--refine", -1, *out), "at least 1, got -1")
+    refused(run("generate", DESCRIPTION, *examples, "--refine", -1, *out), "refine_steps must be a whole number from 0 to 1000, got -1")
     assert not (tmp_path / "no").exists()
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModel
 import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
-from cond_pdiff.errors import HubError
-from cond_pdiff.few_shot import choose
+from cond_pdiff.errors import CondPDiffError, HubError
+from cond_pdiff.few_shot import choose, refine
 from cond_pdiff.gain import GainModel
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
@@ -223,3 +223,24 @@ def test_the_report_says_where_the_base_model_is_preferred(pipe: CondPDiffPipeli
     assert any(line.startswith("chosen     the base model, accuracy ") for line in lines)
     assert any("the adapter is the base model: a generated one would gain" in line for line in lines)
     assert all(not tensor.any() for key, tensor in output.adapter.tensors.items() if ".lora_B." in key)
+
+
+def test_refining_in_the_call_is_refining_the_chosen_adapter(pipe: CondPDiffPipeline) -> None:
+    prompt = TaskPrompt("Is the remark kind?", EXAMPLES)
+    plain = pipe(prompt, num_adapters=2, generator=seeds(1, 2))
+    output = pipe(prompt, num_adapters=2, generator=seeds(1, 2), refine_steps=3, refine_seed=4)
+    start = output.adapters[output.chosen]
+    assert same(start, plain.adapters[plain.chosen])
+    classifier = PrototypeClassifier(pipe.base_model(), prompt.labels, start, examples=prompt.examples)
+    assert same(output.adapter, refine(classifier, 3, seed=4))
+    assert output.adapter is output.refined
+    assert (plain.refined, len(plain.to_tuple())) == (None, 4)
+    for condition, options, message in (
+        ("Is the remark kind?", {"refine_steps": 3}, "steps are taken on labelled examples"),
+        (TaskPrompt("Is it?", [EXAMPLES[0], EXAMPLES[1]]), {"refine_steps": 3}, "two examples of at least one class"),
+        (prompt, {"refine_steps": -1}, "refine_steps must be a whole number from 0 to 1000"),
+        (prompt, {"refine_steps": 3, "refine_seed": 0.5}, "refine_seed must be a whole number"),
+        (prompt, {"refine_steps": 3, "output_type": "params"}, "leave one of the two out"),
+    ):
+        with pytest.raises(CondPDiffError, match=message):
+            pipe(condition, **options)

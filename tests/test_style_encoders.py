@@ -103,3 +103,18 @@ def test_a_missing_backbone_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(HubError, match="cannot be loaded as"):
         BackboneStyleConditionEncoder(Backbone(str(tmp_path)).to_json()).encode([texture(0)])
+
+
+def test_several_pictures_have_the_mean_of_their_embeddings_in_any_order(encoder: Encoder) -> None:
+    encoder.fit_center([texture(seed) for seed in range(4)])
+    images = [texture(seed) for seed in range(3)]
+    alone, _ = encoder.encode(images)
+    (pooled, one), (report, single) = encoder.encode([images, images[:1]])
+    assert torch.equal(one, alone[0])  # to the bit
+    assert torch.equal(pooled, encoder.encode([list(reversed(images))])[0][0])
+    sizes = [2 * count for count in encoder.config.channels] if isinstance(encoder, BackboneStyleConditionEncoder) else [len(pooled)]
+    expected = [torch.nn.functional.normalize(part, dim=0) for part in alone.mean(0).split(sizes)]
+    torch.testing.assert_close(pooled, torch.cat(expected), rtol=0, atol=1e-6)
+    assert (report.to_json()["pictures"], "pictures" in single.to_json()) == (3, False)
+    with pytest.raises(ConditionError, match="style image 2 of 2: there is no image file"):
+        encoder.encode([[images[0], "gone.png"]])

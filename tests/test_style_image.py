@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cond_pdiff.conditions.condition import condition_kind
 from cond_pdiff.conditions.images import MAX_IMAGE_BYTES, STYLE_IMAGE_SIDE
-from cond_pdiff.conditions.style_image import STYLE_VIEWS, StyleImage
+from cond_pdiff.conditions.style_image import MAX_PICTURES, STYLE_VIEWS, StyleImage
+from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.errors import ConditionError
 
 RAMP = np.linspace(0, 255, 96 * 64).reshape(64, 96)
@@ -168,7 +170,7 @@ def test_crops_are_square_and_the_same_every_time(size: tuple[int, int]) -> None
     assert all(view.image.width == view.image.height >= 16 for view in first)
 
 
-@pytest.mark.parametrize("condition", [None, 3, ["a.png"], torch.zeros(3, 64, 64), np.zeros((64, 64, 3), np.uint8)])
+@pytest.mark.parametrize("condition", [None, 3, [3], torch.zeros(3, 64, 64), np.zeros((64, 64, 3), np.uint8)])
 def test_what_is_no_picture_is_refused(condition: Any) -> None:
     with pytest.raises(ConditionError, match="style image"):
         StyleImage.of(condition)
@@ -184,3 +186,90 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path, "a description instead of a picture " * 20):
         with pytest.raises(ConditionError, match="there is no image file"):
             StyleImage.open(path)
+
+
+# --- several pictures of one style -------------------------------------------------------------------------------------------
+
+
+def several(count: int) -> list[Image.Image]:
+    return [picture().rotate(90 * number).resize((60 + number, 50)) for number in range(count)]
+
+
+def test_several_pictures_are_one_condition_in_any_order() -> None:
+    images = several(3)
+    shown = StyleImage.of(images)
+    assert [one.sha256 for one in shown.pictures] == sorted(StyleImage(image).sha256 for image in images)
+    for order in ((2, 0, 1), (1, 2, 0)):
+        other = StyleImage.of(tuple(images[place] for place in order))
+        assert (other.to_json(), other.sha256) == (shown.to_json(), shown.sha256)
+        assert [view.sha256 for view in other.views()] == [view.sha256 for view in shown.views()]
+    nested = StyleImage.of([StyleImage.of(images[1:]), images[0]])
+    assert nested.to_json() == shown.to_json()
+
+
+def test_a_list_of_one_is_that_picture() -> None:
+    one = StyleImage(picture())
+    assert StyleImage.of([one]) is one
+    assert one.pictures == (one,)
+    assert set(one.to_json()) == {"image_size", "image_sha256"}
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_views_of_several_are_about_as_many_and_of_every_picture(count: int) -> None:
+    shown = StyleImage.of(several(count))
+    views = shown.views()
+    hashes = [view.sha256 for view in views]
+    assert STYLE_VIEWS <= len(views) <= STYLE_VIEWS + count
+    assert {one.sha256 for one in shown.pictures} < set(hashes)
+
+
+def test_several_are_recorded_and_read_back_from_their_files(tmp_path: Path) -> None:
+    paths = []
+    for number, image in enumerate(several(3)):
+        paths.append(tmp_path / f"{number}.png")
+        image.save(paths[-1])
+    shown = StyleImage.of(paths)
+    record = shown.to_json()
+    assert condition_kind(record) is StyleImage
+    assert StyleImage.from_json(record, [paths[2], paths[0], paths[1]]).to_json() == record
+    assert StyleImage.describe(record).count("`") == 6
+    assert "from 3 pictures of one style" in StyleImage.describe(record)
+    for files in (None, paths[0], paths[:2], [*paths, paths[0]]):
+        with pytest.raises(ConditionError, match=r"3 pictures.*give all files"):
+            StyleImage.from_json(record, files)
+    picture().save(paths[1])
+    with pytest.raises(ConditionError, match=r"1\.png is not the picture"):
+        StyleImage.from_json(record, paths)
+    with pytest.raises(ConditionError, match=r"0\.png is not the picture"):
+        StyleImage.from_json(record, [paths[2], paths[0], paths[0]])
+    with pytest.raises(ConditionError, match="no single file"):
+        shown.file()
+    for malformed in ({"images": 3}, {"images": [3]}, {"images": []}):
+        assert "picture" in StyleImage.describe(malformed)
+
+
+def test_a_request_may_list_pictures(tmp_path: Path) -> None:
+    for number, image in enumerate(several(2)):
+        image.save(tmp_path / f"{number}.png")
+    asked = StyleImage.from_request({"image": ["0.png", "1.png"]}, tmp_path)
+    assert asked.to_json() == StyleImage.of([tmp_path / "1.png", tmp_path / "0.png"]).to_json()
+    for wrong in (["0.png", "gone.png"], ["0.png", 3]):
+        with pytest.raises(ConditionError, match="style image 2 of 2"):
+            StyleImage.from_request({"image": wrong}, tmp_path)
+
+
+def test_a_bad_picture_among_several_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    good = picture()
+    for wrong, message in (
+        (tmp_path / "broken.png", r"style image 2 of 3: 'broken\.png' is not an image"),
+        (tmp_path / "gone.png", r"style image 2 of 3: there is no image file"),
+        (TaskPrompt("Is it kind?"), r"style image 2 of 3: this generator reads a style image .* got a TaskPrompt"),
+        (picture(size=(9, 90)), r"style image 2 of 3: the image is 9×90"),
+        ([good], "style image 2 of 3: a list in a list"),
+    ):
+        with pytest.raises(ConditionError, match=message):
+            StyleImage.of([good, wrong, good])
+    for wrong in ([], [good] * (MAX_PICTURES + 1)):
+        with pytest.raises(ConditionError, match=f"give 1 to {MAX_PICTURES} style images"):
+            StyleImage.of(wrong)

@@ -22,7 +22,7 @@ def verify(
     generator: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where its generator is now (default: by its recorded name and commit).")
     ] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="The style image that it was made from.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="The style image that it was made from; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a generated adapter again and compare.

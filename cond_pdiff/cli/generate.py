@@ -55,7 +55,10 @@ commands = typer.Typer()
 def generate(
     description: Annotated[str | None, typer.Argument(metavar="DESCRIPTION", help="What to decide, in a sentence or two.")] = None,
     *,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A style image (PNG, JPEG or WebP) instead of a description; repeatable: several of one style."),
+    ] = None,
     vector: Annotated[Path | None, typer.Option(metavar="FILE", help="A .npy or .safetensors file with numbers instead.")] = None,
     example: Annotated[
         list[str] | None,
@@ -85,8 +88,14 @@ def generate(
     guidance_scale: GuidanceScale = None,
     seed: Seed = 0,
     refine: Annotated[
-        int, typer.Option(metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12.")
+        int,
+        typer.Option(
+            metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12, or the pictures, say 20."
+        ),
     ] = 0,
+    caption: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What a picture shows, for --refine; one for each, in order, or none.")
+    ] = None,
     batch: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Requests, JSON Lines: an adapter each, below --out; see docs/cluster.md.")
     ] = None,
@@ -106,7 +115,7 @@ def generate(
     """
     where = execution(executor, workers, address, per_job, store)
     if batch is not None:
-        if any((description, image, vector, example, examples, label, refine)):
+        if any((description, image, vector, example, examples, label, refine, caption)):
             raise ConditionError("a batch has its conditions, examples and labels in its file, and its adapters are not refined")
         _generate_batch(batch, out, generator or TEXT_GENERATOR, num_adapters, steps, guidance_scale, seed, shard, where, force, as_json)
         return
@@ -118,23 +127,19 @@ def generate(
         description, free_answers = description or found.description, free_answers or found.free
         labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image, vector, shown, labels, free_answers), num_adapters
+    condition, count = _condition(description, image or [], caption or [], vector, shown, labels, free_answers), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
-    if refine:
-        _check_refinement(condition, refine)
-    _check_generation(count, steps, guidance_scale, out, force)
+    _check_generation(condition, count, steps, guidance_scale, refine, out, force)
 
     from cond_pdiff.sampling import seeded
 
-    pipe = _load(generator or (TEXT_GENERATOR if image is None else STYLE_GENERATOR))
-    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count))
-    adapter, lines = output.adapter, [str(output.report)]
+    pipe = _load(generator or (STYLE_GENERATOR if image else TEXT_GENERATOR))
+    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count), refine_steps=refine, refine_seed=seed)
+    lines = [str(output.report)]
     if refine:
-        # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
-        adapter = _refined(pipe, condition, output.adapters[output.chosen], refine)
-        lines.append(f"refined    {refine} steps on {len(condition.examples)} examples, from candidate {output.chosen + 1} of {count}")
-    adapter.save(out, overwrite=force)
+        lines.append(f"refined    {refine} steps on {condition.refined_on()}, from candidate {output.chosen + 1} of {count}")
+    output.save_adapter(out, overwrite=force)
     facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
 
@@ -180,41 +185,43 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
 
 
 def _condition(
-    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str], free: bool
+    description: str | None,
+    image: list[Path],
+    captions: list[str],
+    vector: Path | None,
+    examples: list[tuple[Text, str]],
+    labels: list[str],
+    free: bool,
 ) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.conditions.vector import Vector
 
+    if captions and not image:
+        raise ConditionError("captions say what pictures show; give the pictures with --image")
     if vector is not None:
-        if image is not None or description is not None or examples or labels or free:
+        if image or description is not None or examples or labels or free:
             raise ConditionError("give a vector, or another condition, not both")
         return Vector.of(vector)
-    if image is None:
+    if not image:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
         return TaskPrompt(description, examples, labels, free)
     if description is not None or examples or labels or free:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
-    return StyleImage.open(image)
+    return StyleImage.of(image, captions)
 
 
-def _check_refinement(condition: Condition, steps: int) -> None:
-    """Refuse to refine on no examples, or with a number of steps that is out of its range."""
-    if not condition.examples:
-        raise ConditionError("--refine takes its steps on labelled examples; give some with --example or --examples")
-
-    from cond_pdiff.few_shot import check_refinement
-
-    check_refinement(condition.examples, steps)
-
-
-def _check_generation(count: int, steps: int, guidance_scale: float | None, out: Path, force: bool) -> None:
+def _check_generation(
+    condition: Condition, count: int, steps: int, guidance_scale: float | None, refine: int, out: Path, force: bool
+) -> None:
     """Refuse numbers out of their ranges, and a folder that is not to be replaced, before a generator is loaded."""
     from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
     from cond_pdiff.atomic import check_output_folder
+    from cond_pdiff.pipelines.inputs import check_refinement
 
     _check_numbers(count, steps, guidance_scale)
+    check_refinement(condition, refine, 0)
     check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)
 
 
@@ -237,14 +244,6 @@ def _load(generator: str) -> CondPDiffPipeline:
     pipe: CondPDiffPipeline = CondPDiffPipeline.from_pretrained(generator)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, steps: int) -> LoraAdapter:
-    """Return an adapter after some steps on the prompt's examples."""
-    from cond_pdiff.classifier import PrototypeClassifier
-    from cond_pdiff.few_shot import refine
-
-    return refine(PrototypeClassifier(pipe.base_model(), prompt.labels, adapter, examples=prompt.examples), steps)
 
 
 @commands.command()

@@ -13,6 +13,9 @@ from cond_pdiff.errors import ConditionError, CondPDiffError
 Labels = tuple[tuple[str, ...], str]
 """The label names of an adapter, and where they are from."""
 
+Files = str | Path | Sequence[str | Path]
+"""A file, or several."""
+
 FREE_ANSWERS = "free answers"
 """Where no label names are from if answers are texts of their own."""
 
@@ -54,7 +57,10 @@ class Condition(ABC):
     @classmethod
     @abstractmethod
     def of(cls, given: Any) -> Condition:
-        """Make a condition from what people pass in its place, or from itself; `ConditionError` says what is read."""
+        """Make a condition from what people pass in its place, or from itself; `ConditionError` says what is read.
+
+        A list is one condition, or refused.
+        """
 
     @classmethod
     def from_request(cls, record: Mapping[str, Any], folder: Path) -> Condition:
@@ -71,8 +77,12 @@ class Condition(ABC):
             raise ConditionError(f"a {cls.noun} cannot be written into a file of requests")
         if set(record) != {cls.column}:
             raise ConditionError(f"a request for this generator has an entry {cls.column!r}, and no {sorted(set(record) - {cls.column})}")
+
+        def found(value: Any) -> Any:
+            return folder / value if cls.column_names_files and isinstance(value, str) else value
+
         value = record[cls.column]
-        return cls.of(folder / value if cls.column_names_files and isinstance(value, str) else value)
+        return cls.of([found(one) for one in value] if isinstance(value, list) else found(value))
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -80,11 +90,11 @@ class Condition(ABC):
 
     @classmethod
     @abstractmethod
-    def from_json(cls, data: Mapping[str, Any], file: str | Path | None = None) -> Condition:
+    def from_json(cls, data: Mapping[str, Any], file: Files | None = None) -> Condition:
         """Read what `to_json` wrote.
 
         Args:
-            file: of what the record does not hold, such as a picture.
+            file: of what the record does not hold, such as a picture; or several.
 
         Raises:
             ConditionError: the record is malformed, or `file` is missing or another one.
@@ -102,6 +112,14 @@ class Condition(ABC):
     def views(self) -> Sequence[Condition]:
         """Return further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
         return ()
+
+    def refined_on(self) -> str:
+        """Return what the training steps of `Family.refine` are taken on, in words.
+
+        Raises:
+            ConditionError: there is nothing, or not enough.
+        """
+        raise ConditionError(f"a {self.noun} given as a {self.name} shows nothing that training steps could be taken on")
 
     def classes(self, trained: Sequence[str], in_trained_order: bool) -> Labels | None:
         """Return the label names that go with an adapter, and where they are from; None for a kind that names no classes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cond_pdiff.errors import ConditionError
@@ -75,3 +76,9 @@ def _check_example(example: object, index: int) -> tuple[Text, str]:
     if not isinstance(example, (tuple, list)) or len(example) != 2:
         raise ConditionError(f"example {index} must be a (text, label) pair, got {example!r:.80}")
     return check_text(example[0], f"the text of example {index}"), check_string(example[1], f"the label of example {index}")
+
+
+def check_refinable_examples(examples: Sequence[tuple[Text, str]]) -> None:
+    """Refuse labelled examples on which no steps can be taken."""
+    if max(Counter(label for _, label in examples).values(), default=0) < 2:
+        raise ConditionError("refining needs two examples of at least one class: each is told apart by the others of its class")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cond_pdiff.conditions.condition import Condition, register_condition
+from cond_pdiff.conditions.condition import Condition, Files, register_condition
 from cond_pdiff.errors import ConditionError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Vector(Condition):
         return {"type": self.name, "numbers": self.numbers.tolist()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], file: str | Path | None = None) -> Vector:
+    def from_json(cls, data: Mapping[str, Any], file: Files | None = None) -> Vector:
         """Read what `to_json` wrote."""
         if not isinstance(data.get("numbers"), list):
             raise ConditionError(f"not a recorded vector: expected numbers, got {data.get('numbers')!r:.80}")

@@ -16,6 +16,7 @@ from cond_pdiff.lora import LoraSpec, adapted_module, base_fingerprint
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.conditions.condition import Condition
     from cond_pdiff.few_shot import Choice, FewShotRequest
     from cond_pdiff.mixed_batch import AdapterPool
 
@@ -116,6 +117,24 @@ class Family(ABC):
             AdapterError: adapters of this family do not answer texts, or bring a head.
         """
         raise AdapterError(f"adapters for a {self.name} cannot share a batch: pools are for sentence encoders and causal language models")
+
+    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
+        """Go on from an adapter with a few training steps on what a condition shows.
+
+        Args:
+            base: from `load`; nobody else's adapter is on it meanwhile.
+            condition: one whose `refined_on` says on what.
+            steps: of the optimiser, from 1.
+            seed: of all that is drawn.
+
+        Returns:
+            The adapter after these steps; its metadata say `refined`.
+
+        Raises:
+            CondPDiffError: adapters of this family are not refined here, or `steps` is out of its range.
+            AdapterError: the base cannot be trained on in the state in which it is.
+        """
+        raise CondPDiffError(f"adapters for a {self.name} are not refined here; collect takes more steps, on more data")
 
     # --- training them ------------------------------------------------------------------------------------------
 

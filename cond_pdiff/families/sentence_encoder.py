@@ -10,8 +10,9 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
+from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.families.family import Family, register_family
-from cond_pdiff.few_shot import Choice, FewShotRequest, choose
+from cond_pdiff.few_shot import Choice, FewShotRequest, choose, refine
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.mixed_batch import ClassifierPool
@@ -55,6 +56,10 @@ class SentenceEncoder(Family):
     def pool(self, base: SentenceBackbone) -> ClassifierPool:
         """Return an empty pool of classifiers."""
         return ClassifierPool(base)
+
+    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
+        """Take steps on a prompt's labelled examples; see `cond_pdiff.few_shot.refine`."""
+        return refine(PrototypeClassifier(base, condition.labels, adapter, examples=condition.examples), steps, seed=seed)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
         """Load text tasks from a folder."""

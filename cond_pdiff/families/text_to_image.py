@@ -14,6 +14,8 @@ from cond_pdiff.lora import LoraSpec
 from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_text_to_image, load_transformer
 
 if TYPE_CHECKING:
+    from cond_pdiff.adapter import LoraAdapter
+    from cond_pdiff.conditions.condition import Condition
     from cond_pdiff.training.config import CollectConfig
     from cond_pdiff.training.finetuning.style_fine_tuning import StyleFineTuning
     from cond_pdiff.training.tasks.styles import Style
@@ -45,6 +47,12 @@ class TextToImage(Family):
     def load_adapted(self, base: Backbone) -> nn.Module:
         """Load the transformer alone."""
         return load_transformer(base)
+
+    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
+        """Take steps on the shown pictures, by the base model's own objective."""
+        from cond_pdiff.training.finetuning.style_refinement import refine_style
+
+        return refine_style(base, adapter, condition, steps, seed)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Style]:
         """Load styles from a folder."""

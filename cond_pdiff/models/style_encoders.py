@@ -1,7 +1,7 @@
 """Condition encoders for style images: the paper's small CNN, trained with the U-Net, or a frozen ImageNet backbone.
 
 Both see the whole picture, at its own aspect ratio, and average over places: a style is everywhere in it, so crops and
-resizes of a picture give nearly the same embedding.
+resizes of a picture give nearly the same embedding. Several pictures of one style have the mean of their embeddings.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ class StyleReport(EncoderReport):
     """A report of what an encoder read of a style image.
 
     Args:
-        width: of the picture as it was read, in pixels.
+        width: of the picture as it was read, in pixels; of several, of the first in their order.
         height: the same.
+        pictures: how many there were.
     """
 
     condition_kind: ClassVar[type[StyleImage]] = StyleImage
 
     width: int
     height: int
+    pictures: int = 1
+
+    def to_json(self) -> dict[str, int]:
+        """Return a JSON-ready description; the number of pictures stands in it where there are several."""
+        return {name: value for name, value in super().to_json().items() if name != "pictures" or value > 1}
 
 
 def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
@@ -54,6 +60,25 @@ def style_pixels(style: StyleImage, side: int) -> torch.Tensor:
     box = (left, top, left + crop_width, top + crop_height)
     pixels = np.asarray(style.image.resize(size, Image.Resampling.BOX if ratio < 1 else Image.Resampling.BICUBIC, box))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def _read_pictures(condition: Any, side: int) -> list[torch.Tensor]:
+    """Return the pixels of each picture of a condition (see `style_pixels`)."""
+    return [style_pixels(picture, side) for picture in StyleImage.of(condition).pictures]
+
+
+def _report(pictures: Sequence[torch.Tensor]) -> StyleReport:
+    return StyleReport(pictures[0].shape[2], pictures[0].shape[1], len(pictures))
+
+
+def _mean_direction(embeddings: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Return the mean of embeddings, shape `(count, condition_dim)`, each part of these sizes of length one again.
+
+    That is the condition of a mixture as the U-Net sees it in training (`mixing`). A single embedding stays as it is, to the bit.
+    """
+    if len(embeddings) == 1:
+        return embeddings[0]
+    return torch.cat([nn.functional.normalize(part, dim=0) for part in embeddings.mean(0).split(list(sizes))])
 
 
 @register_component
@@ -96,9 +121,10 @@ class StyleCnnConditionEncoder(ConditionEncoder):
         Raises:
             ConditionError: not a style image.
         """
-        pictures = [style_pixels(StyleImage.of(condition), self.config.image_side) for condition in conditions]
-        rows = [self(picture[None].to(self.device, self.dtype)) for picture in pictures]
-        return torch.cat(rows), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
+        shown = [_read_pictures(condition, self.config.image_side) for condition in conditions]
+        rows = [[self(picture[None].to(self.device, self.dtype)) for picture in pictures] for pictures in shown]
+        means = [_mean_direction(torch.cat(own), [self.config.condition_dim]) for own in rows]
+        return torch.stack(means), [_report(pictures) for pictures in shown]
 
 
 @register_component
@@ -151,11 +177,12 @@ class BackboneStyleConditionEncoder(ExactComponent, ConditionEncoder):  # type: 
         Raises:
             ConditionError: not a style image.
         """
-        pictures = [style_pixels(StyleImage.of(condition), self.config.image_side) for condition in conditions]
-        centered = self._statistics(pictures) - self.center.float()
+        shown = [_read_pictures(condition, self.config.image_side) for condition in conditions]
+        centered = self._statistics([picture for pictures in shown for picture in pictures]) - self.center.float()
         sizes = [2 * count for count in self.config.channels]
-        parts = [nn.functional.normalize(part, dim=1) for part in centered.split(sizes, dim=1)]
-        return torch.cat(parts, 1).to(self.center.dtype), [StyleReport(picture.shape[2], picture.shape[1]) for picture in pictures]
+        parts = torch.cat([nn.functional.normalize(part, dim=1) for part in centered.split(sizes, dim=1)], 1)
+        means = [_mean_direction(own, sizes) for own in parts.split(list(map(len, shown)))]
+        return torch.stack(means).to(self.center.dtype), [_report(pictures) for pictures in shown]
 
     @torch.no_grad()
     def fit_center(self, conditions: Sequence[Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 
@@ -40,13 +41,17 @@ class StyleBatch(NamedTuple):
 
 
 class StyleFineTuning:
-    """Fine-tuning of a text-to-image transformer on styles; see `cond_pdiff.training.finetuning.fine_tuning.FineTuning`."""
+    """Fine-tuning of a text-to-image transformer on styles; see `cond_pdiff.training.finetuning.fine_tuning.FineTuning`.
+
+    Args:
+        pipe: the base model, where it is loaded already.
+    """
 
     task_type = None
 
-    def __init__(self, config: CollectConfig) -> None:
+    def __init__(self, config: CollectConfig, pipe: PixArtAlphaPipeline | None = None) -> None:
         self.config = config
-        self.pipe = load_text_to_image(Backbone.from_json(config.base)).to(training_device())
+        self.pipe = pipe or load_text_to_image(Backbone.from_json(config.base)).to(training_device())
         self.model: nn.Module = self.pipe.transformer
         self.flow = self.pipe.scheduler.config.prediction_type == "flow_prediction"
         self.scheduler = None if self.flow else DDPMScheduler.from_config(self.pipe.scheduler.config)

@@ -74,7 +74,8 @@ class GenerateWork(Work):
     """The requests of a file, each a job whose result is an adapter's folder.
 
     A line is a JSON object with a condition (`description`, and where there are some `examples` and `labels`; `image` or `vector`, a file
-    beside the requests), and may have an `id` (default: the number of the line), a `seed`, and `num_adapters`.
+    beside the requests, or a list of image files of one style), and may have an `id` (default: the number of the line), a `seed`, and
+    `num_adapters`.
 
     Args:
         generator: bundled name, folder, or Hub repository.
