@@ -99,7 +99,8 @@ def asked(base: Any, question: Any) -> str:
     return str(base.write([question.tokens], [question.max_tokens])[0][0])
 
 
-def measure(pool: AdapterPool[Any, Any], answer: Callable[[Any, Any], str], tokens: int, repeats: int) -> dict[str, Any]:
+def measure(pool: AdapterPool[Any, Any], answer: Callable[[Any, Any], str], tokens: int, repeats: int) -> Iterator[dict[str, Any]]:
+    """What is known after each repeat."""
     adapters = pool.adapters
     ready = [pool.ready(Request(name, text, tokens)) for name, text in zip(adapters, SENTENCES, strict=True)]
     base = pool.base
@@ -117,24 +118,43 @@ def measure(pool: AdapterPool[Any, Any], answer: Callable[[Any, Any], str], toke
         "merging": lambda: apart(lambda adapter: merged(base.model, adapter)),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    answer(base, ready[0])  # for what is set up in a first run
+    for _ in range(repeats):
         answers = {}
         for name, way in ways.items():
             worked, started = time.process_time(), time.perf_counter()
             answers[name] = way()
-            if repeat:  # the first one is for caches to fill
-                times[name].append((time.process_time() - worked, time.perf_counter() - started))
+            times[name].append((time.process_time() - worked, time.perf_counter() - started))
         assert answers["one after another"] == answers["mixed"] == answers["merging"]
-    first = next(iter(adapters.values()))
-    facts = {"adapters": len(adapters), "rank": first.spec.rank, "numbers": first.layout.num_adapter_params, "repeats": repeats}
-    for name in ways:
-        facts[name] = {what: spread([pair[place] for pair in times[name]]) for place, what in enumerate(("cpu", "clock"))}
-    for name in ("one after another", "merging"):
-        pairs = list(zip(times[name], times["mixed"], strict=True))
+        first = next(iter(adapters.values()))
+        yield {"adapters": len(adapters), "rank": first.spec.rank, "numbers": first.layout.num_adapter_params, **summary(times)}
+
+
+def summary(times: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Seconds of each way, and how many times as long the others take as the mixed batch, repeat by repeat; by the CPU and the clock."""
+    facts: dict[str, Any] = {"repeats": len(times["mixed"])}
+    for name, pairs in times.items():
+        facts[name] = {what: spread([pair[place] for pair in pairs]) for place, what in enumerate(("cpu", "clock"))}
+    for name in WAYS[1:]:
+        both = list(zip(times[name], times["mixed"], strict=True))
         facts[f"mixed against {name}"] = {
-            what: spread([other[place] / own[place] for other, own in pairs]) for place, what in enumerate(("cpu", "clock"))
+            what: spread([other[place] / own[place] for other, own in both]) for place, what in enumerate(("cpu", "clock"))
         }
     return facts
+
+
+def base_alone(pool: AdapterPool[Any, Any], repeats: int) -> list[float]:
+    """How many times as long as in one batch the base takes, without adapters, for the texts one after another, by the CPU."""
+    ratios = []
+    with torch.no_grad():
+        for _ in range(repeats):
+            begun = time.process_time()
+            pool.base.forward(SENTENCES, 64)
+            between = time.process_time()
+            for text in SENTENCES:
+                pool.base.forward([text], 64)
+            ratios.append((time.process_time() - between) / (between - begun))
+    return spread(ratios)
 
 
 def spread(values: Sequence[float]) -> list[float]:
@@ -162,19 +182,23 @@ def table(results: dict[str, Any]) -> str:
 def main(only: str | None, repeats: int, tokens: int, out: Path) -> None:
     results = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"rows": {}}
 
-    def keep(name: str, what: str, facts: dict[str, Any]) -> None:
-        results["rows"][name] = {"what": what, "threads": torch.get_num_threads(), "torch": torch.__version__, **facts}
-        write_text(out, dump_json(results))
-        print(table(results), flush=True)
+    def keep(name: str, what: str, found: Iterator[dict[str, Any]]) -> None:
+        for facts in found:  # as long runs are stopped
+            results["rows"][name] = {"what": what, "threads": torch.get_num_threads(), "torch": torch.__version__, **facts}
+            write_text(out, dump_json(results))
+            print(table(results), flush=True)
 
     if only in (None, "minilm"):
-        keep("minilm", "MiniLM: a label", measure(minilm_pool(), classified, 1, repeats))
+        pool = minilm_pool()
+        keep("minilm", "MiniLM: a label", measure(pool, classified, 1, repeats))
+        results["minilm alone"] = base_alone(pool, repeats)
+        write_text(out, dump_json(results))
     if only in (None, "smollm2"):
         base = CausalBackbone.load(SMOLLM2)
-        labels = smollm2_pool(base, description="Decide what the text is about.", labels=["technology", "money", "something else"])
-        keep("smollm2 labels", "SmolLM2-135M: one of three labels", measure(labels, asked, 1, repeats))
         texts = smollm2_pool(base, description="Write one sentence that goes on from the text.")
         keep("smollm2 texts", f"SmolLM2-135M: {tokens} tokens", measure(texts, asked, tokens, repeats))
+        labels = smollm2_pool(base, description="Decide what the text is about.", labels=["technology", "money", "something else"])
+        keep("smollm2 labels", "SmolLM2-135M: one of three labels", measure(labels, asked, 1, repeats))
 
 
 if __name__ == "__main__":

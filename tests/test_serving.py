@@ -173,12 +173,11 @@ def test_headers_are_asked_for(started: Any, classifiers: AdapterPool[Any, Any])
 
 def test_too_many_waiting_requests_are_refused(started: Any, classifiers: AdapterPool[Any, Any]) -> None:
     client = started(classifiers, batch=1, waiting=1, wait=0.0)
-    with ThreadPoolExecutor(6) as threads:
-        with lock_of(classifiers.base.model):  # nothing is answered meanwhile
-            found = [threads.submit(client, "POST", "/answer", {"adapter": "a0", "text": "x"}) for _ in range(6)]
-            while sum(each.done() for each in found) < 4:
-                time.sleep(0.01)
-            refused = [each.result() for each in found if each.done()]
+    with ThreadPoolExecutor(6) as threads, lock_of(classifiers.base.model):  # nothing is answered meanwhile
+        found = [threads.submit(client, "POST", "/answer", {"adapter": "a0", "text": "x"}) for _ in range(6)]
+        while sum(each.done() for each in found) < 4:
+            time.sleep(0.01)
+        refused = [each.result() for each in found if each.done()]
     assert {status for status, _ in refused} == {503}
     assert [each.result()[0] for each in found].count(200) in (1, 2)  # one in the batch and one that waits, unless it was not yet taken
 
