@@ -26,6 +26,7 @@ THEME = gr.themes.Default().set(  # gradio's own orange and grey are hard to rea
 CSS = """
 :focus-visible {outline: 2px solid var(--color-accent) !important; outline-offset: 2px}
 .dark {--color-accent: var(--primary-500)}
+.prose pre code {white-space: pre-wrap; overflow-wrap: anywhere}
 """
 LAUNCH: dict[str, Any] = {
     "theme": THEME,

@@ -38,7 +38,7 @@ CSS = """
 .gallery .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%; border-radius: inherit}
 .gallery .caption-label {position: static; max-width: 100%; border: 0; padding: 4px 2px; white-space: normal; overflow: visible;
   background: none; text-align: left}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(88px, 104px))}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(80px, 104px))}
 """
 
 Captioned = list[tuple[str, str]]
