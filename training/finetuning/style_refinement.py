@@ -92,7 +92,7 @@ def refine_style(
         device = next(model.parameters()).device
         stacked = {key: tensor.to(device, torch.float32, copy=True)[None] for key, tensor in adapter.tensors.items()}
         moving = {key: tensor.requires_grad_() for key, tensor in stacked.items() if ".lora_B." in key}
-        fine_tuning = StyleFineTuning(config, base)
+        fine_tuning: Any = StyleFineTuning(config, base)
         with frozen(model), attached_to_groups(model, adapter.spec, stacked):
             optimise(fine_tuning, config, list(moving.values()), one_of(fine_tuning, [style], seed), steps, learning_rate)
     done = {key: tensor.detach()[0].to(adapter.tensors[key]) for key, tensor in moving.items()}
@@ -116,7 +116,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def side_of(base: Any) -> int:
     """Return the side in pixels of the pictures that a text-to-image pipeline makes."""
-    return int(adapted_module(base).config.sample_size * base.vae_scale_factor)  # type: ignore[operator, union-attr]
+    return int(adapted_module(base).config.sample_size * base.vae_scale_factor)  # type: ignore[union-attr]
 
 
 def _square(image: Image.Image, side: int) -> torch.Tensor:
