@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.conditions.texts import Text, check_examples, check_labels, check_text, label_text
 from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import Backbone
@@ -20,6 +22,9 @@ LOGIT_SCALE = 20.0
 
 DEFAULT_MAX_LENGTH = 128
 """The number of tokens at which a text is cut, where neither the caller nor the adapter says it."""
+
+SIDE_BY_SIDE = 8
+"""The most adapters that texts are embedded under at once: more take as long, and more memory."""
 
 NAME_WEIGHT = 2.0
 """The weight of a class's name in its prototype: it counts as much as so many of the class's examples."""
@@ -94,6 +99,12 @@ def _recorded_length(adapter: LoraAdapter | None) -> int:
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise AdapterError(f"the adapter records a max_length of {length!r}; expected a number of tokens, at least 1")
     return length
+
+
+def _stacked(adapters: Sequence[LoraAdapter], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of adapters of one specification, shape `(adapters, *shape)` each, as the model's weights are."""
+    weight = next(model.parameters())
+    return {key: torch.stack([adapter.tensors[key] for adapter in adapters]).to(weight) for key in adapters[0].tensors}
 
 
 class PrototypeClassifier:
@@ -194,6 +205,39 @@ class PrototypeClassifier:
         """Embed the label names and the examples, shapes `(len(labels), embedding_dim)`, `(len(examples), embedding_dim)`."""
         names, examples, _ = self._embed([])
         return names, examples
+
+    @torch.no_grad()
+    def base_embeddings(self, at_hand: Mapping[Text, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `example_embeddings` returns without an adapter; to rounding.
+
+        Args:
+            at_hand: the base model's own embeddings of texts that were read whole; of shorter ones than `max_length`, they are taken.
+        """
+        texts = [*map(label_text, self.labels), *(text for text, _ in self.examples)]
+        tokens = dict(zip(texts, self.backbone.token_counts(texts), strict=True))
+        rows = {text: at_hand[text] for text, count in tokens.items() if text in at_hand and count <= self.max_length}
+        missing = [text for text in tokens if text not in rows]
+        rows |= dict(zip(missing, self.backbone.embed(missing, self.max_length), strict=True))
+        device = next(self.backbone.model.parameters()).device
+        names, examples = torch.stack([rows[text].to(device) for text in texts]).split((len(self.labels), len(self.examples)))
+        return names, examples
+
+    def embeddings_under(self, adapters: Sequence[LoraAdapter]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what `example_embeddings` returns `with_adapter` each of several; to rounding.
+
+        Neighbours of one specification go through the base model side by side, up to `SIDE_BY_SIDE` of them.
+
+        Args:
+            adapters: for the classifier's base.
+        """
+        texts = [*map(label_text, self.labels), *(text for text, _ in self.examples)]
+        found = []
+        for spec, alike in itertools.groupby(adapters, key=lambda adapter: adapter.spec):
+            while some := list(itertools.islice(alike, SIDE_BY_SIDE)):
+                with attached_to_groups(self.backbone.model, spec, _stacked(some, self.backbone.model)):
+                    found += self.backbone.embed_under(len(some), texts, self.max_length)
+        split = (len(self.labels), len(self.examples))
+        return [(names, examples) for names, examples in (rows.split(split) for rows in found)]
 
     def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
         """Return unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""

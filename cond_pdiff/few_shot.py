@@ -6,8 +6,8 @@ import dataclasses
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ class FewShotRequest:
         labels: label names; for adapters with heads, in the order of their outputs.
         examples: `(text, label)` pairs of these labels.
         max_length: texts are cut at this many tokens.
-        similarity, known, model: see `choose`.
+        similarity, known, model, at_hand: see `choose`.
     """
 
     labels: Sequence[str]
@@ -106,6 +106,7 @@ class FewShotRequest:
     similarity: float = 0.0
     known: bool = False
     model: GainModel | None = None
+    at_hand: Mapping[Text, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def choose(
     similarity: float = 0.0,
     known: bool = False,
     model: GainModel | None = None,
+    at_hand: Mapping[Text, torch.Tensor] | None = None,
 ) -> Choice:
     """Choose an adapter, or the base model, by a classifier's examples: nothing else is ever selected on.
 
@@ -170,6 +172,7 @@ def choose(
         similarity: of the request to the nearest trained task.
         known: is it a trained task, asked for in about its own words and with its labels?
         model: of gains, fitted to the generator; default: the one of the bundled text generator, and the choice says so.
+        at_hand: embeddings that need not be made again (see `PrototypeClassifier.base_embeddings`).
 
     Raises:
         ConditionError: there are no examples.
@@ -177,8 +180,10 @@ def choose(
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
-    base = ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
-    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), not known) for adapter in adapters)
+    of_base = classifier.base_embeddings(at_hand or {})
+    targets = classifier.targets.to(of_base[0].device)
+    base = ExampleScore.of_embeddings(*of_base, targets, with_examples=True)
+    scores = tuple(ExampleScore.of_embeddings(*rows, targets, not known) for rows in classifier.embeddings_under(adapters))
     index, evidence = weigh(base, scores, count, len(classifier.labels), similarity, known)
     own = model or GainModel()
     estimate = own.predict(evidence)

@@ -116,11 +116,19 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     def encode_condition(self, condition: Condition, num_adapters: int) -> tuple[torch.Tensor, EncoderReport]:
         """Return condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
-        embeddings, reports = self.condition_encoder.encode([condition])
+        return self._encode_condition(condition, num_adapters)[:2]
+
+    def _encode_condition(
+        self, condition: Condition, num_adapters: int
+    ) -> tuple[torch.Tensor, EncoderReport, Mapping[Text, torch.Tensor]]:
+        """Return also the embeddings of texts that the base model would make again, where it is the model that reads conditions."""
+        embeddings, reports, texts = self.condition_encoder.encode_with_texts([condition])
         views = () if self.nearest(embeddings[0])[1] else condition.views()
         if views:
             embeddings = torch.cat([embeddings, self.condition_encoder.encode(views)[0]])
-        return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
+        return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0], (
+            texts if self.condition_encoder.text_model == self.template.base else {}
+        )
 
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
@@ -202,7 +210,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             if generator is None:  # so that it is recorded which adapter this is
                 generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
             seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
-            condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
+            condition_embeddings, condition_report, at_hand = self._encode_condition(checked, num_adapters)
             latents = self.prepare_latents(num_adapters, generator, latents)
             with self.progress_bar(total=num_inference_steps) as bar:
                 on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -221,7 +229,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "num_adapters": num_adapters, **schedule}
             settings = generation_settings(self.scheduler, self.unet.dtype, self._execution_device, generator, self._source)
         made = [{**asked, **settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
-        output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report)
+        output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report, at_hand)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -279,6 +287,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         latents: torch.Tensor,
         embedding: torch.Tensor,
         condition_report: EncoderReport,
+        at_hand: Mapping[Text, torch.Tensor] | None = None,
     ) -> CondPDiffPipelineOutput:
         nearest, inside = self.nearest(embedding)
         metadata = {
@@ -292,7 +301,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         if classes is not None:
             metadata["labels"] = list(labels)
         adapters = [self.template.adapter_of(each, {**metadata, **facts}) for each, facts in zip(tensors, made, strict=True)]
-        choice = self._choose(adapters, labels, condition.examples, nearest)
+        choice = self._choose(adapters, labels, condition.examples, nearest, at_hand or {})
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
@@ -323,7 +332,12 @@ class CondPDiffPipeline(GeneratorPipeline):
         return len(task.get("labels", ())) or None if self.template.spec.modules_to_save else None
 
     def _choose(
-        self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
+        self,
+        adapters: Sequence[LoraAdapter],
+        labels: Sequence[str],
+        examples: Sequence[tuple[Text, str]],
+        nearest: Sequence[Neighbour],
+        at_hand: Mapping[Text, torch.Tensor],
     ) -> Choice | None:
         if not examples or len(adapters) < self.family.fewest_judged:
             return None
@@ -334,6 +348,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             nearest[0].similarity if nearest else 0.0,
             self.knows(nearest, labels),
             self.condition_index.gain_model,
+            at_hand,
         )
         return self.family.choose(self.base_model(), adapters, request)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import HIDDEN, make_adapter
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, PrototypeClassifier, held_out_logits
+from cond_pdiff.classifier import LOGIT_SCALE, NAME_WEIGHT, SIDE_BY_SIDE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditions.texts import label_text
 from cond_pdiff.errors import AdapterError, ConditionError, CondPDiffError
 from cond_pdiff.few_shot import ExampleScore, choose, refine, separation
@@ -142,6 +143,29 @@ def test_of_adapters_the_one_that_keeps_the_classes_apart_is_chosen(classifier: 
     assert choice.estimate == GainModel().predict(
         Evidence(3, 0.5, False, len(EXAMPLES), round(base.accuracy * len(EXAMPLES)), mean - base.separation, separations[1] - mean)
     )
+
+
+def test_candidates_side_by_side_embed_as_one_by_one(classifier: PrototypeClassifier) -> None:
+    assert classifier.adapter is not None
+    adapters = [classifier.adapter.scaled(strength / 4) for strength in range(SIDE_BY_SIDE + 2)]
+    wider = [make_adapter(classifier.backbone.model, "tiny", seed=seed) for seed in (1, 2)]  # of another specification
+    together = classifier.embeddings_under([*adapters, *wider])
+    assert len(together) == len(adapters) + 2
+    for adapter, rows in zip([*adapters, *wider], together, strict=True):
+        for found, expected in zip(rows, classifier.with_adapter(adapter).example_embeddings(), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_embedded_already_is_not_embedded_again(classifier: PrototypeClassifier) -> None:
+    alone = classifier.with_adapter(None)
+    expected, texts = alone.example_embeddings(), [text for text, _ in EXAMPLES]
+    at_hand = dict(zip(texts[1:], classifier.backbone.embed(texts[1:]), strict=True))
+    for found, wanted in zip(classifier.base_embeddings(at_hand), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    wrong = {text: torch.zeros_like(row) for text, row in at_hand.items()}
+    assert torch.equal(classifier.base_embeddings(wrong)[1][1:], torch.zeros(len(texts) - 1, HIDDEN))
+    short = PrototypeClassifier(classifier.backbone, LABELS, max_length=3, examples=EXAMPLES)  # which would be cut here
+    torch.testing.assert_close(short.base_embeddings(wrong)[1], short.example_embeddings()[1], atol=1e-5, rtol=0)
 
 
 def test_an_adapter_is_taken_if_it_is_probably_better(classifier: PrototypeClassifier) -> None:
