@@ -98,6 +98,7 @@ class FewShotRequest:
         examples: `(text, label)` pairs of these labels.
         max_length: texts are cut at this many tokens.
         similarity, known, model, at_hand: see `choose`.
+        descriptions: of labels that have some, label → texts; only prototypes hold them.
     """
 
     labels: Sequence[str]
@@ -107,6 +108,12 @@ class FewShotRequest:
     known: bool = False
     model: GainModel | None = None
     at_hand: Mapping[Text, torch.Tensor] = field(default_factory=dict)
+    descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def described(self) -> dict[str, Sequence[str]]:
+        """Each label name with its descriptions."""
+        return {label: self.descriptions.get(label, ()) for label in self.labels}
 
 
 @dataclass(frozen=True)

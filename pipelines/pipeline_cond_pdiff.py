@@ -300,8 +300,10 @@ class CondPDiffPipeline(GeneratorPipeline):
         labels, labels_from = classes or ((), "nowhere")
         if classes is not None:
             metadata["labels"] = list(labels)
+        if condition.descriptions:
+            metadata["label_descriptions"] = {label: list(texts) for label, texts in condition.descriptions.items()}
         adapters = [self.template.adapter_of(each, {**metadata, **facts}) for each, facts in zip(tensors, made, strict=True)]
-        choice = self._choose(adapters, labels, condition.examples, nearest, at_hand or {})
+        choice = self._choose(adapters, labels, condition, nearest, at_hand or {})
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
@@ -335,20 +337,21 @@ class CondPDiffPipeline(GeneratorPipeline):
         self,
         adapters: Sequence[LoraAdapter],
         labels: Sequence[str],
-        examples: Sequence[tuple[Text, str]],
+        condition: Condition,
         nearest: Sequence[Neighbour],
         at_hand: Mapping[Text, torch.Tensor],
     ) -> Choice | None:
-        if not examples or len(adapters) < self.family.fewest_judged:
+        if not condition.examples or len(adapters) < self.family.fewest_judged:
             return None
         request = FewShotRequest(
             labels,
-            examples,
+            condition.examples,
             self.template.config.max_length,
             nearest[0].similarity if nearest else 0.0,
             self.knows(nearest, labels),
             self.condition_index.gain_model,
             at_hand,
+            condition.descriptions,
         )
         return self.family.choose(self.base_model(), adapters, request)
 

@@ -48,6 +48,26 @@ def test_generate_writes_an_adapter_and_says_what_to_expect(run: Any, tiny_gener
     assert adapter.metadata["condition"]["examples"] == [["the good film", "positive"], ["the awful meal", "negative"]]
 
 
+def test_labels_are_described_by_options_or_a_file(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("label,description\npositive,the lovely song\nnegative,\npositive,a great book\n")
+    told = ["--label-description", "positive=the lovely song", "--label-description", "positive=a great book"]
+    file, fast = ["--labels", tmp_path / "labels.csv"], ["--num-adapters", 1, "--steps", 2, "--generator", tiny_generator]
+    for name, arguments in {
+        "by-options": [*told, *EXAMPLES],
+        "by-file": [*file, *EXAMPLES],
+        "names-too": [*told, "--label", "positive", "--label", "negative"],
+        "file-alone": file,
+    }.items():
+        assert run("generate", DESCRIPTION, *arguments, *fast, "--out", tmp_path / name).status == 0
+        classifier = PrototypeClassifier.load(tmp_path / name)
+        assert classifier.labels == ("positive", "negative")
+        assert classifier.descriptions == {"positive": ("the lovely song", "a great book")}
+    (tmp_path / "names.csv").write_text("name,description\npositive,x\n")
+    refused(run("generate", DESCRIPTION, "--labels", tmp_path / "names.csv", "--out", tmp_path / "no"), "has no column 'label'")
+    refused(run("generate", DESCRIPTION, "--label-description", "positive", "--out", tmp_path / "no"), "is written NAME=TEXT")
+    refused(run("generate", "--batch", tmp_path / "names.csv", *file, "--out", tmp_path / "no"), "a batch has its conditions")
+
+
 def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
     examples = [*EXAMPLES, "--example", "the lovely room=positive", "--example", "the dull book=negative"]
     base = ["generate", DESCRIPTION, *examples, "--generator", tiny_generator, "--num-adapters", 3]

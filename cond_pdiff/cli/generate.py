@@ -28,7 +28,7 @@ from cond_pdiff.cli.options import (
     execution,
 )
 from cond_pdiff.cli.output import hide_loading_bars, note, report
-from cond_pdiff.cli.texts import LabelledTexts, read_labelled, spread
+from cond_pdiff.cli.texts import LabelledTexts, read_descriptions, read_labelled, spread
 from cond_pdiff.defaults import (
     CHOOSE_FROM,
     DEFAULT_STEPS,
@@ -39,7 +39,7 @@ from cond_pdiff.defaults import (
     TEXT_GENERATOR,
 )
 from cond_pdiff.errors import ConditionError, CondPDiffError
-from cond_pdiff.notation import PAIR_SEPARATOR, parse_example
+from cond_pdiff.notation import PAIR_SEPARATOR, parse_description, parse_example
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
@@ -68,6 +68,12 @@ def generate(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     label: Labels = None,
+    label_description: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What a label's name means; repeatable, also for one label.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV, TSV or JSON Lines with the columns label and description instead.")
+    ] = None,
     free_answers: Annotated[
         bool, typer.Option("--free-answers", help="The examples' answers are texts of their own, and no labels; for language models.")
     ] = False,
@@ -106,19 +112,20 @@ def generate(
     """
     where = execution(executor, workers, address, per_job, store)
     if batch is not None:
-        if any((description, image, vector, example, examples, label, refine)):
+        if any((description, image, vector, example, examples, label, label_description, labels, refine)):
             raise ConditionError("a batch has its conditions, examples and labels in its file, and its adapters are not refined")
         _generate_batch(batch, out, generator or TEXT_GENERATOR, num_adapters, steps, guidance_scale, seed, shard, where, force, as_json)
         return
     if where.is_elsewhere or shard:
         raise CondPDiffError("--executor, --workers, --per-job, --store and --shard are for a --batch of requests")
-    labels, shown = label or [], [parse_example(one) for one in example or []]
+    described, shown = _descriptions(label_description or [], labels), [parse_example(one) for one in example or []]
+    names = label or ([*described] if labels or not (shown or examples) else [])
     if examples is not None:
         found = read_labelled(examples, "train", text_column or (), label_column)
         description, free_answers = description or found.description, free_answers or found.free
-        labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
+        names = names or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image, vector, shown, labels, free_answers), num_adapters
+    condition, count = _condition(description, image, vector, shown, names, free_answers, described), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
     if refine:
@@ -179,22 +186,36 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
     return spread(found, most)
 
 
+def _descriptions(written: list[str], file: Path | None) -> dict[str, list[str]]:
+    """Return label → descriptions, of both options."""
+    described = {} if file is None else read_descriptions(file)
+    for name, text in map(parse_description, written):
+        described.setdefault(name, []).append(text)
+    return described
+
+
 def _condition(
-    description: str | None, image: Path | None, vector: Path | None, examples: list[tuple[Text, str]], labels: list[str], free: bool
+    description: str | None,
+    image: Path | None,
+    vector: Path | None,
+    examples: list[tuple[Text, str]],
+    labels: list[str],
+    free: bool,
+    descriptions: dict[str, list[str]],
 ) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
     from cond_pdiff.conditions.vector import Vector
 
     if vector is not None:
-        if image is not None or description is not None or examples or labels or free:
+        if image is not None or description is not None or examples or labels or free or descriptions:
             raise ConditionError("give a vector, or another condition, not both")
         return Vector.of(vector)
     if image is None:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
-        return TaskPrompt(description, examples, labels, free)
-    if description is not None or examples or labels or free:
+        return TaskPrompt(description, examples, labels, free, descriptions)
+    if description is not None or examples or labels or free or descriptions:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
     return StyleImage.open(image)
 

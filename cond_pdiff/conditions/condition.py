@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from cond_pdiff.conditions.texts import Text
@@ -45,6 +46,8 @@ class Condition(ABC):
 
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
+    descriptions: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Of those labels that are described in further words, label → texts."""
 
     @property
     def form(self) -> str:

@@ -47,7 +47,7 @@ class SentenceEncoder(Family):
 
     def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
         """Choose by class prototypes; see `cond_pdiff.few_shot.choose`."""
-        classifier = PrototypeClassifier(base, request.labels, adapters[0], request.max_length, request.examples)
+        classifier = PrototypeClassifier(base, request.described, adapters[0], request.max_length, request.examples)
         return choose(classifier, adapters, request.similarity, request.known, request.model, request.at_hand)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
