@@ -35,6 +35,7 @@ from cond_pdiff.defaults import (
     MAX_EXAMPLES,
     PICTURE_GUIDANCE,
     PICTURE_STEPS,
+    REFINE_STEPS,
     STYLE_GENERATOR,
     TEXT_GENERATOR,
 )
@@ -91,8 +92,11 @@ def generate(
     guidance_scale: GuidanceScale = None,
     seed: Seed = 0,
     refine: Annotated[
-        int, typer.Option(metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12.")
+        int, typer.Option(metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples at most, say 16.")
     ] = 0,
+    refine_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help=f"The same for so many seconds at most (and {REFINE_STEPS} steps, or --refine's).")
+    ] = None,
     batch: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Requests, JSON Lines: an adapter each, below --out; see docs/cluster.md.")
     ] = None,
@@ -112,7 +116,7 @@ def generate(
     """
     where = execution(executor, workers, address, per_job, store)
     if batch is not None:
-        if any((description, image, vector, example, examples, label, label_description, labels, refine)):
+        if any((description, image, vector, example, examples, label, label_description, labels, refine, refine_seconds)):
             raise ConditionError("a batch has its conditions, examples and labels in its file, and its adapters are not refined")
         _generate_batch(batch, out, generator or TEXT_GENERATOR, num_adapters, steps, guidance_scale, seed, shard, where, force, as_json)
         return
@@ -128,8 +132,10 @@ def generate(
     condition, count = _condition(description, image, vector, shown, names, free_answers, described), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
+    if refine_seconds is not None:
+        refine = refine or REFINE_STEPS
     if refine:
-        _check_refinement(condition, refine)
+        _check_refinement(condition, refine, refine_seconds)
     _check_generation(count, steps, guidance_scale, out, force)
 
     from cond_pdiff.sampling import seeded
@@ -139,10 +145,15 @@ def generate(
     adapter, lines = output.adapter, [str(output.report)]
     if refine:
         # Also where the examples prefer the base model: on the mean, a generated adapter is the better start.
-        adapter = _refined(pipe, condition, output.adapters[output.chosen], refine)
-        lines.append(f"refined    {refine} steps on {len(condition.examples)} examples, from candidate {output.chosen + 1} of {count}")
+        adapter = _refined(pipe, condition, output.adapters[output.chosen], refine, refine_seconds)
+        taken = adapter.metadata["refined"]
+        lines.append(
+            f"refined    {taken['steps']} steps ({taken['of']} tried) on {len(condition.examples)} examples, "
+            f"from candidate {output.chosen + 1} of {count}"
+        )
     adapter.save(out, overwrite=force)
-    facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
+    facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": adapter.metadata.get("refined")}
+    facts["report"] = output.report.to_json()
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
 
 
@@ -220,14 +231,14 @@ def _condition(
     return StyleImage.open(image)
 
 
-def _check_refinement(condition: Condition, steps: int) -> None:
-    """Refuse to refine on no examples, or with a number of steps that is out of its range."""
+def _check_refinement(condition: Condition, steps: int, seconds: float | None) -> None:
+    """Refuse to refine on no examples, or with a number of steps or seconds that is out of its range."""
     if not condition.examples:
         raise ConditionError("--refine takes its steps on labelled examples; give some with --example or --examples")
 
-    from cond_pdiff.few_shot import check_refinement
+    from cond_pdiff.refinement import check_refinement
 
-    check_refinement(condition.examples, steps)
+    check_refinement(condition.examples, steps, seconds)
 
 
 def _check_generation(count: int, steps: int, guidance_scale: float | None, out: Path, force: bool) -> None:
@@ -260,12 +271,13 @@ def _load(generator: str) -> CondPDiffPipeline:
     return pipe
 
 
-def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, steps: int) -> LoraAdapter:
+def _refined(pipe: CondPDiffPipeline, prompt: Condition, adapter: LoraAdapter, steps: int, seconds: float | None) -> LoraAdapter:
     """Return an adapter after some steps on the prompt's examples."""
     from cond_pdiff.classifier import PrototypeClassifier
-    from cond_pdiff.few_shot import refine
+    from cond_pdiff.refinement import refine
 
-    return refine(PrototypeClassifier(pipe.base_model(), prompt.labels, adapter, examples=prompt.examples), steps)
+    described = {label: prompt.descriptions.get(label, ()) for label in prompt.labels}
+    return refine(PrototypeClassifier(pipe.base_model(), described, adapter, examples=prompt.examples), steps, seconds=seconds)
 
 
 @commands.command()
