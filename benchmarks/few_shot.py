@@ -38,7 +38,7 @@ import torch
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
 from cond_pdiff.conditions.texts import Text
-from cond_pdiff.few_shot import refine
+from cond_pdiff.refinement import refine
 from cond_pdiff.training.evaluate.baselines import ZooBaselines, logistic_regression
 from cond_pdiff.training.evaluate.measure import difference, mean
 from cond_pdiff.training.tasks.tasks import Row, Task

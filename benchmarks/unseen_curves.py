@@ -28,7 +28,7 @@ from few_shot import TaskMeasurer, once
 
 from cond_pdiff import TaskPrompt
 from cond_pdiff.atomic import dump_json, write_text
-from cond_pdiff.few_shot import refine
+from cond_pdiff.refinement import refine
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.texts import Text, check_examples, check_labels, check_text, label_text
+from cond_pdiff.attach import attached_to_groups
+from cond_pdiff.conditions.texts import Text, check_described, check_examples, check_text, label_text
 from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -20,6 +22,9 @@ LOGIT_SCALE = 20.0
 
 DEFAULT_MAX_LENGTH = 128
 """The number of tokens at which a text is cut, where neither the caller nor the adapter says it."""
+
+SIDE_BY_SIDE = 8
+"""The most adapters that texts are embedded under at once: more take as long, and more memory."""
 
 NAME_WEIGHT = 2.0
 """The weight of a class's name in its prototype: it counts as much as so many of the class's examples."""
@@ -93,11 +98,23 @@ def _prototypes(names: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -
     return nn.functional.normalize(NAME_WEIGHT * names + sums + without * share, dim=-1)
 
 
+def recorded_labels(adapter: LoraAdapter) -> dict[str, Sequence[str]]:
+    """Return the label names that an adapter records, each with its descriptions; none where it records none."""
+    labels, described = adapter.metadata.get("labels") or (), adapter.metadata.get("label_descriptions") or {}
+    return {label: described.get(label, ()) for label in labels}
+
+
 def _recorded_length(adapter: LoraAdapter | None) -> int:
     length = adapter.metadata.get("max_length", DEFAULT_MAX_LENGTH) if adapter else DEFAULT_MAX_LENGTH
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise AdapterError(f"the adapter records a max_length of {length!r}; expected a number of tokens, at least 1")
     return length
+
+
+def _stacked(adapters: Sequence[LoraAdapter], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of adapters of one specification, shape `(adapters, *shape)` each, as the model's weights are."""
+    weight = next(model.parameters())
+    return {key: torch.stack([adapter.tensors[key] for adapter in adapters]).to(weight) for key in adapters[0].tensors}
 
 
 class PrototypeClassifier:
@@ -109,7 +126,7 @@ class PrototypeClassifier:
 
     Args:
         backbone: the base model; adapters are attached only while it works.
-        labels: label names.
+        labels: label names, or name → description (see `TaskPrompt`): the mean of both is then taken in the name's place.
         adapter: None classifies with the base model alone.
         max_length: texts are cut at this many tokens; default: as many as the adapter records, which is what it was trained with, else
             `DEFAULT_MAX_LENGTH`.
@@ -123,13 +140,13 @@ class PrototypeClassifier:
     def __init__(
         self,
         backbone: SentenceBackbone,
-        labels: Sequence[str],
+        labels: Sequence[str] | Mapping[str, str | Sequence[str]],
         adapter: LoraAdapter | None = None,
         max_length: int | None = None,
         examples: Sequence[tuple[Text, str]] = (),
     ) -> None:
         self.backbone = backbone
-        self.labels = check_labels(labels)
+        self.labels, self.descriptions = check_described(labels)
         self.examples = check_examples(examples, self.labels)
         self.adapter = adapter
         self.max_length = _recorded_length(adapter) if max_length is None else max_length
@@ -147,14 +164,14 @@ class PrototypeClassifier:
     def load(
         cls,
         folder: str | Path,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
         base: str | None = None,
         examples: Sequence[tuple[Text, str]] | None = None,
     ) -> PrototypeClassifier:
         """Load a classifier from an adapter folder that this package wrote.
 
         Args:
-            labels: default: the labels recorded with the adapter.
+            labels: default: the labels recorded with the adapter, and their descriptions.
             base: a local folder with the base model; default: found by the recorded reference.
             examples: `(text, label)` pairs for the prototypes; default: those recorded with the adapter when it was chosen or
                 refined, unless other labels are given.
@@ -164,7 +181,7 @@ class PrototypeClassifier:
             raise AdapterError(f"{folder} is not an adapter for texts (is it a style? `cond-pdiff preview` shows those)")
         if examples is None:
             examples = () if labels else adapter.metadata.get("prototype_examples", ())
-        labels = labels or adapter.metadata.get("labels")
+        labels = labels or recorded_labels(adapter)
         if not labels:
             raise AdapterError(f"{folder} records no labels; name them (labels=[…], or --label on the command line)")
         backbone = SentenceBackbone.load(Backbone(base) if base else adapter.base)
@@ -173,7 +190,7 @@ class PrototypeClassifier:
     def with_adapter(self, adapter: LoraAdapter | None) -> PrototypeClassifier:
         """Return the same classifier with another adapter of an already checked base; for going through many adapters."""
         other = PrototypeClassifier(self.backbone, self.labels, None, self.max_length, self.examples)
-        other.adapter = adapter
+        other.descriptions, other.adapter = self.descriptions, adapter
         return other
 
     @property
@@ -203,12 +220,67 @@ class PrototypeClassifier:
         names, examples, _ = self._embed([])
         return names, examples
 
+    @torch.no_grad()
+    def base_embeddings(self, at_hand: Mapping[Text, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `example_embeddings` returns without an adapter; to rounding.
+
+        Args:
+            at_hand: the base model's own embeddings of texts that were read whole; of shorter ones than `max_length`, they are taken.
+        """
+        texts = self._own_texts
+        tokens = dict(zip(texts, self.backbone.token_counts(texts), strict=True))
+        rows = {text: at_hand[text] for text, count in tokens.items() if text in at_hand and count <= self.max_length}
+        missing = [text for text in tokens if text not in rows]
+        rows |= dict(zip(missing, self.backbone.embed(missing, self.max_length), strict=True))
+        device = next(self.backbone.model.parameters()).device
+        names, examples, _ = self._parted(torch.stack([rows[text].to(device) for text in texts]))
+        return names, examples
+
+    def embeddings_under(self, adapters: Sequence[LoraAdapter]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what `example_embeddings` returns `with_adapter` each of several; to rounding.
+
+        Neighbours of one specification go through the base model side by side, up to `SIDE_BY_SIDE` of them.
+
+        Args:
+            adapters: for the classifier's base.
+        """
+        found = []
+        for spec, alike in itertools.groupby(adapters, key=lambda adapter: adapter.spec):
+            while some := list(itertools.islice(alike, SIDE_BY_SIDE)):
+                with attached_to_groups(self.backbone.model, spec, _stacked(some, self.backbone.model)):
+                    found += self.backbone.embed_under(len(some), self._own_texts, self.max_length)
+        return [self._parted(rows)[:2] for rows in found]
+
     def _embed(self, texts: Sequence[Text]) -> tuple[torch.Tensor, ...]:
         """Return unit-length embeddings of the label names, the examples and the texts, under the adapter; a row each."""
-        parts = (list(map(label_text, self.labels)), [text for text, _ in self.examples], texts)
         with self.adapter.attached(self.backbone.model, check=False) if self.adapter else contextlib.nullcontext():
-            embeddings = self.backbone.embed([text for part in parts for text in part], self.max_length)
-        return embeddings.split([len(part) for part in parts])
+            return self._parted(self.backbone.embed([*self._own_texts, *texts], self.max_length))
+
+    @property
+    def name_texts(self) -> list[Text]:
+        """The label names as words, then all descriptions."""
+        return [*map(label_text, self.labels), *(text for texts in self._described for text in texts)]
+
+    @property
+    def _described(self) -> list[Sequence[str]]:
+        return [self.descriptions.get(label, ()) for label in self.labels]
+
+    @property
+    def _own_texts(self) -> list[Text]:
+        return [*self.name_texts, *(text for text, _ in self.examples)]
+
+    def names_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return an embedding a label, of those of `name_texts`: of a described label, the direction of the mean of all its texts'."""
+        names, described = rows[: len(self.labels)], rows[len(self.labels) :]
+        if not len(described):
+            return names
+        owners = [place for place, texts in enumerate(self._described) for _ in texts]
+        return nn.functional.normalize(names.index_add(0, torch.tensor(owners, device=rows.device), described), dim=-1)
+
+    def _parted(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the names', the examples' and the other embeddings, of those of `_own_texts` and others."""
+        count, end = len(self.name_texts), len(self.name_texts) + len(self.examples)
+        return self.names_of(rows[:count]), rows[count:end], rows[end:]
 
     def predict(self, texts: Sequence[Text]) -> list[str]:
         """Return the label of each text."""

@@ -1,12 +1,10 @@
-"""Use of a few labelled examples beside the condition (k-shot): to choose an adapter, or none, and for gradient steps on them."""
+"""Use of a few labelled examples beside the condition (k-shot): to choose an adapter, or none."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,15 +12,11 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditions.instruction import Instruction
-from cond_pdiff.conditions.texts import Text, check_refinable_examples, label_text
-from cond_pdiff.errors import ConditionError, CondPDiffError
+from cond_pdiff.conditions.texts import Text
+from cond_pdiff.errors import ConditionError
 from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.causal_backbone import CausalBackbone
 from cond_pdiff.models.head_backbone import HeadBackbone
-
-REFINE_EXAMPLES = 32
-"""The most examples in one step; of more, each step draws anew."""
-
 
 KNOWN_SIMILARITY = 0.92
 """The similarity of a request to a trained task from which they may be the same; between different tasks of one kind it is lower."""
@@ -96,7 +90,8 @@ class FewShotRequest:
         labels: label names; for adapters with heads, in the order of their outputs.
         examples: `(text, label)` pairs of these labels.
         max_length: texts are cut at this many tokens.
-        similarity, known, model: see `choose`.
+        similarity, known, model, at_hand: see `choose`.
+        descriptions: of labels that have some, label → texts; only prototypes hold them.
     """
 
     labels: Sequence[str]
@@ -105,6 +100,13 @@ class FewShotRequest:
     similarity: float = 0.0
     known: bool = False
     model: GainModel | None = None
+    at_hand: Mapping[Text, torch.Tensor] = field(default_factory=dict)
+    descriptions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def described(self) -> dict[str, Sequence[str]]:
+        """Each label name with its descriptions."""
+        return {label: self.descriptions.get(label, ()) for label in self.labels}
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ def choose(
     similarity: float = 0.0,
     known: bool = False,
     model: GainModel | None = None,
+    at_hand: Mapping[Text, torch.Tensor] | None = None,
 ) -> Choice:
     """Choose an adapter, or the base model, by a classifier's examples: nothing else is ever selected on.
 
@@ -169,6 +172,7 @@ def choose(
         similarity: of the request to the nearest trained task.
         known: is it a trained task, asked for in about its own words and with its labels?
         model: of gains, fitted to the generator; default: the one of the bundled text generator, and the choice says so.
+        at_hand: embeddings that need not be made again (see `PrototypeClassifier.base_embeddings`).
 
     Raises:
         ConditionError: there are no examples.
@@ -176,8 +180,10 @@ def choose(
     count = len(classifier.targets)
     if not count:
         raise ConditionError("adapters can be compared on labelled examples only; give some")
-    base = ExampleScore.measure(classifier.with_adapter(None), with_examples=True)
-    scores = tuple(ExampleScore.measure(classifier.with_adapter(adapter), not known) for adapter in adapters)
+    of_base = classifier.base_embeddings(at_hand or {})
+    targets = classifier.targets.to(of_base[0].device)
+    base = ExampleScore.of_embeddings(*of_base, targets, with_examples=True)
+    scores = tuple(ExampleScore.of_embeddings(*rows, targets, not known) for rows in classifier.embeddings_under(adapters))
     index, evidence = weigh(base, scores, count, len(classifier.labels), similarity, known)
     own = model or GainModel()
     estimate = own.predict(evidence)
@@ -276,59 +282,3 @@ def _best(scores: Sequence[ExampleScore]) -> int:
         return -score.separation if score.with_examples and score.separation is not None else score.loss
 
     return min(range(len(scores)), key=badness)
-
-
-def check_refinement(examples: Sequence[tuple[Text, str]], steps: int) -> None:
-    """Refuse what `refine` would refuse of examples and steps, before anything is loaded."""
-    if steps < 1:
-        raise CondPDiffError(f"steps must be at least 1, got {steps}")
-    check_refinable_examples(examples)
-
-
-def refine(classifier: PrototypeClassifier, steps: int = 12, learning_rate: float = 2e-3, seed: int = 0) -> LoraAdapter:
-    """Go on from an adapter with a few optimiser steps on the classifier's examples, each told apart by the others.
-
-    The loss is the cross-entropy of every example against prototypes that do not hold it (`held_out_logits`), so that an example
-    is not fitted to itself. `lora_A` stays as it is, as in a zoo.
-
-    Args:
-        classifier: with an adapter, and with at least two examples of some class.
-        steps: of AdamW.
-        learning_rate: falls linearly to zero.
-        seed: of the examples that each step sees.
-
-    Returns:
-        The refined adapter; its metadata say `refined`, and hold the examples for the prototypes.
-
-    Raises:
-        ConditionError: too few examples.
-        CondPDiffError: the classifier has no adapter, or `steps` is no positive number.
-    """
-    if classifier.adapter is None:
-        raise CondPDiffError("refining goes on from an adapter; give the classifier one (a generated one, or zeros to start cold)")
-    check_refinement(classifier.examples, steps)
-    start = classifier.adapter.tensors
-    backbone = classifier.backbone
-    device = next(backbone.model.parameters()).device
-    moving = {key: tensor.to(device, torch.float32, copy=True).requires_grad_() for key, tensor in start.items() if ".lora_B." in key}
-    optimizer = torch.optim.AdamW(moving.values(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / steps, total_iters=steps - 1)
-    rng = random.Random(seed)
-    for _ in range(steps):
-        picks = sorted(rng.sample(range(len(classifier.targets)), min(REFINE_EXAMPLES, len(classifier.targets))))
-        adapter = dataclasses.replace(classifier.adapter, tensors={**start, **moving})
-        with adapter.attached(backbone.model, check=False):
-            names = backbone.forward(list(map(label_text, classifier.labels)), classifier.max_length)
-            examples = backbone.forward([classifier.examples[index][0] for index in picks], classifier.max_length)
-        targets = classifier.targets[picks].to(device)
-        loss = nn.functional.cross_entropy(held_out_logits(names, examples, targets), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    tensors = {**start, **{key: tensor.detach().to(start[key].device, start[key].dtype) for key, tensor in moving.items()}}
-    settings = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
-    given = [list(example) for example in classifier.examples]
-    facts = {"refined": settings, "labels": list(classifier.labels), "prototype_examples": given}
-    kept = {name: fact for name, fact in classifier.adapter.metadata.items() if name != "strength"}  # of what the steps began with
-    return dataclasses.replace(classifier.adapter, tensors=tensors, metadata={**kept, **facts})

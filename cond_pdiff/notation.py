@@ -34,3 +34,15 @@ def parse_example(example: str) -> tuple[Text, str]:
     if not separator:
         raise ConditionError(f"an example is written TEXT=LABEL, got {example!r:.80}")
     return parse_text(text), label
+
+
+def parse_description(written: str) -> tuple[str, str]:
+    """Read a label's description written 'NAME=TEXT'; the first = counts.
+
+    Raises:
+        ConditionError: there is no =.
+    """
+    name, separator, text = written.partition("=")
+    if not separator:
+        raise ConditionError(f"a label's description is written NAME=TEXT, got {written!r:.80}")
+    return name.strip(), text

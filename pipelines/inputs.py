@@ -78,11 +78,15 @@ def check_output(output_type: Any, callback_tensors: Sequence[str], known_tensor
         raise CondPDiffError(f"callbacks can have {list(known_tensors)}, not {unknown[0]!r}")
 
 
-def check_refinement(condition: Condition, steps: Any, seed: Any, output_type: str = "adapter") -> None:
-    """Refuse numbers of training steps and seeds that are out of their range, and steps on a condition that shows nothing for them."""
+def check_refinement(condition: Condition, steps: Any, seed: Any, seconds: float | None, output_type: str = "adapter") -> None:
+    """Refuse steps, seeds and seconds of training that are out of their range, and any on a condition that shows nothing for them."""
     check_count("refine_steps", steps, MAX_REFINE_STEPS, least=0)
     check_count("refine_seed", seed, 2**63 - 1, least=0)
-    if steps:
+    if seconds is not None and not seconds > 0:
+        raise CondPDiffError(f"refine_seconds must be more than 0, got {seconds}")
+    if seconds is not None and not condition.refined_in_time:
+        raise CondPDiffError(f"refine_seconds is not for a {condition.noun}; say refine_steps")
+    if steps or seconds is not None:
         condition.refined_on()
         if output_type != "adapter":
             raise CondPDiffError(f"refine_steps are taken from an adapter, and output_type is {output_type!r}; leave one of the two out")

@@ -15,7 +15,7 @@ from cond_pdiff.codec import AdapterCodec, Autoencoder
 from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.conditions.texts import Text
-from cond_pdiff.defaults import DEFAULT_STEPS
+from cond_pdiff.defaults import DEFAULT_STEPS, REFINE_STEPS
 from cond_pdiff.errors import ConditionError, CondPDiffError
 from cond_pdiff.families.family import Family, family_of
 from cond_pdiff.few_shot import KNOWN_SIMILARITY, Choice, FewShotRequest
@@ -125,11 +125,19 @@ class CondPDiffPipeline(GeneratorPipeline):
 
     def encode_condition(self, condition: Condition, num_adapters: int) -> tuple[torch.Tensor, EncoderReport]:
         """Return condition embeddings, shape `(num_adapters * views, condition_dim)`, each adapter's together, and the encoder's report."""
-        embeddings, reports = self.condition_encoder.encode([condition])
+        return self._encode_condition(condition, num_adapters)[:2]
+
+    def _encode_condition(
+        self, condition: Condition, num_adapters: int
+    ) -> tuple[torch.Tensor, EncoderReport, Mapping[Text, torch.Tensor]]:
+        """Return also the embeddings of texts that the base model would make again, where it is the model that reads conditions."""
+        embeddings, reports, texts = self.condition_encoder.encode_with_texts([condition])
         views = () if self.nearest(embeddings[0])[1] else condition.views()
         if views:
             embeddings = torch.cat([embeddings, self.condition_encoder.encode(views)[0]])
-        return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0]
+        return embeddings.to(self._execution_device, self.unet.dtype).repeat(num_adapters, 1), reports[0], (
+            texts if self.condition_encoder.text_model == self.template.base else {}
+        )
 
     def prepare_latents(
         self, num_adapters: int, generator: torch.Generator | Sequence[torch.Generator] | None, latents: torch.Tensor | None
@@ -170,6 +178,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         image: Any = None,
         refine_steps: int = 0,
         refine_seed: int = 0,
+        refine_seconds: float | None = None,
     ) -> Any:
         """Generate adapters for one condition. Threads that share a pipeline take turns.
 
@@ -194,10 +203,11 @@ class CondPDiffPipeline(GeneratorPipeline):
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
             prompt, image: diffusers' words for `condition`, of a text or a style generator; give one of the three.
-            refine_steps: go on from the chosen candidate with so many training steps on the prompt's labelled examples (say 12) or on the
-                pictures (say 20; with `StyleImage(…, caption=…)` for each, on pictures and captions); the output's `adapter` is what they
-                end in. They need the base model, which is loaded, and no thread that uses it meanwhile. 0: none.
+            refine_steps: go on from the chosen candidate with training steps, at most so many on the prompt's labelled examples (say 16),
+                or so many on the pictures (say 20; with `StyleImage(…, caption=…)` for each, on pictures and captions); the output's
+                `adapter` is what they end in. They need the base model, which is loaded, and no thread that uses it meanwhile. 0: none.
             refine_seed: of all that these steps draw.
+            refine_seconds: steps on labelled examples begin for so many seconds at most; 16 of them at most, unless `refine_steps` says it.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,
@@ -210,7 +220,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         condition = only_condition(self.condition_encoder.condition_kind.keyword, condition, prompt, image)
         checked = self._check_inputs(condition, num_adapters, num_inference_steps, guidance_scale, generator, timesteps, sigmas)
         check_output(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        check_refinement(checked, refine_steps, refine_seed, output_type)
+        check_refinement(checked, refine_steps, refine_seed, refine_seconds, output_type)
         guidance_scale = self.unet.config.guidance_scale if guidance_scale is None else guidance_scale
         schedule = {name: list(steps) for name, steps in (("timesteps", timesteps), ("sigmas", sigmas)) if steps is not None}
         with lock_of(self.unet):  # guidance scale, interruption, offloading and the scheduler have state
@@ -218,7 +228,7 @@ class CondPDiffPipeline(GeneratorPipeline):
             if generator is None:  # so that it is recorded which adapter this is
                 generator = torch.Generator().manual_seed(int(torch.randint(2**32, ())))
             seeds = recorded_seeds(None if latents is not None else generator, num_adapters)
-            condition_embeddings, condition_report = self.encode_condition(checked, num_adapters)
+            condition_embeddings, condition_report, at_hand = self._encode_condition(checked, num_adapters)
             latents = self.prepare_latents(num_adapters, generator, latents)
             with self.progress_bar(total=num_inference_steps) as bar:
                 on_step = self._step_hook(bar, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -237,9 +247,9 @@ class CondPDiffPipeline(GeneratorPipeline):
             asked = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "num_adapters": num_adapters, **schedule}
             settings = generation_settings(self.scheduler, self.unet.dtype, self._execution_device, generator, self._source)
         made = [{**asked, **settings, "candidate": index, "seed": seed} for index, seed in enumerate(seeds)]
-        output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report)
-        if refine_steps:
-            output = self._refined(output, checked, refine_steps, refine_seed)
+        output = self._to_output(checked, tensors, made, latents, condition_embeddings[0], condition_report, at_hand)
+        if refine_steps or refine_seconds is not None:
+            output = self._refined(output, checked, refine_steps or REFINE_STEPS, refine_seed, refine_seconds)
         return output if return_dict else output.to_tuple()
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -271,17 +281,8 @@ class CondPDiffPipeline(GeneratorPipeline):
         """Return each adapter's latents, shape of `noise`: the mean over the views of its condition, which all begin at the same noise."""
         views = len(embeddings) // len(noise)
         drawn = [rng for rng in generator for _ in range(views)] if isinstance(generator, Sequence) else generator
-        made = denoise(
-            self.unet,
-            self.scheduler,
-            noise.repeat_interleave(views, 0),
-            embeddings,
-            num_inference_steps,
-            self.guidance_scale,
-            drawn,
-            on_step,
-            **schedule,
-        )
+        start, steps, guidance = noise.repeat_interleave(views, 0), num_inference_steps, self.guidance_scale
+        made = denoise(self.unet, self.scheduler, start, embeddings, steps, guidance, drawn, on_step, **schedule)
         return made.unflatten(0, (len(noise), views)).mean(1)
 
     def nearest(self, embedding: torch.Tensor) -> tuple[tuple[Neighbour, ...], bool]:
@@ -297,6 +298,7 @@ class CondPDiffPipeline(GeneratorPipeline):
         latents: torch.Tensor,
         embedding: torch.Tensor,
         condition_report: EncoderReport,
+        at_hand: Mapping[Text, torch.Tensor] | None = None,
     ) -> CondPDiffPipelineOutput:
         nearest, inside = self.nearest(embedding)
         metadata = {
@@ -309,17 +311,21 @@ class CondPDiffPipeline(GeneratorPipeline):
         labels, labels_from = classes or ((), "nowhere")
         if classes is not None:
             metadata["labels"] = list(labels)
+        if condition.descriptions:
+            metadata["label_descriptions"] = {label: list(texts) for label, texts in condition.descriptions.items()}
         adapters = [self.template.adapter_of(each, {**metadata, **facts}) for each, facts in zip(tensors, made, strict=True)]
-        choice = self._choose(adapters, labels, condition.examples, nearest)
+        choice = self._choose(adapters, labels, condition, nearest, at_hand or {})
         threshold = round(float(self.condition_index.threshold), 4)
         report = GenerationReport(nearest, inside, threshold, condition_report, labels, labels_from, choice)
         return CondPDiffPipelineOutput(adapters, choice.index if choice else 0, report, latents)
 
-    def _refined(self, output: CondPDiffPipelineOutput, condition: Condition, steps: int, seed: int) -> CondPDiffPipelineOutput:
+    def _refined(
+        self, output: CondPDiffPipelineOutput, condition: Condition, steps: int, seed: int, seconds: float | None
+    ) -> CondPDiffPipelineOutput:
         """Go on from the chosen adapter, also where examples prefer the base model: on the mean, a generated one is the better start."""
         base, start = self.base_model(), output.adapters[output.chosen]
         with torch.enable_grad():
-            return replace(output, refined=self.family.refine(base, start, condition, steps, seed))
+            return replace(output, refined=self.family.refine(base, start, condition, steps, seed, seconds))
 
     @property
     def family(self) -> Family:
@@ -347,18 +353,18 @@ class CondPDiffPipeline(GeneratorPipeline):
         return len(task.get("labels", ())) or None if self.template.spec.modules_to_save else None
 
     def _choose(
-        self, adapters: Sequence[LoraAdapter], labels: Sequence[str], examples: Sequence[tuple[Text, str]], nearest: Sequence[Neighbour]
+        self,
+        adapters: Sequence[LoraAdapter],
+        labels: Sequence[str],
+        condition: Condition,
+        nearest: Sequence[Neighbour],
+        at_hand: Mapping[Text, torch.Tensor],
     ) -> Choice | None:
-        if not examples or len(adapters) < self.family.fewest_judged:
+        if not condition.examples or len(adapters) < self.family.fewest_judged:
             return None
-        request = FewShotRequest(
-            labels,
-            examples,
-            self.template.config.max_length,
-            nearest[0].similarity if nearest else 0.0,
-            self.knows(nearest, labels),
-            self.condition_index.gain_model,
-        )
+        length, similarity = self.template.config.max_length, nearest[0].similarity if nearest else 0.0
+        known, model = self.knows(nearest, labels), self.condition_index.gain_model
+        request = FewShotRequest(labels, condition.examples, length, similarity, known, model, at_hand, condition.descriptions)
         return self.family.choose(self.base_model(), adapters, request)
 
     def knows(self, nearest: Sequence[Neighbour], labels: Sequence[str]) -> bool:

@@ -28,7 +28,7 @@ RANKS = {
     "canonical": 7, "models": 7,
     "formats": 8,
     "classifier": 8, "codec": 8, "generator_info": 8, "text_to_image": 8,
-    "convert": 9, "few_shot": 9, "mixed_batch": 9, "preview": 9, "publish": 9, "scores": 9,
+    "convert": 9, "few_shot": 9, "mixed_batch": 9, "preview": 9, "publish": 9, "refinement": 9, "scores": 9,
     "families": 10,
     "pipelines": 11,
     "cond_pdiff": 12, "demo": 12, "verify": 12,

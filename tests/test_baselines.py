@@ -23,6 +23,7 @@ from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.baselines import RIDGES, KernelRegression, ZooBaselines, logistic_regression, multitask_adapter
 from cond_pdiff.training.evaluate.measure import difference
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.tasks.tasks import Task
 from cond_pdiff.training.zoo.collect import collect
 from cond_pdiff.training.zoo.params import ZooParams
@@ -249,3 +250,46 @@ def test_the_curve_over_tasks_trains_on_complete_parts_of_the_zoo(
     monkeypatch.syspath_prepend(BENCHMARKS)
     part = importlib.import_module("unseen_curves").part_of(Zoo(tiny_zoo), ["animals", "moods"], tmp_path)
     assert ZooParams.load(part, tmp_path / "params").names == ["animals/run-0", "moods/run-0"]
+
+
+def test_refining_is_measured_on_tasks_that_were_kept_out(
+    tiny_generator: Path, tiny_zoo: Path, tasks_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("refinement")
+    options = {"--tasks": tasks_folder, "--zoo": tiny_zoo, "--out": tmp_path, "--generator": tiny_generator, "--shots": 2}
+    monkeypatch.setattr(module, "reported_tasks", lambda: ["likeness", "moods"])
+    monkeypatch.setattr(sys, "argv", ["refinement.py", *(str(word) for option in options.items() for word in option)])
+    module.main()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert module.table(summary) in capsys.readouterr().out
+    assert (summary["tasks"], summary["sources"]) == (2, 2)
+    for column in module.COLUMNS:
+        values = [result["accuracy"][column] for result in summary["results"]]
+        assert summary["means"][column] == pytest.approx(sum(values) / 2, abs=1e-4)
+        others = [result["accuracy"]["base"] for result in summary["results"]]
+        assert summary["minus the base"][column]["mean"] == pytest.approx((sum(values) - sum(others)) / 2, abs=1e-4)
+
+
+def test_far_tasks_are_apart_by_source_from_those_that_settings_were_chosen_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists = json.loads((Path(BENCHMARKS) / "unseen_tasks.json").read_text())
+    reported = [name for names in lists["reported"].values() for name in names]
+    assert len(reported) == len(set(reported)) >= 60
+    assert len(lists["reported"]) >= 35
+    collected = read_recipe("minilm-text-tasks")["collect"]
+    assert not {*reported} & {*lists["development"], *collected["tasks"], *collected["unseen"]}
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    own = importlib.import_module("refinement").reported_tasks()
+    assert sorted(own) == sorted(reported)
+    assert {names[0] for names in lists["reported"].values()} == {*own[: len(lists["reported"])]}
+
+
+def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    summary = json.loads((Path(BENCHMARKS).parent / "results" / "refinement.json").read_text())
+    page = (Path(BENCHMARKS).parent / "docs" / "unseen_tasks.md").read_text()
+    module = importlib.import_module("refinement")
+    assert module.table(summary) in page
+    again = module.summarize(summary["results"])
+    assert json.loads(json.dumps(again)) == summary
+    assert f"{summary['tasks']} tasks of {summary['sources']} sources" in page

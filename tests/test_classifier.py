@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_bert
+from conftest import EXAMPLES, make_bert, seeds
 from peft import PeftModel
 from transformers import AutoModel
 
+from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier
 from cond_pdiff.conditions.texts import Text, label_text
@@ -203,3 +204,30 @@ def test_texts_are_read_at_the_recorded_length(sentence_backbone: SentenceBackbo
         broken = replace(tiny_adapter, metadata={**tiny_adapter.metadata, "max_length": wrong})
         with pytest.raises(AdapterError, match="records a max_length of"):
             PrototypeClassifier(sentence_backbone, LABELS, broken)
+
+
+def test_descriptions_are_averaged_into_the_names(sentence_backbone: SentenceBackbone, tiny_adapter: LoraAdapter, tmp_path: Path) -> None:
+    labels = {"positive": ["the good film", "a lovely song"], "negative": None}
+    described = PrototypeClassifier(sentence_backbone, labels, tiny_adapter)
+    with tiny_adapter.attached(sentence_backbone.model):
+        texts, name, other = (sentence_backbone.embed(part) for part in (["the good film", "a lovely song"], ["positive"], ["negative"]))
+        asked = sentence_backbone.embed(["a bad meal"])
+    expected = torch.stack([torch.nn.functional.normalize(name[0] + texts.sum(0), dim=0), other[0]])
+    torch.testing.assert_close(described.logits(["a bad meal"]), LOGIT_SCALE * asked @ expected.T, atol=1e-4, rtol=0)
+    assert described.with_adapter(None).descriptions == described.descriptions
+    plain = PrototypeClassifier(sentence_backbone, dict.fromkeys(labels), tiny_adapter)
+    assert torch.equal(plain.logits(["a bad meal"]), PrototypeClassifier(sentence_backbone, [*labels], tiny_adapter).logits(["a bad meal"]))
+
+
+def test_descriptions_are_recorded_with_the_adapter(pipe: CondPDiffPipeline, tmp_path: Path) -> None:
+    names, labels = ["positive", "negative"], {"positive": ["the good film"], "negative": "the awful meal"}
+    plain, described = (
+        pipe(TaskPrompt("Is the remark kind?", EXAMPLES, given), generator=seeds(3), num_inference_steps=2) for given in (names, labels)
+    )
+    assert all(torch.equal(described.adapters[0].tensors[key], tensor) for key, tensor in plain.adapters[0].tensors.items())
+    assert described.report.choice.scores != plain.report.choice.scores
+    assert "label_descriptions" not in plain.adapter.metadata
+    loaded = PrototypeClassifier.load(described.adapter.save(tmp_path / "adapter"))
+    assert loaded.labels == ("positive", "negative")
+    assert loaded.descriptions == {"negative": ("the awful meal",), "positive": ("the good film",)}
+    assert PrototypeClassifier.load(tmp_path / "adapter", names).descriptions == {}

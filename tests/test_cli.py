@@ -48,25 +48,48 @@ def test_generate_writes_an_adapter_and_says_what_to_expect(run: Any, tiny_gener
     assert adapter.metadata["condition"]["examples"] == [["the good film", "positive"], ["the awful meal", "negative"]]
 
 
+def test_labels_are_described_by_options_or_a_file(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("label,description\npositive,the lovely song\nnegative,\npositive,a great book\n")
+    told = ["--label-description", "positive=the lovely song", "--label-description", "positive=a great book"]
+    file, fast = ["--labels", tmp_path / "labels.csv"], ["--num-adapters", 1, "--steps", 2, "--generator", tiny_generator]
+    for name, arguments in {
+        "by-options": [*told, *EXAMPLES],
+        "by-file": [*file, *EXAMPLES],
+        "names-too": [*told, "--label", "positive", "--label", "negative"],
+        "file-alone": file,
+    }.items():
+        assert run("generate", DESCRIPTION, *arguments, *fast, "--out", tmp_path / name).status == 0
+        classifier = PrototypeClassifier.load(tmp_path / name)
+        assert classifier.labels == ("positive", "negative")
+        assert classifier.descriptions == {"positive": ("the lovely song", "a great book")}
+    (tmp_path / "names.csv").write_text("name,description\npositive,x\n")
+    refused(run("generate", DESCRIPTION, "--labels", tmp_path / "names.csv", "--out", tmp_path / "no"), "has no column 'label'")
+    refused(run("generate", DESCRIPTION, "--label-description", "positive", "--out", tmp_path / "no"), "is written NAME=TEXT")
+    refused(run("generate", "--batch", tmp_path / "names.csv", *file, "--out", tmp_path / "no"), "a batch has its conditions")
+
+
 def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path, tmp_path: Path) -> None:
     examples = [*EXAMPLES, "--example", "the lovely room=positive", "--example", "the dull book=negative"]
     base = ["generate", DESCRIPTION, *examples, "--generator", tiny_generator, "--num-adapters", 3]
     plain, refined = (run(*base, "--out", tmp_path / name, *more) for name, more in (("plain", []), ("refined", ["--refine", 4])))
     assert (plain.status, refined.status, refined.err) == (0, 0, [])
+    start, end = LoraAdapter.load(tmp_path / "plain"), LoraAdapter.load(tmp_path / "refined")
+    taken = end.metadata["refined"]
     (chosen,) = (line.split()[1] for line in plain.out if line.startswith("chosen"))
     assert [line for line in refined.out if line not in plain.out] == [
-        f"refined    4 steps on 4 examples, from candidate {chosen} of 3",
+        f"refined    {taken['steps']} steps ({taken['of']} tried) on 4 examples, from candidate {chosen} of 3",
         f"adapter    {tmp_path / 'refined'}",
     ]
-    start, end = LoraAdapter.load(tmp_path / "plain"), LoraAdapter.load(tmp_path / "refined")
-    assert end.metadata["refined"]["steps"] == 4
+    assert 1 <= taken["of"] <= 4
+    assert 0 <= taken["steps"] <= taken["of"]
     assert len(end.metadata["prototype_examples"]) == 4
     changed = [key for key, tensor in start.tensors.items() if not torch.equal(tensor, end.tensors[key])]
-    assert changed == [key for key in start.tensors if ".lora_B." in key]
+    assert changed == [key for key in start.tensors if ".lora_B." in key and ".layer.1." in key and taken["steps"]]
     out = ["--out", tmp_path / "no", "--generator", tiny_generator]
     refused(run("generate", DESCRIPTION, "--refine", 4, *out), "give some with --example")
     refused(run("generate", DESCRIPTION, *EXAMPLES, "--refine", 4, *out), "two examples of at least one class")
     refused(run("generate", DESCRIPTION, *examples, "--refine", -1, *out), "refine_steps must be a whole number from 0 to 1000, got -1")
+    refused(run("generate", DESCRIPTION, *examples, "--refine-seconds", 0, *out), "more than 0, got 0")
     assert not (tmp_path / "no").exists()
 
 

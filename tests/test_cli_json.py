@@ -39,7 +39,7 @@ def test_generate_tells_its_report(run: Any, tiny_generator: Path, tmp_path: Pat
     assert done.err == []
     pipe = CondPDiffPipeline.from_pretrained(tiny_generator)
     output = pipe(TaskPrompt("Is the remark kind?", EXAMPLES), 3, generator=seeded(5, 3))
-    expected = {"adapter": str(tmp_path / "a"), "num_adapters": 3, "refined": 0, "report": output.report.to_json()}
+    expected = {"adapter": str(tmp_path / "a"), "num_adapters": 3, "refined": None, "report": output.report.to_json()}
     assert facts == json.loads(json.dumps({**expected, "chosen": output.chosen}))
     refused(run(*GENERATE, *options, "--out", tmp_path / "a"), "is not empty")
 

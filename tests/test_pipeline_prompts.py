@@ -19,11 +19,12 @@ import cond_pdiff
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier, TaskPrompt
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.errors import CondPDiffError, HubError
-from cond_pdiff.few_shot import choose, refine
+from cond_pdiff.few_shot import choose
 from cond_pdiff.gain import GainModel
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.condition_index import ConditionIndex
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.refinement import refine
 
 # --- conditions and labels ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +131,49 @@ def test_of_accepts_strings_and_prompts() -> None:
     prompt = TaskPrompt("Is it good?", TWO)
     assert TaskPrompt.of(prompt) is prompt
     assert TaskPrompt.of(" Is it good? ") == TaskPrompt("Is it good?")
+
+
+# --- descriptions of labels ----------------------------------------------------------------------------------------------------
+
+
+DESCRIBED = {"good": "praise of any kind", "bad": ["a complaint ", "scorn"], "other": None}
+
+
+def test_labels_may_be_described() -> None:
+    prompt = TaskPrompt("Is it kind?", TWO, DESCRIBED)
+    assert prompt.labels == ("good", "bad", "other")
+    assert prompt.descriptions == {"good": ("praise of any kind",), "bad": ("a complaint", "scorn")}
+    beside = TaskPrompt("Is it kind?", TWO, ["good", "bad", "other"], descriptions=DESCRIBED)
+    assert beside == prompt == TaskPrompt.from_json(json.loads(json.dumps(prompt.to_json(), sort_keys=True)))
+    assert hash(beside) == hash(prompt)
+    assert dataclasses.replace(prompt, examples=()).descriptions == prompt.descriptions
+    of_examples = TaskPrompt("Is it kind?", TWO, descriptions={"bad": "scorn"})
+    assert (of_examples.labels, of_examples.descriptions) == (("good", "bad"), {"bad": ("scorn",)})
+
+
+def test_names_alone_are_recorded_as_ever() -> None:
+    for labels in (["good", "bad"], {"good": None, "bad": ""}, {"good": [], "bad": ()}):
+        prompt = TaskPrompt("Is it kind?", TWO, labels)
+        assert prompt.to_json() == {"description": "Is it kind?", "examples": [list(one) for one in TWO], "labels": ["good", "bad"]}
+        assert prompt == TaskPrompt("Is it kind?", TWO)
+
+
+def test_requests_in_files_may_describe_labels(tmp_path: Path) -> None:
+    record = {"description": "Is it kind?", "labels": DESCRIBED}
+    assert TaskPrompt.from_request(record, tmp_path) == TaskPrompt("Is it kind?", (), DESCRIBED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": {"good": 1, "bad": None}}, "description of the label 'good' must be a string or a list of strings, got int"),
+        ({"labels": {"good": " ", "bad": None}}, "description of the label 'good' is empty"),
+        ({"labels": {"good": ["fine", ""], "bad": None}}, "description of the label 'good' is empty"),
+        ({"labels": {"good": "fine"}}, "at least two labels"),
+        ({"labels": ["good", "bad"], "descriptions": {"fine": "x"}}, "description of 'fine', which is not among the labels"),
+        ({"labels": (), "descriptions": {"good": "x"}, "free": True}, "free answers have no labels"),
+    ],
+)
+def test_descriptions_that_cannot_be_used(arguments: Any, message: str) -> None:
+    with pytest.raises(ConditionError, match=message):
+        TaskPrompt("Is it kind?", TWO, **arguments)

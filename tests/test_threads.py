@@ -18,11 +18,11 @@ from diffusers import PixArtAlphaPipeline
 from test_adapter_head import head_adapter
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, PrototypeClassifier
-from cond_pdiff.few_shot import refine
 from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import _locks, in_one_thread, lock_of
 from cond_pdiff.models.head_backbone import HeadBackbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.refinement import refine
 from cond_pdiff.text_to_image import load_text_to_image, make_pictures, unknown_words
 from cond_pdiff.training.zoo.zoo import Zoo
 

@@ -11,7 +11,7 @@ from conftest import TINY_FIT, interrupt_at, refused
 
 from cond_pdiff import CondPDiffPipeline, TaskPrompt
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.training.config import TuneConfig, parse
+from cond_pdiff.training.config import TuneConfig, parse, recorded
 from cond_pdiff.training.stages.loop import step_generator
 from cond_pdiff.training.stages.text_tune import TextTuneStage
 from cond_pdiff.training.stages.tune import tune
@@ -78,6 +78,32 @@ def test_a_batch_of_episodes_has_the_mean_loss_of_its_episodes(stage: TextTuneSt
     alone = [stage.loss(lambda prompts, rng, row=row: row[None], [one], noise[0]) for one, row in zip(batch, params, strict=True)]  # type: ignore[arg-type, misc]
     assert torch.allclose(together, torch.stack(alone).mean(), atol=1e-5)
     assert len({round(float(loss.detach()), 4) for loss in alone}) == 3
+
+
+def test_it_may_be_trained_for_what_refining_makes_of_its_adapters(
+    pipe: CondPDiffPipeline, tasks: list[Task], stage: TextTuneStage
+) -> None:
+    """The loss and its gradient are those of the refined adapters; the steps are on what the conditions hold."""
+    refining = TextTuneStage(pipe, tasks, parse(TuneConfig, {**SECTION, "refine_steps": 3}, "tune"))
+    assert recorded(stage.config) == {name: value for name, value in recorded(refining.config).items() if name != "refine_steps"}
+    batches = (stage.draw(3, step_generator(0, step)) for step in range(20))
+    batch = next(batch for batch in batches if len({bool(episode.prompt.examples) for episode in batch}) == 2)
+    rng, template = step_generator(0, 0), pipe.codec.template
+    params = stage.module([episode.prompt for episode in batch], rng).detach()
+    start = torch.vmap(template.to_tensors)(params)
+    refined = refining.refined(batch, start)
+    for index, episode in enumerate(batch):
+        moved = {key for key, tensor in refined.items() if not torch.equal(tensor[index], start[key][index])}
+        assert moved == ({key for key in start if ".lora_B." in key and ".layer.1." in key} if episode.prompt.examples else set())
+    gradients = []
+    for own, tensors in ((refining, start), (stage, refined)):
+        leaf = params.clone().requires_grad_()
+        adapters = [template.adapter_of({key: tensor[index] for key, tensor in tensors.items()}) for index in range(3)]
+        there = leaf + (torch.stack([template.to_params(adapter) for adapter in adapters]) - params)
+        loss = own.loss(lambda prompts, rng, there=there: there, batch, rng)  # type: ignore[arg-type, misc]
+        gradients.append((float(loss.detach()), torch.autograd.grad(loss, leaf)[0]))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-5)
+    torch.testing.assert_close(gradients[0][1], gradients[1][1], atol=1e-5, rtol=1e-3)
 
 
 def test_tuning_lowers_the_task_loss_of_other_episodes(tuned: Path, stage: TextTuneStage, tasks: list[Task]) -> None:

@@ -280,6 +280,9 @@ class TuneConfig:
     without_examples: Share = Field(
         default=0.25, description="share of conditions with description and label names only"
     )
+    refine_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="steps that an adapter takes on the examples of its condition before it is judged, as `refine` takes them"
+    )
     max_length: Count = Field(default=48, description="tokens a text; of a language model, a prompt with its answer")
     num_inference_steps: InferenceSteps = Field(
         default=DEFAULT_STEPS, description="denoising steps, all with gradients: as many as the adapters will be made with"
@@ -321,12 +324,15 @@ def _explained(config_class: Any, error: ValidationError, where: str) -> str:
     return f"{what} must {first['msg'].partition(' should ')[2]}, got {first['input']!r:.80}"
 
 
+LATER_WORDS = ("sharded", "refine_steps")
+
+
 def recorded(config: Any) -> dict[str, Any]:
     """Return what a run keeps of a section.
 
     Words that came after the first runs are left out where they say nothing, so that older runs can be continued.
     """
-    return asdict(config, dict_factory=lambda words: {name: value for name, value in words if value or name != "sharded"})
+    return asdict(config, dict_factory=lambda words: {name: value for name, value in words if value or name not in LATER_WORDS})
 
 
 def as_recorded(unet: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,18 +28,19 @@ from cond_pdiff.cli.options import (
     execution,
 )
 from cond_pdiff.cli.output import hide_loading_bars, note, report
-from cond_pdiff.cli.texts import LabelledTexts, read_labelled, spread
+from cond_pdiff.cli.texts import LabelledTexts, read_descriptions, read_labelled, spread
 from cond_pdiff.defaults import (
     CHOOSE_FROM,
     DEFAULT_STEPS,
     MAX_EXAMPLES,
     PICTURE_GUIDANCE,
     PICTURE_STEPS,
+    REFINE_STEPS,
     STYLE_GENERATOR,
     TEXT_GENERATOR,
 )
 from cond_pdiff.errors import ConditionError, CondPDiffError
-from cond_pdiff.notation import PAIR_SEPARATOR, parse_example
+from cond_pdiff.notation import PAIR_SEPARATOR, parse_description, parse_example
 
 if TYPE_CHECKING:
     from cond_pdiff.adapter import LoraAdapter
@@ -71,6 +72,12 @@ def generate(
     text_column: TextColumns = None,
     label_column: LabelColumn = None,
     label: Labels = None,
+    label_description: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TEXT", help="What a label's name means; repeatable, also for one label.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="CSV, TSV or JSON Lines with the columns label and description instead.")
+    ] = None,
     free_answers: Annotated[
         bool, typer.Option("--free-answers", help="The examples' answers are texts of their own, and no labels; for language models.")
     ] = False,
@@ -90,9 +97,12 @@ def generate(
     refine: Annotated[
         int,
         typer.Option(
-            metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12, or the pictures, say 20."
+            metavar="STEPS", help="Go on from the chosen adapter with steps on the examples, at most so many (16), or the pictures (20)."
         ),
     ] = 0,
+    refine_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help=f"The same on examples, for so many seconds ({REFINE_STEPS} steps, or --refine's).")
+    ] = None,
     caption: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What a picture shows, for --refine; one for each, in order, or none.")
     ] = None,
@@ -115,32 +125,37 @@ def generate(
     """
     where = execution(executor, workers, address, per_job, store)
     if batch is not None:
-        if any((description, image, vector, example, examples, label, refine, caption)):
+        if any((description, image, vector, example, examples, label, label_description, labels, refine, refine_seconds, caption)):
             raise ConditionError("a batch has its conditions, examples and labels in its file, and its adapters are not refined")
         _generate_batch(batch, out, generator or TEXT_GENERATOR, num_adapters, steps, guidance_scale, seed, shard, where, force, as_json)
         return
     if where.is_elsewhere or shard:
         raise CondPDiffError("--executor, --workers, --per-job, --store and --shard are for a --batch of requests")
-    labels, shown = label or [], [parse_example(one) for one in example or []]
+    described, shown = _descriptions(label_description or [], labels), [parse_example(one) for one in example or []]
+    names = label or ([*described] if labels or not (shown or examples) else [])
     if examples is not None:
         found = read_labelled(examples, "train", text_column or (), label_column)
         description, free_answers = description or found.description, free_answers or found.free
-        labels = labels or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
+        names = names or ([] if free_answers else list(dict.fromkeys([*found.labels, *(name for _, name in shown)])))
         shown = [*_spread(found, max_examples, examples), *shown]
-    condition, count = _condition(description, image or [], caption or [], vector, shown, labels, free_answers), num_adapters
+    condition, count = _condition(description, image or [], caption or [], vector, shown, names, free_answers, described), num_adapters
     if count is None:
         count = CHOOSE_FROM if condition.examples else 1
-    _check_generation(condition, count, steps, guidance_scale, refine, out, force)
+    _check_generation(condition, count, steps, guidance_scale, refine, refine_seconds, out, force)
 
     from cond_pdiff.sampling import seeded
 
     pipe = _load(generator or (STYLE_GENERATOR if image else TEXT_GENERATOR))
-    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count), refine_steps=refine, refine_seed=seed)
+    more = {"refine_steps": refine, "refine_seed": seed, "refine_seconds": refine_seconds}
+    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count), **more)
     lines = [str(output.report)]
-    if refine:
-        lines.append(f"refined    {refine} steps on {condition.refined_on()}, from candidate {output.chosen + 1} of {count}")
+    if output.refined is not None:
+        taken = output.refined.metadata["refined"]
+        tried = f" ({taken['of']} tried)" if "of" in taken else ""
+        lines.append(f"refined    {taken['steps']} steps{tried} on {condition.refined_on()}, from candidate {output.chosen + 1} of {count}")
     output.save_adapter(out, overwrite=force)
-    facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": refine, "report": output.report.to_json()}
+    facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": output.adapter.metadata.get("refined")}
+    facts["report"] = output.report.to_json()
     report(facts, "\n".join([*lines, f"adapter    {out}"]), as_json)
 
 
@@ -184,6 +199,14 @@ def _spread(found: LabelledTexts, most: int, where: Path) -> list[tuple[Text, st
     return spread(found, most)
 
 
+def _descriptions(written: list[str], file: Path | None) -> dict[str, list[str]]:
+    """Return label → descriptions, of both options."""
+    described = {} if file is None else read_descriptions(file)
+    for name, text in map(parse_description, written):
+        described.setdefault(name, []).append(text)
+    return described
+
+
 def _condition(
     description: str | None,
     image: list[Path],
@@ -192,6 +215,7 @@ def _condition(
     examples: list[tuple[Text, str]],
     labels: list[str],
     free: bool,
+    descriptions: dict[str, list[str]],
 ) -> Condition:
     from cond_pdiff.conditions.style_image import StyleImage
     from cond_pdiff.conditions.task_prompt import TaskPrompt
@@ -200,20 +224,27 @@ def _condition(
     if captions and not image:
         raise ConditionError("captions say what pictures show; give the pictures with --image")
     if vector is not None:
-        if image or description is not None or examples or labels or free:
+        if image or description is not None or examples or labels or free or descriptions:
             raise ConditionError("give a vector, or another condition, not both")
         return Vector.of(vector)
     if not image:
         if description is None:
             raise ConditionError("say what to decide, or show a style: give a description, or --image FILE")
-        return TaskPrompt(description, examples, labels, free)
-    if description is not None or examples or labels or free:
+        return TaskPrompt(description, examples, labels, free, descriptions)
+    if description is not None or examples or labels or free or descriptions:
         raise ConditionError("give a style image, or a description with examples and labels, not both")
     return StyleImage.of(image, captions)
 
 
 def _check_generation(
-    condition: Condition, count: int, steps: int, guidance_scale: float | None, refine: int, out: Path, force: bool
+    condition: Condition,
+    count: int,
+    steps: int,
+    guidance_scale: float | None,
+    refine: int,
+    seconds: float | None,
+    out: Path,
+    force: bool,
 ) -> None:
     """Refuse numbers out of their ranges, and a folder that is not to be replaced, before a generator is loaded."""
     from cond_pdiff.adapter import ADAPTER_FILES, PREVIEW_FILE
@@ -221,7 +252,7 @@ def _check_generation(
     from cond_pdiff.pipelines.inputs import check_refinement
 
     _check_numbers(count, steps, guidance_scale)
-    check_refinement(condition, refine, 0)
+    check_refinement(condition, refine, 0, seconds)
     check_output_folder(out, (*ADAPTER_FILES, PREVIEW_FILE), force)
 
 

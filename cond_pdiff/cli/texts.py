@@ -56,6 +56,26 @@ def read_labelled(path: Path, split: str, text_columns: Sequence[str], label_col
     return LabelledTexts(found.labelled, tuple(dict.fromkeys(label for _, label in found.labelled)))
 
 
+def read_descriptions(path: Path) -> dict[str, list[str]]:
+    """Read labels with their descriptions from a table with the columns `label` and `description`, in its order.
+
+    A label may have several rows, and no description.
+
+    Raises:
+        TaskDataError: see `cond_pdiff.tables.read_table`, or another column is meant.
+    """
+    from cond_pdiff.errors import TaskDataError
+    from cond_pdiff.tables import read_table
+
+    found, columns = read_table(path), ("label", "description")
+    if missing := [column for column in columns if column not in found.columns]:
+        raise TaskDataError(f"{path} has no column {missing[0]!r}; expected {' and '.join(columns)}, got {', '.join(found.columns)}")
+    described: dict[str, list[str]] = {}
+    for label, text in zip(*map(found.cells, columns), strict=True):
+        described.setdefault(label, []).extend([text] if text else [])
+    return described
+
+
 def spread(texts: LabelledTexts, count: int) -> list[tuple[Text, str]]:
     """Choose up to `count` examples, in turn of every label, the same ones every time."""
     import random

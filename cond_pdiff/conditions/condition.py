@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from cond_pdiff.conditions.texts import Text
@@ -48,6 +49,8 @@ class Condition(ABC):
 
     examples: Sequence[tuple[Text, str]] = ()
     labels: Sequence[str] = ()
+    descriptions: Mapping[str, Sequence[str]] = MappingProxyType({})
+    """Of those labels that are described in further words, label → texts."""
 
     @property
     def form(self) -> str:
@@ -112,6 +115,9 @@ class Condition(ABC):
     def views(self) -> Sequence[Condition]:
         """Return further forms of the same condition, which an out-of-distribution request is asked about too; the same ones every time."""
         return ()
+
+    refined_in_time: ClassVar[bool] = False
+    """May these training steps be limited by seconds?"""
 
     def refined_on(self) -> str:
         """Return what the training steps of `Family.refine` are taken on, in words.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from cond_pdiff.errors import ConditionError
 
@@ -52,6 +53,30 @@ def check_labels(labels: Iterable[str]) -> tuple[str, ...]:
     if repeated:
         raise ConditionError(f"the label {repeated[0]!r} is given twice")
     return tuple(checked)
+
+
+def check_described(
+    labels: Iterable[str] | Mapping[str, Any], descriptions: Mapping[str, Any] | None = None
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return label names, and of those that are described the descriptions; raise `ConditionError` for other things.
+
+    Args:
+        labels: names, or name → its description, a list of several, or nothing (None or "") for a name that says all.
+        descriptions: the same beside names.
+    """
+    if isinstance(labels, Mapping):
+        descriptions = {**(descriptions or {}), **labels}
+    names, given = check_labels(labels), {check_string(name, "a label"): texts for name, texts in (descriptions or {}).items()}
+    if unknown := [name for name in given if name not in names]:
+        raise ConditionError(f"there is a description of {unknown[0]!r}, which is not among the labels {list(names)}")
+    found: dict[str, tuple[str, ...]] = {}
+    for name, texts in given.items():
+        what = f"the description of the label {name!r}"
+        if texts and not isinstance(texts, (str, list, tuple)):
+            raise ConditionError(f"{what} must be a string or a list of strings, got {type(texts).__name__}")
+        if texts:
+            found[name] = tuple(check_string(one, what) for one in ([texts] if isinstance(texts, str) else texts))
+    return names, found
 
 
 def label_text(label: str) -> str:

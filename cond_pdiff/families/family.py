@@ -118,7 +118,9 @@ class Family(ABC):
         """
         raise AdapterError(f"adapters for a {self.name} cannot share a batch: pools are for sentence encoders and causal language models")
 
-    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
+    def refine(
+        self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0, seconds: float | None = None
+    ) -> LoraAdapter:
         """Go on from an adapter with a few training steps on what a condition shows.
 
         Args:
@@ -126,6 +128,7 @@ class Family(ABC):
             condition: one whose `refined_on` says on what.
             steps: of the optimiser, from 1.
             seed: of all that is drawn.
+            seconds: no step is begun after so many; for conditions that are `refined_in_time`.
 
         Returns:
             The adapter after these steps; its metadata say `refined`.

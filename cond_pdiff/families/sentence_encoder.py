@@ -12,11 +12,12 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.families.family import Family, register_family
-from cond_pdiff.few_shot import Choice, FewShotRequest, choose, refine
+from cond_pdiff.few_shot import Choice, FewShotRequest, choose
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec
 from cond_pdiff.mixed_batch import ClassifierPool
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
+from cond_pdiff.refinement import refine
 
 if TYPE_CHECKING:
     from cond_pdiff.training.config import CollectConfig
@@ -50,16 +51,19 @@ class SentenceEncoder(Family):
 
     def choose(self, base: Any, adapters: Sequence[LoraAdapter], request: FewShotRequest) -> Choice:
         """Choose by class prototypes; see `cond_pdiff.few_shot.choose`."""
-        classifier = PrototypeClassifier(base, request.labels, adapters[0], request.max_length, request.examples)
-        return choose(classifier, adapters, request.similarity, request.known, request.model)
+        classifier = PrototypeClassifier(base, request.described, adapters[0], request.max_length, request.examples)
+        return choose(classifier, adapters, request.similarity, request.known, request.model, request.at_hand)
 
     def pool(self, base: SentenceBackbone) -> ClassifierPool:
         """Return an empty pool of classifiers."""
         return ClassifierPool(base)
 
-    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
-        """Take steps on a prompt's labelled examples; see `cond_pdiff.few_shot.refine`."""
-        return refine(PrototypeClassifier(base, condition.labels, adapter, examples=condition.examples), steps, seed=seed)
+    def refine(
+        self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0, seconds: float | None = None
+    ) -> LoraAdapter:
+        """Take steps on a prompt's labelled examples; see `cond_pdiff.refinement.refine`."""
+        described = {label: condition.descriptions.get(label, ()) for label in condition.labels}
+        return refine(PrototypeClassifier(base, described, adapter, examples=condition.examples), steps, seed=seed, seconds=seconds)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
         """Load text tasks from a folder."""

@@ -48,7 +48,9 @@ class TextToImage(Family):
         """Load the transformer alone."""
         return load_transformer(base)
 
-    def refine(self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0) -> LoraAdapter:
+    def refine(
+        self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0, seconds: float | None = None
+    ) -> LoraAdapter:
         """Take steps on the shown pictures, by the base model's own objective."""
         from cond_pdiff.training.finetuning.style_refinement import refine_style
 

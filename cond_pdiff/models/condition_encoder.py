@@ -10,6 +10,8 @@ import torch
 
 from cond_pdiff.component import COMPONENTS, Component
 from cond_pdiff.conditions.condition import Condition
+from cond_pdiff.conditions.texts import Text
+from cond_pdiff.hub import Backbone
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class ConditionEncoder(Component):
     """Whether it is trained together with the denoiser: then it has a `forward` over what `read` gives."""
 
     @property
+    def text_model(self) -> Backbone | None:
+        """The frozen model whose text embeddings `encode_with_texts` gives; None: it gives none."""
+        return None
+
+    @property
     def condition_dim(self) -> int:
         """The length of a condition embedding."""
         return int(self.config.condition_dim)
@@ -52,6 +59,10 @@ class ConditionEncoder(Component):
             ConditionError: a condition of another kind, or one that is too long.
         """
         raise NotImplementedError
+
+    def encode_with_texts(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport], Mapping[Text, torch.Tensor]]:
+        """Encode as `encode` does, and return the embedding of every text that `text_model` read whole for it, shape `(embedding_dim,)`."""
+        return *self.encode(conditions), {}
 
     def encode_apart(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """Encode as `encode` does, where not even the last bit of an embedding may depend on what other conditions there are."""

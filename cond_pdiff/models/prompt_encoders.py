@@ -77,6 +77,11 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         self._loaded: list[SentenceBackbone] = []
 
     @property
+    def text_model(self) -> Backbone:
+        """The frozen sentence encoder's reference."""
+        return Backbone.from_json(self.config.backbone)
+
+    @property
     def condition_dim(self) -> int:
         """The length of a condition embedding."""
         return 3 * self.config.embedding_dim
@@ -84,7 +89,7 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
     @property
     def backbone(self) -> SentenceBackbone:
         """The frozen sentence encoder, on this module's device."""
-        backbone = load_once(self._loaded, lambda: SentenceBackbone.load(Backbone.from_json(self.config.backbone)))
+        backbone = load_once(self._loaded, lambda: SentenceBackbone.load(self.text_model))
         backbone.to(self.center.device)
         return backbone
 
@@ -94,30 +99,40 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         Raises:
             ConditionError: not a prompt, or a description of more than `max_tokens` tokens.
         """
+        return self._encode(conditions, self.backbone.embed)[:2]
+
+    def encode_with_texts(
+        self, conditions: Sequence[str | TaskPrompt]
+    ) -> tuple[torch.Tensor, Sequence[EncoderReport], Mapping[Text, torch.Tensor]]:
+        """See `ConditionEncoder`."""
         return self._encode(conditions, self.backbone.embed)
 
     def encode_apart(self, conditions: Sequence[str | TaskPrompt]) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
         """See `ConditionEncoder`; texts of many conditions are embedded together all the same."""
-        return self._encode(conditions, self.backbone.embed_apart)
+        return self._encode(conditions, self.backbone.embed_apart)[:2]
 
     def _encode(
         self, conditions: Sequence[str | TaskPrompt], embed: Callable[[list[Text], int], torch.Tensor]
-    ) -> tuple[torch.Tensor, Sequence[EncoderReport]]:
+    ) -> tuple[torch.Tensor, Sequence[EncoderReport], Mapping[Text, torch.Tensor]]:
         prompts = [TaskPrompt.of(condition) for condition in conditions]
         backbone = self.backbone
         reports = [self._report(backbone, prompt) for prompt in prompts]
-        parts = self._parts(prompts, embed)
+        parts, texts = self._parts(prompts, embed)
         present = parts.norm(dim=2, keepdim=True) > 0
         centered = nn.functional.normalize(parts - self.center.to(parts), dim=2) * present
-        return centered.flatten(1).to(self.center.dtype), reports
+        tokens = backbone.token_counts(list(texts))
+        whole = {text: row for (text, row), count in zip(texts.items(), tokens, strict=True) if count <= self.config.max_tokens}
+        return centered.flatten(1).to(self.center.dtype), reports, whole
 
     @torch.no_grad()
     def fit_center(self, prompts: Sequence[TaskPrompt]) -> None:
         """Measure the mean of each part over `prompts`, which must all have labels and examples."""
-        self.center.copy_(self._parts(prompts, self.backbone.embed).mean(0))
+        self.center.copy_(self._parts(prompts, self.backbone.embed)[0].mean(0))
 
-    def _parts(self, prompts: Sequence[TaskPrompt], embed: Callable[[list[Text], int], torch.Tensor]) -> torch.Tensor:
-        """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`."""
+    def _parts(
+        self, prompts: Sequence[TaskPrompt], embed: Callable[[list[Text], int], torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[Text, torch.Tensor]]:
+        """Return the unit-length means of the three parts before centring, shape `(len(prompts), 3, embedding_dim)`, and each text's."""
         groups: list[list[Text]] = []
         for prompt in prompts:
             names: list[Text] = [*map(label_text, prompt.labels)] or [answer for _, answer in prompt.examples]
@@ -127,14 +142,15 @@ class SentenceConditionEncoder(ExactComponent, ConditionEncoder):  # type: ignor
         embeddings = embed(list(place), self.config.max_tokens)
         nothing = embeddings.new_zeros(embeddings.shape[1])
         means = [embeddings[[place[text] for text in group]].mean(0) if group else nothing for group in groups]
-        return nn.functional.normalize(torch.stack(means), dim=1).unflatten(0, (len(prompts), 3))
+        parts = nn.functional.normalize(torch.stack(means), dim=1).unflatten(0, (len(prompts), 3))
+        return parts, dict(zip(place, embeddings, strict=True))
 
     def _report(self, backbone: SentenceBackbone, prompt: TaskPrompt) -> PromptReport:
         limit = self.config.max_tokens
         tokens = backbone.count_tokens(prompt.description)
         if tokens > limit:
             raise ConditionError(f"the task description has {tokens} tokens; the condition encoder reads {limit}: shorten it")
-        lengths = [backbone.count_tokens(text) for text, _ in prompt.examples]
+        lengths = backbone.token_counts([text for text, _ in prompt.examples])
         return PromptReport(max([tokens, *lengths]), limit, texts_cut=sum(length > limit for length in lengths))
 
 

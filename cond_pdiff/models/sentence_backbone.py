@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoModel, BatchEncoding, PreTrainedTokenizerBase
 
 from cond_pdiff.conditions.texts import Text
 from cond_pdiff.errors import HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.pooling import Pooling
 from cond_pdiff.models.text_backbone import TextBackbone, load_text_model
+
+ROWS_UNDER = 64
+"""The most rows of a batch of `embed_under`: on a CPU more take no less time, and less alike in length are the texts."""
 
 
 class SentenceBackbone(TextBackbone):
@@ -53,7 +56,10 @@ class SentenceBackbone(TextBackbone):
         Returns:
             shape `(len(texts), embedding_dim)`, each row of length 1.
         """
-        batch = self.tokenize(texts, max_length)
+        return self.embed_batch(self.tokenize(texts, max_length))
+
+    def embed_batch(self, batch: BatchEncoding) -> torch.Tensor:
+        """Embed what `tokenize` made, with gradients if any are wanted, shape `(number of texts, embedding_dim)`."""
         embeddings: torch.Tensor = self.pooling(self.run(batch).last_hidden_state, batch["attention_mask"])
         return embeddings
 
@@ -67,6 +73,24 @@ class SentenceBackbone(TextBackbone):
         padded = [text for group in groups for text in [*group, *[group[0]] * (size - len(group))]]
         rows = self.forward(padded, max_length).unflatten(0, (len(groups), size))
         return [row[: len(group)] for row, group in zip(rows, groups, strict=True)]
+
+    @torch.no_grad()
+    def embed_under(self, groups: int, texts: Sequence[Text], max_length: int) -> torch.Tensor:
+        """Embed the same texts under each of several adapters that are `attached_to_groups`, without gradients.
+
+        Returns:
+            shape `(groups, len(texts), embedding_dim)`.
+        """
+        tokens = self.token_counts(texts)
+        order = sorted(range(len(texts)), key=lambda place: min(tokens[place], max_length))
+        rows = max(1, ROWS_UNDER // groups)
+        pieces = []
+        for start in range(0, len(order), rows):
+            batch = self.tokenize([texts[place] for place in order[start : start + rows]], max_length)
+            repeated = BatchEncoding({name: values.repeat(groups, 1) for name, values in batch.items()})
+            pieces.append(self.embed_batch(repeated).unflatten(0, (groups, -1)))
+        embeddings = torch.cat(pieces, 1)
+        return embeddings[:, torch.tensor(order).argsort().to(embeddings.device)]
 
     def embed(self, texts: Sequence[Text], max_length: int = 256, batch_size: int = 32) -> torch.Tensor:
         """Embed any number of texts, without gradients; batches are formed by length, the order is kept.

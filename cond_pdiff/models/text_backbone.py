@@ -60,8 +60,14 @@ class TextBackbone(ABC):
 
     def count_tokens(self, text: Text) -> int:
         """Count the tokens of one text or pair, special tokens included, before any cut."""
+        return self.token_counts([text])[0]
+
+    def token_counts(self, texts: Sequence[Text]) -> list[int]:
+        """Count the tokens of each text or pair, as `count_tokens` does."""
+        if not texts:
+            return []
         with lock_of(self.tokenizer):  # a call sets how it cuts and pads
-            return len(self.tokenizer([text], verbose=False)["input_ids"][0])
+            return [len(tokens) for tokens in self.tokenizer(list(texts), verbose=False)["input_ids"]]
 
     def tokenize(self, texts: Sequence[Text], max_length: int) -> BatchEncoding:
         """Make a padded batch of texts on the model's device. Longer texts are cut at `max_length` tokens."""
@@ -104,8 +110,8 @@ class TextBackbone(ABC):
         there are too few.
         """
         places: dict[int, list[int]] = {}
-        for place, text in enumerate(texts):
-            places.setdefault(min(self.count_tokens(text), max_length, self.max_tokens), []).append(place)
+        for place, tokens in enumerate(self.token_counts(texts)):
+            places.setdefault(min(tokens, max_length, self.max_tokens), []).append(place)
         parts = [alike[start : start + TOGETHER] for alike in places.values() for start in range(0, len(alike), TOGETHER)]
         pieces = []
         for part in parts:

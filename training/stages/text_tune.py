@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cond_pdiff.attach import adapted_names, attached_to_groups
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import TrainingError
+from cond_pdiff.lora import KEY_PREFIX
+from cond_pdiff.refinement import LEARNING_RATE, halved_blocks
 from cond_pdiff.training.stages.tune import TuneStage, with_words_left_out
 from cond_pdiff.training.tasks.tasks import Task
 
@@ -55,6 +58,37 @@ class TextTuneStage(TuneStage):
         rows = self.pipe.base_model().forward_groups(texts, self.config.max_length)
         losses = [self._episode_loss(episode, embeddings) for episode, embeddings in zip(batch, rows, strict=True)]
         return torch.stack(losses).mean()
+
+    def refined(self, batch: Sequence[Episode], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return adapters after some steps on the examples that their conditions hold; an episode without any stays as it is.
+
+        Gradients are those at the refined point (first order, as Reptile and FOMAML take them): what the steps do is a constant.
+
+        Args:
+            tensors: of all adapters, shape `(episodes, *shape)`.
+        """
+        if not self.config.refine_steps:
+            return tensors
+        base, spec = self.pipe.base_model(), self.pipe.codec.template.spec
+        _, upper = halved_blocks(base.model, adapted_names(tensors))
+        start = {key: tensor.detach() for key, tensor in tensors.items()}
+        moving = {key: start[key].clone().requires_grad_() for key in (f"{KEY_PREFIX}{name}.lora_B.weight" for name in upper)}
+        optimizer = torch.optim.AdamW(moving.values(), lr=LEARNING_RATE, weight_decay=0.0)
+        shown = [(episode, (~episode.asked).nonzero()[:, 0]) for episode in batch]
+        texts = [[*map(label_text, episode.prompt.labels), *(episode.texts[place] for place in places)] for episode, places in shown]
+        for _ in range(self.config.refine_steps if any(len(places) for _, places in shown) else 0):
+            with attached_to_groups(base.model, spec, {**start, **moving}):
+                rows = base.forward_groups(texts, self.config.max_length)
+            losses = []
+            for (episode, places), embeddings in zip(shown, rows, strict=True):
+                if len(places):
+                    targets = episode.targets[places].to(embeddings.device)
+                    names, examples = embeddings.split([len(episode.prompt.labels), len(places)])
+                    losses.append(nn.functional.cross_entropy(held_out_logits(names, examples, targets), targets))
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+        return {**tensors, **{key: tensors[key] + (moved.detach() - start[key]) for key, moved in moving.items()}}
 
     @staticmethod
     def _episode_loss(episode: Episode, embeddings: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,14 @@ class TuneStage(ABC):
         """Return the mean loss of episodes under adapters that are generated from their prompts."""
         template = self.pipe.codec.template
         tensors = torch.vmap(template.to_tensors)(module([episode.prompt for episode in batch], rng))
-        with attached_to_groups(self.pipe.base_model().model, template.spec, tensors):
+        with attached_to_groups(self.pipe.base_model().model, template.spec, self.refined(batch, tensors)):
             return self.episodes_loss(batch)
+
+    def refined(self, batch: Sequence[Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return adapters, shape `(episodes, *shape)` of each tensor, after the settings' `refine_steps`."""
+        if self.config.refine_steps:
+            raise TrainingError("tune: refine_steps are for sentence encoders, whose adapters are refined; leave them out")
+        return tensors
 
     def describe(self, batch: list[Any]) -> str:
         """Return the names of the episodes' tasks."""
