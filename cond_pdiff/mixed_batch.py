@@ -22,9 +22,10 @@ from cond_pdiff.errors import AdapterError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import adapted_module
-from cond_pdiff.models.causal_backbone import CausalBackbone, Tokens
+from cond_pdiff.models.causal_backbone import CausalBackbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
 from cond_pdiff.models.text_backbone import text_length
+from cond_pdiff.models.token_batches import Tokens
 from cond_pdiff.sampling import check_count
 
 ROWS_AT_ONCE = 64

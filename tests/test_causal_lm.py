@@ -19,7 +19,8 @@ from cond_pdiff.convert import save_merged
 from cond_pdiff.errors import ConditionError, HubError, TaskDataError
 from cond_pdiff.families.family import family_named
 from cond_pdiff.hub import Backbone
-from cond_pdiff.models.causal_backbone import CausalBackbone, Tokens
+from cond_pdiff.models.causal_backbone import CausalBackbone
+from cond_pdiff.models.token_batches import Tokens
 from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.tasks.answers import accuracy, predict
 from cond_pdiff.training.tasks.language import Exchange, load_language_tasks

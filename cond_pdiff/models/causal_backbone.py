@@ -18,6 +18,7 @@ from cond_pdiff.errors import ConditionError, HubError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.locks import lock_of
 from cond_pdiff.models.text_backbone import load_text_model
+from cond_pdiff.models.token_batches import Tokens, batches_of_like_length, common_start
 
 PLAIN_PROMPT = "{prompt}\nAnswer:\n"
 """The prompt for a base model without a chat template."""
@@ -28,7 +29,6 @@ CACHE_NAMES = ("cache", "past_key_values")
 IGNORED = -100
 """What stands for padding among the tokens that are to be predicted: torch's cross-entropy leaves it out."""
 
-Tokens = list[int]
 Under = Callable[[Sequence[int]], AbstractContextManager[Any]]
 """What attaches adapters to the rows of a batch, one after the other, for as long as a block lasts; it is given the places of the prompts
 in the batch, as batches are formed by length. A row's keys and values are then its own: nothing is read once for several rows."""
@@ -189,7 +189,7 @@ class CausalBackbone:
             Float32 and bool, on the CPU, both of shape `(len(prompts),)`.
         """
         likelihoods, written = torch.zeros(len(prompts)), torch.zeros(len(prompts), dtype=torch.bool)
-        for places in _by_length(prompts, ROWS_AT_ONCE):
+        for places in batches_of_like_length(prompts, ROWS_AT_ONCE):
             logits, targets = self._predictions([prompts[place] for place in places], [answers[place] for place in places])
             known = targets != IGNORED
             found = logits.float().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
@@ -236,7 +236,7 @@ class CausalBackbone:
         most = max(map(len, answers))
         for prompt, own in zip(prompts, answers, strict=True):
             self.check_room(prompt, max(map(len, own)))
-        for places in _batches(prompts, max(1, ROWS_AT_ONCE // most), groups):
+        for places in batches_of_like_length(prompts, max(1, ROWS_AT_ONCE // most), groups):
             filled = [[*answers[place], *[answers[place][0]] * (most - len(answers[place]))] for place in places]
             with lock_of(self.model), under(places) if under else nullcontext():
                 rows = self._likelihoods([prompts[place] for place in places], filled, len(places) if under else groups)
@@ -277,7 +277,7 @@ class CausalBackbone:
         Returns:
             Logits of the last `keep` places, shape `(rows, keep, vocabulary)`, and what was read.
         """
-        shared = min(_common(starts), min(map(len, starts)) - 1)
+        shared = min(common_start(starts), min(map(len, starts)) - 1)
         # Nothing is shared, or padding between the shared part and the rest would take up places of the window.
         if groups == len(whole) or 0 < self._window < max(map(len, whole)):
             shared = 0
@@ -333,7 +333,7 @@ class CausalBackbone:
         """
         written: list[Tokens] = [[] for _ in prompts]
         ended = [False] * len(prompts)
-        for places in _batches(prompts, ROWS_AT_ONCE, groups):
+        for places in batches_of_like_length(prompts, ROWS_AT_ONCE, groups):
             still = set(places)
             with lock_of(self.model), under(places) if under else nullcontext():
                 own = [limits[place] for place in places]
@@ -391,23 +391,3 @@ class CausalBackbone:
 
 def _turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
-
-
-def _common(rows: Sequence[Tokens]) -> int:
-    """Count the tokens that all rows begin with."""
-    first, last = min(rows), max(rows)
-    return next((place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), min(len(first), len(last)))
-
-
-def _batches(rows: Sequence[Tokens], size: int, groups: int) -> Iterator[list[int]]:
-    """Yield the places of about `size` rows of like length each, equally many of each group of neighbouring ones, until all are done."""
-    count = len(rows) // groups
-    for own in _by_length(rows[:count], max(1, size // groups)):
-        yield [group * count + place for group in range(groups) for place in own]
-
-
-def _by_length(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
-    """Yield the places of at most `size` rows of like length each, until all are done."""
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]

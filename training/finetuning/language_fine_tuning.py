@@ -12,8 +12,9 @@ from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.errors import ConditionError, TaskDataError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LANGUAGE_TASK
-from cond_pdiff.models.causal_backbone import CausalBackbone, Tokens
+from cond_pdiff.models.causal_backbone import CausalBackbone
 from cond_pdiff.models.text_backbone import text_length
+from cond_pdiff.models.token_batches import Tokens
 from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.finetuning.fine_tuning import batches_by_length
 from cond_pdiff.training.precision import mixed_precision, training_device

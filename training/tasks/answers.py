@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cond_pdiff.models.causal_backbone import CausalBackbone, Tokens
+from cond_pdiff.models.causal_backbone import CausalBackbone
+from cond_pdiff.models.token_batches import Tokens
 from cond_pdiff.training.tasks.language import Exchange, LanguageTask
 
 SLACK = 4
