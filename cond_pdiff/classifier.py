@@ -244,7 +244,7 @@ class PrototypeClassifier:
         Args:
             adapters: for the classifier's base.
         """
-        found = []
+        found: list[torch.Tensor] = []
         for spec, alike in itertools.groupby(adapters, key=lambda adapter: adapter.spec):
             while some := list(itertools.islice(alike, SIDE_BY_SIDE)):
                 with attached_to_groups(self.backbone.model, spec, _stacked(some, self.backbone.model)):
