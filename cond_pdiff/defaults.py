@@ -19,9 +19,6 @@ MAX_EXAMPLES = 64
 ANSWER_TOKENS = 64
 """The most tokens of a language model's answer."""
 
-PICTURE_STEPS = 10
-PICTURE_GUIDANCE = 2.0
-
 EVALUATED_SAMPLES = 20
 """The number of adapters generated per task (the paper's number)."""
 EVALUATED_ROWS = 200
