@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,15 +115,16 @@ def make_pictures(
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
     if len(seeds) != len(prompts):
         raise CondPDiffError(f"got {len(seeds)} seeds for {len(prompts)} prompts; give one for all, or one each")
-    settings = {"num_inference_steps": steps, base.guidance: guidance, "height": side, "width": side}
+    settings: dict[str, Any] = {"num_inference_steps": steps, base.guidance: guidance, "height": side, "width": side}
     settings = {name: value for name, value in settings.items() if value is not None}
     if base.negative is not None:
         settings["negative_prompt"] = [base.negative] * len(prompts)
+    call: Any = pipe  # each class of pipelines has a signature of its own
     with ExitStack() as stack:
         stack.enter_context(lock_of(denoiser_of(pipe)))
         for adapter, scale in adapters:
             stack.enter_context(adapter.attached(pipe, scale))
-        images: list[Image.Image] = pipe(
+        images: list[Image.Image] = call(
             list(prompts), generator=[torch.Generator().manual_seed(one) for one in seeds], **settings, **base.options
         ).images
     return images

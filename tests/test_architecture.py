@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
     "defaults": 0, "errors": 0, "locks": 0, "model_cards": 0,
     "atomic": 1, "base_state": 1, "component": 1, "conditions": 1, "gain": 1, "image_bases": 1, "layout": 1, "lora": 1, "low_rank": 1,
-    "sampling": 1, "tensor_file": 1, "weights": 1,
+    "push_record": 0, "sampling": 1, "tensor_file": 1, "weights": 1,
     "attach": 2, "gguf": 2, "normalization": 2, "notation": 2, "plain_lora": 2, "tables": 2,
     "hub": 3,
     "families.family": 4, "peft_files": 4,

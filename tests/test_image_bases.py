@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,72 +26,90 @@ from diffusers import (
     UNet2DConditionModel,
     WanPipeline,
 )
+from loopback_hub import LoopbackHub
 from PIL import Image
 
 from cond_pdiff import CondPDiffPipeline, LoraAdapter, LoraSpec
-from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, TrainingError
+from cond_pdiff.errors import AdapterError, CondPDiffError, HubError, TaskDataError, TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.image_bases import IMAGE_BASES
 from cond_pdiff.lora import KEY_PREFIX, target_linears
 from cond_pdiff.preview import comparison_sheet, load_base
-from cond_pdiff.text_to_image import make_pictures
+from cond_pdiff.text_to_image import TRANSFORMER_WEIGHTS, load_text_to_image, make_pictures
 from cond_pdiff.training.config import CollectConfig, parse
+from cond_pdiff.training.evaluate.card import check_collected
 from cond_pdiff.training.finetuning.denoiser_inputs import lengths
 from cond_pdiff.training.finetuning.style_fine_tuning import EncodedPictures, StyleBatch, StyleFineTuning
+from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import Style, write_style
 from cond_pdiff.training.zoo.collect import collect
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ["a red house", "a boat"]
+FULL_PRECISION = {"half_precision_base": False, "gradient_checkpointing": False, "precision": "no"}
+"""What recipes have the other way; tried in a test of its own, as half precision is slow on many CPUs."""
 pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # by diffusers' Chroma itself
 
 
 class Kind(NamedTuple):
-    """How a tiny pipeline is made, and the family of its adapters."""
+    """How a tiny pipeline is made, the recipe for bases like it, and what differs from that."""
 
     make: Callable[[], Any]
-    family: str
-    targets: tuple[str, ...] = tuple(STYLE_TARGETS)
+    recipe: str
+    collect: dict[str, Any] = {}  # noqa: RUF012 - of a NamedTuple
 
 
+RECIPE = "diffusers-styles"
 # Of U-Nets convolutions, too, as small ones do little with attention.
-UNET_TARGETS = (*STYLE_TARGETS, "conv2", "conv_out")
-
+CONVOLUTIONS = {"target_modules": [*STYLE_TARGETS, "conv2", "conv_out"]}
+OTHERS = {"family": "diffusion-transformer"}
 KINDS = {
-    "pixart": Kind(tiny_pipelines.pixart, "text-to-image"),
-    "sd": Kind(tiny_pipelines.stable_diffusion, "stable-diffusion", UNET_TARGETS),
-    "sd-v": Kind(tiny_pipelines.stable_diffusion_v, "stable-diffusion", UNET_TARGETS),
-    "sdxl": Kind(tiny_pipelines.stable_diffusion_xl, "stable-diffusion", UNET_TARGETS),
-    "sd3": Kind(tiny_pipelines.stable_diffusion_3, "stable-diffusion-3"),
-    "flux": Kind(tiny_pipelines.flux, "flux"),
-    "pixart-sigma": Kind(tiny_pipelines.pixart_sigma, "text-to-image"),
-    "chroma": Kind(tiny_pipelines.chroma, "diffusion-transformer"),
-    "aura-flow": Kind(tiny_pipelines.aura_flow, "diffusion-transformer", (*STYLE_TARGETS, "proj_out")),
-    "lumina-2": Kind(tiny_pipelines.lumina2, "diffusion-transformer"),
-    "sana": Kind(tiny_pipelines.sana, "diffusion-transformer"),
-    "qwen-image": Kind(tiny_pipelines.qwen_image, "diffusion-transformer"),
-    "z-image": Kind(tiny_pipelines.z_image, "diffusion-transformer"),
+    "pixart": Kind(tiny_pipelines.pixart, f"{RECIPE}+pixart-xl"),
+    "sd": Kind(tiny_pipelines.stable_diffusion, RECIPE, CONVOLUTIONS),
+    "sd-v": Kind(tiny_pipelines.stable_diffusion_v, RECIPE, CONVOLUTIONS),
+    "sdxl": Kind(tiny_pipelines.stable_diffusion_xl, f"{RECIPE}+sdxl", CONVOLUTIONS),
+    "sd3": Kind(tiny_pipelines.stable_diffusion_3, f"{RECIPE}+sd3"),
+    "flux": Kind(tiny_pipelines.flux, f"{RECIPE}+flux"),
+    "pixart-sigma": Kind(tiny_pipelines.pixart_sigma, f"{RECIPE}+pixart-xl"),
+    "chroma": Kind(tiny_pipelines.chroma, RECIPE, OTHERS),
+    "aura-flow": Kind(tiny_pipelines.aura_flow, RECIPE, {**OTHERS, "target_modules": [*STYLE_TARGETS, "proj_out"]}),
+    "lumina-2": Kind(tiny_pipelines.lumina2, RECIPE, OTHERS),
+    "sana": Kind(tiny_pipelines.sana, RECIPE, OTHERS),
+    "qwen-image": Kind(tiny_pipelines.qwen_image, f"{RECIPE}+qwen-image"),
+    "z-image": Kind(tiny_pipelines.z_image, f"{RECIPE}+z-image"),
 }
 
 
-def section_for(kind: Kind, folder: Path) -> dict[str, Any]:
-    """Save a pipeline; return the section `collect` of a recipe for it."""
+def recipe_for(kind: Kind, folder: Path, **collect: Any) -> dict[str, Any]:
+    """Save a pipeline; return the recipe for it, with what makes it large and slow cut down."""
     kind.make().save_pretrained(folder)
-    return {
-        "tasks": ["embers", "lagoon"], "unseen": [], "family": kind.family, "base": Backbone(str(folder)).to_json(), "rank": 2, "alpha": 4,
-        "target_modules": list(kind.targets), "runs": 1, "steps": 20, "batch_size": 4, "max_length": 16, "max_pictures": 1, "subset": 1.0,
-        "learning_rates": [0.02], "multitask_steps": 0, "metric_rows": 2, "last_checkpoints": 2,
+    recipe = read_recipe(kind.recipe)
+    recipe["collect"] |= {
+        **kind.collect, "tasks": ["embers", "lagoon"], "base": Backbone(str(folder)).to_json(), "rank": 2, "alpha": 4, "runs": 1,
+        "steps": 20, "batch_size": 4, "max_length": 16, "max_pictures": 1, "subset": 1.0, "learning_rates": [0.02],
+        "multitask_steps": 2, "metric_rows": 2, "last_checkpoints": 2, **FULL_PRECISION, **collect,
     }  # fmt: skip
+    recipe["unet"] |= {
+        "denoiser": {"type": "TokenDenoiser", "width": 8, "depth": 1, "heads": 2}, "conditions_per_task": 2,
+        "fit": {"steps": 2, "batch_size": 2, "warmup_steps": 1, "checkpoint_every": 2},
+        "condition_encoder": {**recipe["unet"]["condition_encoder"], "channels": [4, 8], "condition_dim": 8},
+    }  # fmt: skip
+    return recipe
+
+
+def settings(recipe: dict[str, Any]) -> CollectConfig:
+    return parse(CollectConfig, recipe["collect"], "collect")
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def section(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return section_for(KINDS[request.param], tmp_path_factory.mktemp("base") / request.param)
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return recipe_for(KINDS[request.param], tmp_path_factory.mktemp("base") / request.param)
 
 
 @pytest.fixture(scope="module")
-def fine_tuning(section: dict[str, Any]) -> StyleFineTuning:
-    return StyleFineTuning(parse(CollectConfig, section, "collect"))
+def fine_tuning(recipe: dict[str, Any]) -> StyleFineTuning:
+    return StyleFineTuning(settings(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +218,9 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_pictures(fine_tuning: StyleFineT
 
 
 def test_it_collects_trains_generates_attaches_and_paints(
-    section: dict[str, Any], fine_tuning: StyleFineTuning, style_recipe: dict[str, Any], styles_folder: Path, style: Style, tmp_path: Path
+    recipe: dict[str, Any], fine_tuning: StyleFineTuning, styles_folder: Path, style: Style, tmp_path: Path
 ) -> None:
-    zoo = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo")
+    zoo = collect(settings(recipe), styles_folder, tmp_path / "zoo")
     adapter = zoo.runs("embers")[0].adapter()
     assert adapter.family is zoo.family
     batch = next(fine_tuning.batches(style, random.Random(5)))  # of the one picture that it was trained on
@@ -210,7 +230,7 @@ def test_it_collects_trains_generates_attaches_and_paints(
             after = fine_tuning.losses([batch], [style]).item()
     assert after < 0.98 * before
 
-    generator = train({**copy.deepcopy(style_recipe), "collect": section}, zoo.folder, styles_folder, tmp_path / "run")
+    generator = train(copy.deepcopy(recipe), zoo.folder, styles_folder, tmp_path / "run")
     made = quiet(CondPDiffPipeline.from_pretrained(generator))(style.image, num_inference_steps=2).adapter
     base = load_base(made)
     plain = make_pictures(base, PROMPTS, num_inference_steps=2, side=64)
@@ -223,15 +243,54 @@ def test_it_collects_trains_generates_attaches_and_paints(
 
 def test_half_precision_and_checkpointed_gradients(tmp_path: Path, styles_folder: Path) -> None:
     """What bases of real sizes need: bfloat16 weights, and activations that are computed again; the adapter stays in float32."""
-    section = section_for(KINDS["flux"], tmp_path / "flux")
-    section |= {"half_precision_base": True, "gradient_checkpointing": True, "precision": "bf16"}
-    zoo = collect(parse(CollectConfig, section, "collect"), styles_folder, tmp_path / "zoo")
+    as_it_is = {name: read_recipe(KINDS["flux"].recipe)["collect"][name] for name in FULL_PRECISION}
+    assert as_it_is == {"half_precision_base": True, "gradient_checkpointing": True, "precision": "bf16"}
+    recipe = recipe_for(KINDS["flux"], tmp_path / "flux", **as_it_is)
+    zoo = collect(settings(recipe), styles_folder, tmp_path / "zoo")
     run = zoo.runs("embers")[0]
     assert {tensor.dtype for tensor in run.adapter().tensors.values()} == {torch.float32}
     assert run.facts["test_loss"] < run.facts["test_loss_base"]
     run.adapter().attach(tiny_pipelines.flux())  # the base that it was made for, in float32
+    with pytest.raises(TaskDataError, match="no card for generators of adapters for a flux"):
+        check_collected(zoo.folder)
     with pytest.raises(TrainingError, match="half_precision_base needs the precision 'bf16'"):
-        parse(CollectConfig, {**section, "precision": "no"}, "collect")
+        parse(CollectConfig, {**recipe["collect"], "precision": "no"}, "collect")
+
+
+def test_of_a_repository_only_what_is_loaded_is_fetched(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Weights in shards; beside them the same in another precision, as one file, and what is never fetched."""
+    made = tiny_pipelines.flux()
+    made.save_pretrained(tmp_path / "flux")
+    (tmp_path / "flux" / TRANSFORMER_WEIGHTS).unlink()
+    made.transformer.save_pretrained(tmp_path / "flux" / "transformer", max_shard_size="40KB")
+    names = {path.relative_to(tmp_path / "flux").as_posix(): path.read_bytes() for path in (tmp_path / "flux").rglob("*") if path.is_file()}
+    assert sum("-of-000" in name and name.startswith("transformer/") for name in names) > 1
+    others = ("flux1-dev.safetensors", "transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors",
+              "text_encoder/pytorch_model.bin", "controlnet/diffusion_pytorch_model.safetensors", "pipeline.py")  # fmt: skip
+    hub.add("owner/flux", {**names, **dict.fromkeys(others, b"x")})
+    pipe = load_text_to_image(Backbone("owner/flux"))
+    assert hub.asked_for() == set(names)
+    assert make_pictures(pipe, ["a boat"], num_inference_steps=2, side=64)
+
+
+# --- bases of real sizes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "PixArt-XL", "SD 3 medium"])
+def test_the_page_says_what_adapters_of_real_bases_are(name: str) -> None:
+    """Without weights, as the recipe has them; the page's other rows are made by the same script, which takes minutes for them."""
+    spec = importlib.util.spec_from_file_location("costs_of_image_bases", ROOT / "benchmarks" / "image_bases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    costs = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, costs)  # dataclasses look their module up
+        spec.loader.exec_module(costs)
+        model, cost = costs.sizes(costs.BASES[name])
+    page = (ROOT / "docs" / "styles_on_real_bases.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(costs.size_row(name, cost))} |" in page
+    assert 1e6 < cost.numbers < 1e8
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 # --- what cannot work --------------------------------------------------------------------------------------------------------
@@ -273,9 +332,7 @@ def random_adapter(model: torch.nn.Module) -> LoraAdapter:
 
 
 def test_bases_that_cannot_be_trained_are_refused(tmp_path: Path, styles_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = KINDS["sd"]
-    section = section_for(kind, tmp_path / "sd")
-    config = parse(CollectConfig, section, "collect")
+    config = settings(recipe_for(KINDS["sd"], tmp_path / "sd"))
     with pytest.raises(TrainingError, match=r"module 'conv_out' is a convolution, .*\(--together 1\)"):
         collect(config, styles_folder, tmp_path / "zoo", together=2)
     pictures = {split: (torch.zeros(1, 64, 60, 3, dtype=torch.uint8), ["a boat"]) for split in ("train", "test")}
@@ -287,12 +344,12 @@ def test_bases_that_cannot_be_trained_are_refused(tmp_path: Path, styles_folder:
         with pytest.raises(TrainingError, match="UNet2DConditionModel has no gradient checkpointing"):
             StyleFineTuning(replace(config, gradient_checkpointing=True))
 
-    settings = tmp_path / "sd" / "unet" / "config.json"
-    written = settings.read_text()
-    settings.write_text(json.dumps({**json.loads(written), "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    unet = tmp_path / "sd" / "unet" / "config.json"
+    written = unet.read_text()
+    unet.write_text(json.dumps({**json.loads(written), "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
     with pytest.raises(HubError, match=r"is quantised \(bitsandbytes\)"):
         StyleFineTuning(config)
-    settings.write_text(written)
+    unet.write_text(written)
     EDMEulerScheduler().save_pretrained(tmp_path / "sd" / "scheduler")
     index = json.loads((tmp_path / "sd" / "model_index.json").read_text())
     (tmp_path / "sd" / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "EDMEulerScheduler"]}))
@@ -300,10 +357,9 @@ def test_bases_that_cannot_be_trained_are_refused(tmp_path: Path, styles_folder:
         StyleFineTuning(config)
 
 
-def test_a_video_base_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    """It is one that diffusers loads."""
-    section = section_for(KINDS["flux"], tmp_path / "base")
+def test_a_base_for_pictures_from_pictures_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    recipe = recipe_for(KINDS["flux"], tmp_path / "base")
     index = json.loads((tmp_path / "base" / "model_index.json").read_text())
     (tmp_path / "base" / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxImg2ImgPipeline"}))
     with pytest.raises(CondPDiffError, match="FluxImg2ImgPipeline is none of"):
-        StyleFineTuning(parse(CollectConfig, section, "collect"))
+        StyleFineTuning(settings(recipe))

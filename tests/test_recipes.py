@@ -273,7 +273,7 @@ def one_step(stage: AutoencoderStage | DenoiserStage, folder: Path) -> None:
 
 
 def test_all_recipes_are_tested() -> None:
-    elsewhere = {"pixart-mini", "minilm-large"}  # test_text_to_image.py, test_module_codes.py
+    elsewhere = {"pixart-mini", "minilm-large", "diffusers-styles"}  # test_text_to_image.py, test_module_codes.py, test_image_bases.py
     assert {path.stem for path in RECIPES_FOLDER.glob("*.json")} == {*SHAPES, *elsewhere}
 
 

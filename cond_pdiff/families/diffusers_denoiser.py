@@ -30,6 +30,7 @@ class DiffusersDenoiser(Family):
     cuts_texts = False
     merged_card = ("text-to-image", "diffusers")
     weights_file = TRANSFORMER_WEIGHTS
+    recipe = "diffusers-styles"
 
     @abstractmethod
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:
@@ -68,7 +69,6 @@ class StableDiffusion(DiffusersDenoiser):
     """The family of Stable Diffusion 1.5, 2 and XL: a U-Net."""
 
     name = "stable-diffusion"
-    recipe = "stable-diffusion-styles"
     weights_file = UNET_WEIGHTS
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {
         "diffusers": ("unet.", False), "kohya": ("lora_unet_", False), "comfyui": ("lora_unet_", False),
@@ -84,7 +84,6 @@ class Flux(DiffusersDenoiser):
     """The family of FLUX: a transformer with double and single blocks."""
 
     name = "flux"
-    recipe = "flux-styles"
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {
         "diffusers": ("transformer.", False), "kohya": ("lora_unet_", True), "comfyui": ("transformer.", False),
     }  # fmt: skip
@@ -99,7 +98,6 @@ class StableDiffusion3(DiffusersDenoiser):
     """The family of Stable Diffusion 3: a transformer with joint attention, for which kohya's tools have no form that others read."""
 
     name = "stable-diffusion-3"
-    recipe = "stable-diffusion-3-styles"
     file_forms: ClassVar[Mapping[str, tuple[str, bool]]] = {"diffusers": ("transformer.", False), "comfyui": ("transformer.", False)}
 
     def claims(self, spec: LoraSpec, modules: Sequence[str]) -> bool:

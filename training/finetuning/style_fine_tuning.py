@@ -25,7 +25,8 @@ from cond_pdiff.training.precision import training_device
 from cond_pdiff.training.tasks.styles import Style
 from cond_pdiff.training.text_to_image.pictures import to_input
 
-ENCODE_BATCH = 8
+ENCODED_PIXELS = 2**20
+"""The pixels of pictures that are encoded at once: one of 1024 by 1024, which takes some two gigabytes."""
 
 
 class EncodedPictures(NamedTuple):
@@ -63,7 +64,7 @@ class StyleFineTuning:
         self.base, self.model = image_base_of(self.pipe), denoiser_of(self.pipe).to(training_device())
         if dtype != torch.float32:
             self.pipe.vae.to(torch.float32)  # in half precision those of SDXL and its relatives overflow
-        self.scheduler = noise_schedule(self.pipe.scheduler)
+        self.scheduler: Any = noise_schedule(self.pipe.scheduler)
         if config.gradient_checkpointing:
             _checkpoint_gradients(self.model)
         self._latents: dict[tuple[Path, str], EncodedPictures] = {}
@@ -196,7 +197,8 @@ class StyleFineTuning:
 
     def _encode_pictures(self, pixels: torch.Tensor, captions: list[str]) -> EncodedPictures:
         height, width = pixels.shape[1:3]
-        latents = torch.cat([self._encode_pixels(part) for part in pixels.split(ENCODE_BATCH)])
+        at_once = max(1, ENCODED_PIXELS // (height * width))
+        latents = torch.cat([self._encode_pixels(part) for part in pixels.split(at_once)])
         for caption in captions:
             if (caption, height, width) not in self._inputs:
                 found = inputs_for(self.pipe, caption, height, width, self.config.max_length)
