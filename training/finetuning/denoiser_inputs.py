@@ -31,6 +31,9 @@ def inputs_for(pipe: Any, caption: str, height: int, width: int, max_length: int
     Args:
         height: of the picture in pixels, as `width`.
         max_length: tokens of the caption, for pipelines whose call takes their number.
+
+    Raises:
+        TrainingError: the pipeline makes a picture without asking this denoiser.
     """
     base, denoiser = image_base_of(pipe), denoiser_of(pipe)
     forward, asked = inspect.signature(denoiser.forward), dict[str, Any]()
@@ -46,11 +49,10 @@ def inputs_for(pipe: Any, caption: str, height: int, width: int, max_length: int
     try:
         pipe(caption, **settings)
     except _Asked:
-        pass
+        return {name: value for name, value in asked.items() if name not in (noisy_name(denoiser), base.time, "return_dict")}
     finally:
         handle.remove()
-    noisy = next(iter(forward.parameters))
-    return {name: value for name, value in asked.items() if name not in (noisy, base.time, "return_dict")}
+    raise TrainingError(f"{type(pipe).__name__} made a picture without asking its {base.denoiser}, so that cannot be trained as it asks")
 
 
 def noisy_name(denoiser: nn.Module) -> str:
