@@ -111,10 +111,15 @@ def attached_to_groups(model: nn.Module, spec: LoraSpec, tensors: Mapping[str, t
         spec: of all adapters; without heads.
         tensors: an adapter's keys → the tensors of all adapters, shape `(adapters, *shape)`. A batch has equally many neighbouring
             rows for each adapter.
+
+    Raises:
+        AdapterError: see `check_state`; or a targeted module is a convolution.
     """
     check_state(model, spec)
     hooks = {}
     for name, linear in target_linears(model, spec).items():
+        if isinstance(linear, nn.Conv2d):
+            raise AdapterError(f"module {name!r} is a convolution, on which adapters are trained one at a time only (--together 1)")
         hooks[linear] = GroupedUpdateHook(*factors_of(tensors, name), spec.scaling)
     with lock_of(model):
         attachment = Attachment(_registered(hooks.items()), lock_of(model))

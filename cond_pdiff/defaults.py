@@ -29,9 +29,6 @@ REFINE_BATCH = 8
 STYLE_REFINE_RATE = 0.015
 """The learning rate of refining a style, which is that of the bundled generator's zoo."""
 
-PICTURE_STEPS = 10
-PICTURE_GUIDANCE = 2.0
-
 EVALUATED_SAMPLES = 20
 """The number of adapters generated per task (the paper's number)."""
 EVALUATED_ROWS = 200

@@ -18,14 +18,18 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from cond_pdiff.errors import HubError
 from cond_pdiff.gguf import GGUF_SUFFIX, converted
-from cond_pdiff.weights import weights_files, weights_sha256
+from cond_pdiff.push_record import Push
+from cond_pdiff.weights import component_patterns, weights_files, weights_sha256
 
-ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "chat_template.jinja")
+ALLOWED_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.md", "chat_template.jinja", "*/spiece.model", "*/tokenizer.model")
 """The only files ever requested from a repository, but for a GGUF file that is asked for by its name: no code, no pickles. A chat
-template, which a tokenizer's JSON may hold just as well, is filled in by transformers in Jinja's sandbox."""
+template, which a tokenizer's JSON may hold just as well, is filled in by transformers in Jinja's sandbox. The last two are word pieces
+of SentencePiece, which some pipelines' tokenizers (PixArt-XL's) have in the place of JSON."""
 
 ADAPTER_PATTERNS = ("*adapter_config.json", "adapter_model.safetensors", "cond_pdiff.json")
 """The files that are requested of an adapter's repository; configurations in its sub-folders tell where adapters are, if not at its top."""
+
+PIPELINE_INDEX = "model_index.json"
 
 PUSHED_PATTERNS = (*ALLOWED_PATTERNS, "*.png", "*.yaml")
 """The files that are sent of a generator, an adapter or a zoo: what may be fetched, pictures of cards, evaluation results."""
@@ -117,11 +121,19 @@ def find_backbone(backbone: Backbone, weights_name: str = "model.safetensors") -
         if backbone.repo_id in _bundled_classes():
             folder = bundled(backbone.repo_id)
         else:
-            folder = _folder_in_package(backbone.repo_id) or fetch(backbone.repo_id, backbone.revision)
+            folder = _folder_in_package(backbone.repo_id) or _fetch_model(backbone, weights_name)
     files = weights_files(folder, weights_name)
     if backbone.sha256 is not None:
         _checked_sha256(files, backbone)
     return folder
+
+
+def _fetch_model(backbone: Backbone, weights_name: str) -> Path:
+    """Fetch a model's files; of a pipeline, those of its components alone, as repositories hold other forms of them, too."""
+    if "/" not in weights_name:
+        return fetch(backbone.repo_id, backbone.revision)
+    index = fetch(backbone.repo_id, backbone.revision, (PIPELINE_INDEX,)) / PIPELINE_INDEX
+    return fetch(backbone.repo_id, backbone.revision, component_patterns(index))
 
 
 def _checked_sha256(files: list[Path], backbone: Backbone) -> str:
@@ -178,31 +190,6 @@ def fetch(repo_id: str, revision: str | None = None, patterns: Sequence[str] = A
         raise HubError(
             f"{repo_id} cannot be fetched: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-
-
-@dataclass(frozen=True)
-class Push:
-    """The record of what a push sends, or would send.
-
-    Args:
-        repo_id: the repository.
-        repo_type: "model", "dataset" or "space".
-        files: name → bytes, sorted by name.
-        url: of the commit (or pull request); None for a dry run.
-    """
-
-    repo_id: str
-    repo_type: str
-    files: Mapping[str, int]
-    url: str | None
-
-    def __str__(self) -> str:
-        """Write what was pushed, or would be, as text for people."""
-        total = f"{len(self.files)} files, {sum(self.files.values()) / 1e6:.1f} MB"
-        if self.url is not None:
-            return f"pushed     {total} to the {self.repo_type} repository {self.repo_id}\nat         {self.url}"
-        lines = [f"{size:>12,}  {name}" for name, size in self.files.items()]
-        return "\n".join([*lines, f"dry run: {total} would be sent to the {self.repo_type} repository {self.repo_id}"])
 
 
 def push_folder(

@@ -50,6 +50,28 @@ def weights_files(folder: Path, name: str) -> list[Path]:
     return found
 
 
+def component_patterns(index: Path) -> tuple[str, ...]:
+    """Return the files of a diffusers pipeline that are loaded: its components' settings, tokenizers, and weights in one form.
+
+    Beside these, repositories of pipelines hold the same weights in other precisions, and once more as one file.
+
+    Args:
+        index: the pipeline's `model_index.json`.
+
+    Raises:
+        HubError: it is none.
+    """
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        parts = [name for name, value in entries.items() if isinstance(value, list) and value[0] is not None]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
+        raise HubError(f"{index} is not the index of a diffusers pipeline: {type(error).__name__}: {error}") from error
+    forms = ("*.json", "*.txt", "spiece.model", "tokenizer.model")
+    stems = ("model", "diffusion_pytorch_model")
+    weights = [form for stem in stems for form in (f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors")]
+    return (index.name, *(f"{part}/{form}" for part in parts for form in (*forms, *weights)))
+
+
 def weights_sha256(files: list[Path]) -> str:
     """Return the sha256 of the bytes of all files, one after the other."""
     return _sha256(tuple((path, path.stat().st_mtime_ns) for path in files))

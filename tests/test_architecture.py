@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own unit and units of a lower rank. "cond_pdiff" is __init__.py, the public names.
 RANKS = {
     "defaults": 0, "errors": 0, "locks": 0, "model_cards": 0,
-    "atomic": 1, "base_state": 1, "component": 1, "conditions": 1, "gain": 1, "guidance": 1, "layout": 1, "lora": 1, "low_rank": 1,
-    "sampling": 1, "tensor_file": 1, "weights": 1,
+    "atomic": 1, "base_state": 1, "component": 1, "conditions": 1, "gain": 1, "guidance": 1, "image_bases": 1, "layout": 1,
+    "lora": 1, "low_rank": 1, "push_record": 0, "sampling": 1, "tensor_file": 1, "weights": 1,
     "attach": 2, "gguf": 2, "normalization": 2, "notation": 2, "plain_lora": 2, "tables": 2,
     "hub": 3,
     "families.family": 4, "peft_files": 4,
@@ -78,14 +78,14 @@ BANNED_ARGUMENTS = ("allow_pickle", "trust_remote_code")
 KINDS_HOME = ("cond_pdiff.conditions", "cond_pdiff.families", "cond_pdiff.training.config")
 KINDS = (
     *("TaskPrompt", "StyleImage", "Vector", "VectorConditionEncoder", "SentenceEncoder", "SequenceClassifier", "TextToImage"),
-    *("StableDiffusion", "StableDiffusion3", "Flux", "AnyBase", "CausalLM"),
+    *("StableDiffusion", "StableDiffusion3", "Flux", "DiffusionTransformer", "AnyBase", "CausalLM"),
     *("SentenceBackbone", "HeadBackbone", "CausalBackbone", "Task", "Style", "LabelTask", "GenerationTask", "PromptReport", "StyleReport"),
     *("TextFineTuning", "HeadFineTuning", "StyleFineTuning", "LanguageFineTuning"),
     *("SentenceConditionEncoder", "ClipConditionEncoder", "StyleCnnConditionEncoder", "BackboneStyleConditionEncoder"),
 )
 KIND_NAMES = (
     *("task-prompt", "style-image", "vector", "sentence-encoder", "sequence-classifier", "text-to-image"),
-    *("stable-diffusion", "stable-diffusion-3", "flux", "other-base", "causal-lm"),
+    *("stable-diffusion", "stable-diffusion-3", "flux", "diffusion-transformer", "other-base", "causal-lm"),
     *("style", "head", "image_sha256", "FEATURE_EXTRACTION", "SEQ_CLS", "CAUSAL_LM", *KINDS),
 )
 

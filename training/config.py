@@ -103,7 +103,8 @@ class CollectConfig:
     unseen: Names = Field(default=(), description="tasks kept out; one run each, for comparison")
     family: Annotated[str, AfterValidator(_known_family)] = Field(
         default="sentence-encoder",
-        description="of the base model: 'sentence-encoder', 'sequence-classifier', 'causal-lm', 'text-to-image', or another",
+        description="of the base model: 'sentence-encoder', 'sequence-classifier', 'causal-lm', 'text-to-image' (PixArt), "
+        "'stable-diffusion', 'stable-diffusion-3', 'flux', 'diffusion-transformer' (diffusers' others), or another of yours",
     )
     base: Annotated[dict[str, str | None], AfterValidator(_reference)] = Field(
         default_factory=MINILM.to_json, description="the base model: repo_id, revision, sha256"
@@ -130,6 +131,12 @@ class CollectConfig:
     precision: Literal["no", "bf16"] = Field(
         default="no", description="'bf16': autocast, about half the time on a CPU that has it"
     )
+    half_precision_base: bool = Field(
+        default=False, description="for styles: the base model's frozen weights are bfloat16, half the memory; with precision 'bf16'"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="for styles: activations are computed again on the way back, a third more time for far less memory"
+    )
     warmup: Share = Field(default=0.1, description="share of the steps")
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's, on all that is trained")
     lora_dropout: Annotated[float, Field(ge=0, lt=1), AS_GIVEN] = Field(
@@ -147,6 +154,8 @@ class CollectConfig:
     def __post_init__(self) -> None:
         if family_named(self.family).brings_head != bool(self.modules_to_save):
             raise ValueError(f"modules_to_save names the heads of a family that has some, got {self.modules_to_save!r} for {self.family!r}")
+        if self.half_precision_base and self.precision != "bf16":
+            raise ValueError("half_precision_base needs the precision 'bf16', as what is trained stays float32")
         if self.from_multitask and not self.multitask_steps:
             raise ValueError("from_multitask needs multitask_steps")
         if (self.last_checkpoints - 1) * self.checkpoint_every >= self.steps:
@@ -167,7 +176,7 @@ class CollectConfig:
 
         Words that came after the first zoos are left out where they say nothing, so that older zoos can be continued.
         """
-        later = ("modules_to_save", "fan_in_fan_out", "weight_decay", "lora_dropout")
+        later = ("modules_to_save", "fan_in_fan_out", "weight_decay", "lora_dropout", "half_precision_base", "gradient_checkpointing")
         kept = {name: value for name, value in asdict(self).items() if name not in ("tasks", "unseen", "base")}
         return {name: value for name, value in kept.items() if value or name not in later}
 

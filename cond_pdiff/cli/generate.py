@@ -33,8 +33,6 @@ from cond_pdiff.defaults import (
     CHOOSE_FROM,
     DEFAULT_STEPS,
     MAX_EXAMPLES,
-    PICTURE_GUIDANCE,
-    PICTURE_STEPS,
     REFINE_STEPS,
     STYLE_GENERATOR,
     TEXT_GENERATOR,
@@ -287,8 +285,13 @@ def preview(
     towards: Annotated[str | None, typer.Option(metavar="ADAPTER", help="Show the way to this adapter in six steps instead.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture to write (default: ADAPTER-preview.png).")] = None,
     card: Annotated[bool, typer.Option("--card", help="Show the picture in the adapter's card too.")] = False,
-    steps: Steps = PICTURE_STEPS,
-    guidance_scale: Annotated[float, typer.Option(metavar="G", help="Classifier-free guidance; 1 is none.")] = PICTURE_GUIDANCE,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Denoising steps (default: the base model's own).")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(metavar="G", help="Classifier-free guidance; 1 is none (default: the base model's own).")
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(metavar="PIXELS", min=8, help="Height and width of a picture (default: the base model's own).")
+    ] = None,
     seed: Seed = 0,
     base: Base = None,
     force: Force = False,
@@ -322,9 +325,9 @@ def preview(
     if unknown := dict.fromkeys(word for one in prompt for word in unknown_words(pipe, one)):
         note(f"words that the base model does not know: {', '.join(unknown)}")
     if end is not None:
-        sheet = interpolation_sheet(pipe, prompt, start, end, scale, seed, steps, guidance_scale)
+        sheet = interpolation_sheet(pipe, prompt, start, end, scale, seed, steps, guidance_scale, side)
     else:
-        sheet = comparison_sheet(pipe, prompt, adapters, seed, steps, guidance_scale)
+        sheet = comparison_sheet(pipe, prompt, adapters, seed, steps, guidance_scale, side)
     picture = encode_png(sheet)
     write_bytes(out, picture)
     if card:

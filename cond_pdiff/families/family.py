@@ -168,6 +168,7 @@ BUILT_IN = {
     "stable-diffusion": "cond_pdiff.families.diffusers_denoiser",
     "flux": "cond_pdiff.families.diffusers_denoiser",
     "stable-diffusion-3": "cond_pdiff.families.diffusers_denoiser",
+    "diffusion-transformer": "cond_pdiff.families.diffusers_denoiser",
     "sentence-encoder": "cond_pdiff.families.sentence_encoder",
     OTHER_BASE: "cond_pdiff.families.any_base",
 }

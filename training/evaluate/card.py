@@ -34,9 +34,12 @@ def check_card_place(generator: str | Path) -> Path:
 
 
 def check_collected(zoo_folder: str | Path) -> None:
-    """Raise `TaskDataError` if the zoo was imported: an evaluation's card tells how its adapters were trained."""
-    if Zoo(zoo_folder).is_imported:
+    """Raise `TaskDataError` if the zoo was imported, as a card tells how its adapters were trained, or if its family has no card."""
+    zoo = Zoo(zoo_folder)
+    if zoo.is_imported:
         raise TaskDataError(f"{zoo_folder} was imported: no card tells how its adapters were trained; use evaluation.md as it is")
+    if zoo.family.generator_card is None:
+        raise TaskDataError(f"there is no card for generators of adapters for a {zoo.family.name}; use evaluation.md as it is")
 
 
 def write_generator_card(generator: Path, zoo_folder: str | Path, evaluation: dict[str, Any], pictures: Path | None = None) -> Path:

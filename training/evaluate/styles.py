@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import write_bytes
 from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
-from cond_pdiff.text_to_image import encode_png, load_text_to_image, make_pictures, picture_sheet, stack_pictures
+from cond_pdiff.text_to_image import encode_png, make_pictures, picture_sheet, stack_pictures
 from cond_pdiff.training.evaluate.measure import EvaluateConfig, ZooEvaluator, mean
 from cond_pdiff.training.evaluate.pictures import colour_texture, colour_texture_distance, features, frechet_distance, kernel_distance
 from cond_pdiff.training.evaluate.similarity import ZooSpace
@@ -59,7 +59,7 @@ class StyleEvaluator(ZooEvaluator):
 
     def __init__(self, generator: str | Path, zoo: Zoo, config: EvaluateConfig, out: Path) -> None:
         super().__init__(generator, zoo, config, out)
-        self.base = load_text_to_image(self.pipe.template.base)
+        self.base = zoo.family.load(self.pipe.template.base, self.pipe.template.spec)
         self._made: dict[tuple[str, tuple[str, ...], int], PictureSet] = {}
 
     def load_tasks(self, folder: str | Path) -> list[Style]:
@@ -117,7 +117,7 @@ class StyleEvaluator(ZooEvaluator):
         return draw_pictures(self.base, adapter, captions, self.config.seed * 1_000_003 + noise)
 
 
-def draw_pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter | None, captions: Sequence[str], first: int) -> torch.Tensor:
+def draw_pictures(base: DiffusionPipeline, adapter: LoraAdapter | None, captions: Sequence[str], first: int) -> torch.Tensor:
     """Draw one picture a caption, uint8 of shape `(len(captions), height, width, 3)`, from the noises of seeds that begin with `first`."""
     adapters, images = [(adapter, 1.0)] if adapter else [], []
     for start in range(0, len(captions), PICTURE_BATCH):

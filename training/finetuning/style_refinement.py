@@ -19,6 +19,7 @@ from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.base_state import check_trainable
 from cond_pdiff.conditions.style_image import StyleImage
 from cond_pdiff.defaults import MAX_REFINE_STEPS, REFINE_BATCH, STYLE_REFINE_RATE
+from cond_pdiff.errors import CondPDiffError
 from cond_pdiff.locks import lock_of
 from cond_pdiff.lora import adapted_module
 from cond_pdiff.sampling import check_count
@@ -115,8 +116,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def side_of(base: Any) -> int:
-    """Return the side in pixels of the pictures that a text-to-image pipeline makes."""
-    return int(adapted_module(base).config.sample_size * base.vae_scale_factor)  # type: ignore[union-attr]
+    """Return the side in pixels of the pictures that a text-to-image pipeline makes; `CondPDiffError` where it does not say."""
+    latents = adapted_module(base).config.get("sample_size") or getattr(base, "default_sample_size", None)  # type: ignore[union-attr, operator]
+    if not isinstance(latents, int):
+        raise CondPDiffError(f"a {type(base).__name__} does not say how large its pictures are, so none can be cut for training steps")
+    return int(latents * base.vae_scale_factor)
 
 
 def _square(image: Image.Image, side: int) -> torch.Tensor:

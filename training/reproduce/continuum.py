@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -29,7 +29,7 @@ from cond_pdiff.defaults import CONTINUUM_MIXTURES
 from cond_pdiff.errors import TaskDataError
 from cond_pdiff.models.adapter_template import AdapterTemplate
 from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
-from cond_pdiff.text_to_image import load_text_to_image, make_pictures, stack_pictures
+from cond_pdiff.text_to_image import make_pictures, stack_pictures
 from cond_pdiff.training.tasks.styles import write_style
 from cond_pdiff.training.text_to_image.scenes import scene_stream
 from cond_pdiff.training.zoo.zoo import Zoo, soup, write_run
@@ -65,7 +65,7 @@ def make_continuum(zoo: Zoo, first: str, second: str, out: str | Path, count: in
         raise TaskDataError(f"{out} holds another continuum; choose another folder, or delete it")
     write_text(out / FACTS_FILE, dump_json(facts))
     ends = [soup([run.adapter() for run in zoo.runs(name)]) for name in (first, second)]
-    base = load_text_to_image(zoo.base)
+    base = zoo.family.load(zoo.base, ends[0].spec)
     training = [index for index in range(count) if not is_test(index / (count - 1))]
     names = {index: f"mixture-{index:05d}" for index in training}
     collect = {**zoo.facts["collect"], "runs": 1, "multitask_steps": 0}
@@ -92,7 +92,7 @@ def is_test(ratio: float) -> bool:
     return min(int(ratio * BANDS), BANDS - 1) % 2 == 1
 
 
-def _pictures(base: PixArtAlphaPipeline, adapter: LoraAdapter, seed: int) -> tuple[list[Image.Image], list[str]]:
+def _pictures(base: DiffusionPipeline, adapter: LoraAdapter, seed: int) -> tuple[list[Image.Image], list[str]]:
     scenes = islice(scene_stream(seed), PICTURES)
     captions = [scene.caption(random.Random(f"continuum/{seed}/{place}"), full=True) for place, (scene, _) in enumerate(scenes)]
     return make_pictures(base, captions, [(adapter, 1.0)], seed), captions
@@ -107,7 +107,7 @@ def _sheet(pictures: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _write_mixture(out: Path, name: str, adapter: LoraAdapter, base: PixArtAlphaPipeline, seed: int) -> None:
+def _write_mixture(out: Path, name: str, adapter: LoraAdapter, base: DiffusionPipeline, seed: int) -> None:
     run = out / "zoo" / "tasks" / name / "run-0"
     if not (out / "styles" / name).exists():
         pictures, captions = _pictures(base, adapter, seed)

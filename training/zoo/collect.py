@@ -22,6 +22,7 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.atomic import check_output_folder, dump_json, write_bytes, write_text
 from cond_pdiff.attach import attached_to_groups
+from cond_pdiff.base_state import check_state
 from cond_pdiff.errors import TrainingError
 from cond_pdiff.families.family import family_named, family_of
 from cond_pdiff.lora import KEY_PREFIX, LoraSpec, same_base, target_linears, update_shape
@@ -30,7 +31,7 @@ from cond_pdiff.training.config import CollectConfig
 from cond_pdiff.training.finetuning.fine_tuning import FineTuning
 from cond_pdiff.training.jobs.run import Execution, run_jobs
 from cond_pdiff.training.jobs.work import Work
-from cond_pdiff.training.precision import mixed_precision
+from cond_pdiff.training.precision import attention_backend, mixed_precision
 from cond_pdiff.training.stages.loop import rate_factor
 from cond_pdiff.training.tasks.task import ZooTask
 from cond_pdiff.training.zoo.zoo import MULTITASK, Job, Zoo, write_run
@@ -181,6 +182,7 @@ def _open_zoo(
     family = family_named(config.family)
     if family_of(spec, target_linears(fine_tuning.model, spec)) is not family:
         spec = dataclasses.replace(spec, family=family.name)
+    check_state(fine_tuning.model, spec)
     spec = dataclasses.replace(spec, base_fingerprint=family.fingerprint(fine_tuning.model, spec))
     facts = {
         "base": config.base,
@@ -376,7 +378,8 @@ def optimise(
             if not math.isfinite(value):
                 raise TrainingError(f"{task.name}: the loss is {value} at step {step}; lower the learning rate ({rate})")
         optimizer.zero_grad()
-        losses.sum().backward()
+        with attention_backend(config.precision, parameters[0].device.type):  # for what is computed again on the way
+            losses.sum().backward()
         _clip_gradients(parameters, len(values))
         optimizer.step()
         schedule.step()
