@@ -21,7 +21,7 @@ from cond_pdiff.training.tasks.styles import load_styles
 
 GENERATOR = "cond-pdiff/pixart-mini-styles"
 PROMPTS = ("a red house beside a tree by day", "a blue boat on the sea at night")
-STYLES = {"seurat_grande_jatte": "a trained style", "cezanne_card_players": "an unseen style"}
+STYLES = {"seurat_grande_jatte": "trained style", "cezanne_card_players": "unseen style"}
 COLUMNS = ("you show", "base model", "generated adapter", "trained adapter")
 SIDE, GAP, HEAD, LEFT = 168, 8, 44, 42
 
