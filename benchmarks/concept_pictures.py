@@ -67,7 +67,7 @@ def denoiser(_: Path) -> None:
     """Draw the loop from noise to latents."""
     axes = canvas(9.2, 3.3)
     box(axes, 0.1, 2.2, 1.8, "condition\nwords or picture", GREEN)
-    box(axes, 2.9, 2.2, 1.8, "condition\nencoder, frozen", GREY)
+    box(axes, 2.9, 2.2, 1.8, "condition\nencoder", GREY)
     box(axes, 0.1, 0.6, 1.8, "noise\none seed a sample", BLUE)
     box(axes, 2.9, 0.6, 2.2, "denoiser (U-Net)\nv(latents, time, condition)", ORANGE)
     box(axes, 6.0, 0.6, 1.3, "scheduler\n20 steps", GREY)
