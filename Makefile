@@ -1,12 +1,13 @@
 # make demo   a first generated adapter, from nothing but Python 3.11 or newer
 # make test   everything that a change must pass: lint, type check, tests
 # make lint   ruff and the type check only
+# make docs   the documents as a site, strictly built: site/index.html, readable without a network
 # Overridable: PYTHON (the interpreter that the virtual environment is made with), VENV (its folder).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/cond-pdiff demo
@@ -17,6 +18,9 @@ test: lint
 lint: $(VENV)/.installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python tests/typecheck.py
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # One stamp for each extra: a second call installs nothing, unless pyproject.toml has changed.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

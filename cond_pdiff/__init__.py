@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cond_pdiff.pipelines.pipeline_cond_pdiff import CondPDiffPipeline
     from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ModelMixin stands here because diffusers recognises a component's class by its base class's name in the component's module.
 _WHERE = {

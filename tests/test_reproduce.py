@@ -338,6 +338,7 @@ def test_mpnet_has_the_size_of_the_papers_bert() -> None:
 # --- docs/paper.md -----------------------------------------------------------------------------------------------------------
 
 
+STYLE_PAGE = ROOT / "docs" / "style_numbers.md"
 DOCUMENTS = {name: made.to_markdown for name, made in REPRODUCTIONS.items()}
 
 
@@ -362,7 +363,7 @@ def test_the_document_has_the_numbers_of_the_results(name: str, results: Path) -
     assert missing_from((ROOT / "docs" / "paper.md").read_text(encoding="utf-8"), name, results) == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/paper.md", "cond_pdiff/bundled/pixart-mini-styles/README.md"])
+@pytest.mark.parametrize("document", ["docs/style_numbers.md", "docs/paper.md", "cond_pdiff/bundled/pixart-mini-styles/README.md"])
 def test_documents_have_the_numbers_of_styles(document: str) -> None:
     part = StyleTable().means_table(json.loads((ROOT / "results" / "style_part.json").read_text())).splitlines()
     assert len(part) == 14
@@ -371,16 +372,16 @@ def test_documents_have_the_numbers_of_styles(document: str) -> None:
 
 def test_the_card_has_the_numbers_of_each_style() -> None:
     result, table = json.loads((ROOT / "results" / "style_part.json").read_text()), StyleTable()
-    card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "README.md").read_text(encoding="utf-8").splitlines()
+    card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "docs/style_numbers.md").read_text(encoding="utf-8").splitlines()
     for row in result["rows"]:
         columns = table.seen_columns if row["seen"] else table.unseen_columns
         cells = "".join(f" {table.show(row['frechet'][column])} |" for column in columns)
         assert [line for line in card if line.startswith(f"| {row['style']} |") and cells in line]
 
 
-def test_readme_has_the_numbers_of_the_floor() -> None:
+def test_the_page_has_the_numbers_of_the_floor() -> None:
     styles = json.loads((ROOT / "results" / "style_floor.json").read_text())["styles"]
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = " ".join(STYLE_PAGE.read_text(encoding="utf-8").split())
     for column in ("generated", "base"):
         values = [style[column]["kid"] for style in styles if not style["seen"]]
         low, high = mean_interval(values) or (0, 0)
@@ -389,9 +390,9 @@ def test_readme_has_the_numbers_of_the_floor() -> None:
     assert "it is 11.6, and the unbiased kernel distance −0.07" in words
 
 
-def test_readme_has_the_gain_of_many_views() -> None:
+def test_the_page_has_the_gain_of_many_views() -> None:
     styles = json.loads((ROOT / "results" / "style_views.json").read_text())["styles"]
-    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    words = " ".join(STYLE_PAGE.read_text(encoding="utf-8").split())
     for metric in ("kid", "frechet"):
         gains = [style[metric]["1"] - style[metric][str(STYLE_VIEWS)] for style in styles]
         low, high = mean_interval(gains) or (0, 0)

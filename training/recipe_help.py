@@ -172,7 +172,8 @@ def settings_document() -> str:
     """Render every section's keys with their defaults, ranges and meanings as Markdown: `docs/recipes.md`."""
     parts = [
         "# What a recipe can say",
-        "A recipe is a JSON file with a section a stage. Every key has a default; unknown keys and values out of their range are refused. "
+        "For whoever writes a recipe. It is a JSON file with a section a stage. Every key has a default; unknown keys and values out of "
+        "their range are refused. "
         "`cond-pdiff recipe list` names the shipped recipes, `cond-pdiff recipe show NAME` shows one with all that it could say, and "
         "`cond-pdiff recipe settings > docs/recipes.md` wrote this page.",
     ]

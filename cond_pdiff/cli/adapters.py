@@ -49,7 +49,9 @@ def convert(
     *,
     to: Annotated[
         Literal["diffusers", "kohya", "comfyui", "peft", "merged"],
-        typer.Option(help="A tool's LoRA file, a peft folder, or a folder with base weights W + ΔW."),
+        typer.Option(
+            metavar="diffusers|kohya|comfyui|peft|merged", help="A tool's LoRA file, a peft folder, or a folder with base weights W + ΔW."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write.")],
     scale: Annotated[float, typer.Option(metavar="S", help="Strength of a merged adapter.")] = 1.0,

@@ -98,7 +98,9 @@ def calibrate(
     out: ResultFolder,
     draws: Annotated[int, typer.Option(metavar="N", help="Prompts a task.")] = CALIBRATION_DRAWS,
     rows: Annotated[int, typer.Option(metavar="N", help="Rows of the test split.")] = CALIBRATION_ROWS,
-    precision: Annotated[Literal["no", "bf16"], typer.Option(help="bf16: where the processor is faster with it.")] = "no",
+    precision: Annotated[
+        Literal["no", "bf16"], typer.Option(metavar="no|bf16", help="bf16: where the processor is faster with it.")
+    ] = "no",
     write: Annotated[bool, typer.Option("--write", help="Also write the fitted numbers into the generator (a local folder).")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -105,7 +105,8 @@ ShardOption = Annotated[
 ]
 
 Executor = Annotated[
-    Literal["local", "ray"], typer.Option("--executor", help="Where jobs are done: on this machine, or on a Ray cluster.")
+    Literal["local", "ray"],
+    typer.Option("--executor", metavar="local|ray", help="Where jobs are done: on this machine, or on a Ray cluster."),
 ]
 Workers = Annotated[
     int, typer.Option("--workers", metavar="N", min=0, help="Processes (default: this one); on Ray, jobs at a time (all that fit).")
