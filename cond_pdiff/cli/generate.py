@@ -144,8 +144,8 @@ def generate(
     from cond_pdiff.sampling import seeded
 
     pipe = _load(generator or (STYLE_GENERATOR if image else TEXT_GENERATOR))
-    more = {"refine_steps": refine, "refine_seed": seed, "refine_seconds": refine_seconds}
-    output = pipe(condition, count, steps, guidance_scale, seeded(seed, count), **more)
+    drawn = seeded(seed, count)
+    output = pipe(condition, count, steps, guidance_scale, drawn, refine_steps=refine, refine_seed=seed, refine_seconds=refine_seconds)
     lines = [str(output.report)]
     if output.refined is not None:
         taken = output.refined.metadata["refined"]
