@@ -158,7 +158,7 @@ def test_the_command_line_refines_on_pictures(run: Any, pipe: CondPDiffPipeline,
     expected = pipe(shown, generator=seeds(3), refine_steps=2, refine_seed=3).adapter
     assert same(LoraAdapter.load(tmp_path / "plain"), expected)
     captions = [part for caption in CAPTIONS for part in ("--caption", caption)]
-    assert told(run("generate", *images, *captions, *out, tmp_path / "captioned", "--json"))["refined"] == 2
+    assert told(run("generate", *images, *captions, *out, tmp_path / "captioned", "--json"))["refined"]["steps"] == 2
     assert LoraAdapter.load(tmp_path / "captioned").metadata["refined"]["captions"]
     refused(run("generate", *images, *captions[:2], *out, tmp_path / "no"), "one for each of the 2 pictures")
     refused(run("generate", "Is it kind?", *captions, *out, tmp_path / "no"), "give the pictures with --image")

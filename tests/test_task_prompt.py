@@ -121,9 +121,12 @@ def test_task_prompt_refuses(arguments: dict[str, Any], message: str) -> None:
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("condition", [None, 5, ("a", "b"), ["a"]])
-def test_of_refuses_other_types(condition: Any) -> None:
-    with pytest.raises(ConditionError, match="a string or a TaskPrompt"):
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [(None, "a string or a TaskPrompt"), (5, "a string or a TaskPrompt"), (("a", "b"), "one condition a call"), (["a"], "one condition a call")],
+)
+def test_of_refuses_other_types(condition: Any, message: str) -> None:
+    with pytest.raises(ConditionError, match=message):
         TaskPrompt.of(condition)
 
 
