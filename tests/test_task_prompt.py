@@ -123,7 +123,7 @@ def test_task_prompt_refuses(arguments: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("condition", "message"),
-    [(None, "a string or a TaskPrompt"), (5, "a string or a TaskPrompt"), (("a", "b"), "one condition a call"), (["a"], "one condition a call")],
+    [(None, "a string or a"), (5, "a string or a"), (("a", "b"), "one condition a call"), (["a"], "one condition a call")],
 )
 def test_of_refuses_other_types(condition: Any, message: str) -> None:
     with pytest.raises(ConditionError, match=message):
