@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cond_pdiff.errors import TrainingError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.lora import LoraSpec, target_linears, update_shape
 from cond_pdiff.training.evaluate.measure import mean_interval
+from cond_pdiff.training.evaluate.similarity import ZooSpace
 from cond_pdiff.training.evaluate.style_table import StyleTable
 from cond_pdiff.training.jobs.run import Execution
 from cond_pdiff.training.reproduce.ablations import Ablation, AblationRunner
@@ -333,6 +335,18 @@ def test_mpnet_has_the_size_of_the_papers_bert() -> None:
         with torch.device("meta"):
             linears = target_linears(MPNetModel(MPNetConfig()), spec)
         assert sum(sum(update_shape(linear)) for linear in linears.values()) == 73_728
+
+
+def test_noise_takes_an_adapter_as_far_away_as_is_asked(recipe: Path, tasks: Path, out: Path) -> None:
+    """In ΔW, also for adapters whose factors are scaled otherwise, as those of a soup are."""
+    trained_zoo = Experiment(Settings.read(recipe, False), tasks, out).with_generator("checkpoints", 2)
+    adapter = trained_zoo.trained["moods"][0]
+    tensors = {key: tensor * (4.0 if ".lora_B." in key else 0.25) for key, tensor in adapter.tensors.items()}
+    for one in (adapter, replace(adapter, tensors=tensors)):
+        space = ZooSpace([one], ["moods"])
+        for share in (0.0, 0.5, 2.0):
+            distance = float(space.distances([trained_zoo.with_noise(one, share * float(space.norms), seed=1)]) / space.norms)
+            assert distance == pytest.approx(share, abs=1e-3)
 
 
 # --- docs/paper.md -----------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from cond_pdiff.training.zoo.zoo import Zoo, soup
 
 ROUTING_PROMPTS = 5
 ROUTING_EXAMPLES = 4
+BISECTIONS = 30
 
 
 class Experiment:
@@ -173,11 +174,24 @@ class TrainedZoo:
         """Return the modelled params of adapters, shape `(len(adapters), num_params)`."""
         return torch.stack([self.pipe.codec.to_params(adapter) for adapter in adapters])
 
-    def with_noise(self, adapter: LoraAdapter, size: float, seed: int) -> LoraAdapter:
-        """Return the adapter plus isotropic Gaussian noise of exactly this Euclidean length, in params."""
-        params = self.params([adapter])[0]
+    def with_noise(self, adapter: LoraAdapter, distance: float, seed: int) -> LoraAdapter:
+        """Return the adapter plus isotropic Gaussian noise in params, as much as takes its ΔW this far away.
+
+        Lengths in params say little of that where both factors are modelled: equal updates have many factors.
+        """
+        params, space = self.params([adapter])[0], ZooSpace([adapter], [self.name])
         noise = torch.randn(params.shape, generator=torch.Generator().manual_seed(seed))
-        return self.pipe.codec.to_adapter(params + size * noise / noise.norm())
+
+        def noisy(size: float) -> LoraAdapter:
+            return self.pipe.codec.to_adapter(params + size * noise / noise.norm())
+
+        low, high = 0.0, float(params.norm())
+        while float(space.distances([noisy(high)])) < distance:
+            low, high = high, 2 * high
+        for _ in range(BISECTIONS if distance else 0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float(space.distances([noisy(middle)])) < distance else (low, middle)
+        return noisy(high if distance else 0.0)
 
 
 def zoo_path(name: str, rank: int) -> str:

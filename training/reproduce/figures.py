@@ -13,7 +13,7 @@ import torch
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
-from cond_pdiff.training.evaluate.similarity import common_errors, delta_gram
+from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors, delta_gram
 from cond_pdiff.training.reproduce.cells import Cell, Plan, Step
 from cond_pdiff.training.reproduce.experiment import Experiment, generator_path, rounded, spread
 from cond_pdiff.training.reproduce.table1 import noise_controls, percent
@@ -96,7 +96,7 @@ def _noise(experiment: Experiment, name: str) -> list[dict[str, Any]]:
     """Measure the main metric of a trained adapter plus noise of several lengths, in units of the adapter's own."""
     task, trained_zoo = experiment.tasks[name], experiment.with_generator(experiment.config.performance_zoo, experiment.config.figure_rank)
     adapter = trained_zoo.trained[name][0]
-    length = float(trained_zoo.params([adapter]).norm())
+    length = float(ZooSpace([adapter], [name]).norms)
     rows = []
     for size in experiment.config.noise_sizes:
         noisy = [trained_zoo.with_noise(adapter, size * length, seed=10 + seed) for seed in range(NOISE_SEEDS if size else 1)]

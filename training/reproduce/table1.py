@@ -15,7 +15,7 @@ from typing import Any
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.training.card import markdown_table
 from cond_pdiff.training.evaluate.measure import mean
-from cond_pdiff.training.evaluate.similarity import common_errors
+from cond_pdiff.training.evaluate.similarity import ZooSpace, common_errors
 from cond_pdiff.training.reproduce.cells import Cell, Plan, Step
 from cond_pdiff.training.reproduce.experiment import Experiment, TrainedZoo, generator_path, spread
 from cond_pdiff.training.tasks.metrics import NAMES, metric_names
@@ -94,15 +94,11 @@ def _adapters(experiment: Experiment, zoo: str, rank: int, name: str) -> dict[st
 
 
 def noise_controls(trained_zoo: TrainedZoo, name: str, generated: LoraAdapter) -> tuple[LoraAdapter, LoraAdapter]:
-    """Return the task's nearest trained adapter, and its soup, plus isotropic noise as long as the generated adapter is away from them."""
-    trained = trained_zoo.params(trained_zoo.trained[name])
-    own, soup = trained_zoo.params([generated])[0], trained_zoo.params([trained_zoo.soups[name]])[0]
-    distances = (trained - own).norm(dim=1)
-    nearest = int(distances.argmin())
-    return (
-        trained_zoo.with_noise(trained_zoo.trained[name][nearest], float(distances[nearest]), seed=1),
-        trained_zoo.with_noise(trained_zoo.soups[name], float((soup - own).norm()), seed=2),
-    )
+    """Return the task's nearest trained adapter, and its soup, plus noise: as far from them, in ΔW, as the generated adapter is."""
+    trained, soup = trained_zoo.trained[name], trained_zoo.soups[name]
+    *distances, from_soup = ZooSpace([*trained, soup], [name] * (len(trained) + 1)).distances([generated])[0].tolist()
+    nearest = min(range(len(trained)), key=distances.__getitem__)
+    return trained_zoo.with_noise(trained[nearest], distances[nearest], seed=1), trained_zoo.with_noise(soup, from_soup, seed=2)
 
 
 def summarize(experiment: Experiment, values: Mapping[str, Any]) -> dict[str, Any]:
