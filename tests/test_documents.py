@@ -190,6 +190,8 @@ def test_enough_is_run() -> None:
     assert {own[0] for block in ran for line in block.commands() for own in own_arguments(line)} >= {
         "generate", "classify", "test", "import-task", "preview", "verify", "convert", "push", "list", "info",
     }  # fmt: skip
+    told = {own[0] for block in ALL if block.language == "bash" for line in block.commands() for own in own_arguments(line)}
+    assert told >= {"collect", "train", "evaluate", "tune", "recipe", "import-adapters", "make-styles", "push-space", "reproduce"}
 
 
 def test_readme_runs(inside: Path) -> None:
