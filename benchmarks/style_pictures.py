@@ -113,7 +113,7 @@ def compare(made: PictureSet, true: PictureSet) -> Distances:
 
 
 def markdown(results: Mapping[str, Any]) -> list[str]:
-    """Return the lines of the tables of `docs/styles.md`."""
+    """Return the lines of the tables of `docs/styles.md`; what was not measured on all styles is a dash, or left out."""
     conditions, refined = list(results["conditions"].values()), list(results["refinement"].values())
     titles = {"base": "no LoRA", "1": "1 picture", **{str(count): f"{count} pictures" for count in COUNTS[1:]}}
     rows = [[title, *_cells(conditions, (key,), ("1",))] for key, title in titles.items()]
@@ -129,7 +129,7 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
     rows.append(["20 steps, no captions", *(_value(refined, (start, "20"), metric) for metric in METRICS for start in bare)])
     starts = {"generated": "from generated", "nothing": "from nothing", "multitask": "from multi-task"}
     heads = [f"{len(refined)} styles", *(f"{name}, {starts[start]}" for name in METRICS.values() for start in STARTS)]
-    lines += [*markdown_table(heads, rows).splitlines(), ""]
+    lines += [*markdown_table(heads, _measured(rows)).splitlines(), ""]
     pairs = {
         "20 steps from generated beside 100 from nothing": (("generated", "20"), ("nothing", "100")),
         "20 steps from generated beside 20 from nothing": (("generated", "20"), ("nothing", "20")),
@@ -137,7 +137,11 @@ def markdown(results: Mapping[str, Any]) -> list[str]:
         "20 steps from generated beside generated": (("generated", "20"), ("generated", "0")),
     }
     rows = [[title, *(_gap(refined, *pair, metric) for metric in METRICS)] for title, pair in pairs.items()]
-    return [*lines, *markdown_table([f"{len(refined)} styles", *METRICS.values()], rows).splitlines()]
+    return [*lines, *markdown_table([f"{len(refined)} styles", *METRICS.values()], _measured(rows)).splitlines()]
+
+
+def _measured(rows: Sequence[list[str]]) -> list[list[str]]:
+    return [row for row in rows if set(row[1:]) != {"–"}]
 
 
 def _cells(results: Sequence[Any], row: tuple[str, ...], beside: tuple[str, ...]) -> list[str]:
@@ -155,7 +159,7 @@ def _of(result: Any, path: tuple[str, ...], metric: str) -> float | None:
 
 
 def _value(results: Sequence[Any], path: tuple[str, ...], metric: str) -> str:
-    """Return the mean over all styles; a dash where some were not measured."""
+    """Return the mean over all styles."""
     values = [_of(result, path, metric) for result in results]
     return "–" if None in values else f"{mean(values):.3g}"
 
@@ -163,12 +167,14 @@ def _value(results: Sequence[Any], path: tuple[str, ...], metric: str) -> str:
 def _gap(results: Sequence[Any], first: tuple[str, ...], other: tuple[str, ...], metric: str) -> str:
     pairs = [(_of(result, first, metric), _of(result, other, metric)) for result in results]
     gaps = [one - two for one, two in pairs if one is not None and two is not None]
+    if len(gaps) < len(results):
+        return "–"
     low, high = mean_interval(gaps) or (float("nan"),) * 2
     return f"{mean(gaps):+.3g} ({low:.3g} to {high:.3g})"
 
 
 def main() -> None:
-    """Measure every style, and write `style_pictures.json` when all are there."""
+    """Measure every style, write `style_pictures.json`, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, type=Path, help="made by make-styles")
     parser.add_argument("--multitask", required=True, type=Path, help="the multi-task adapter of a zoo of styles")
@@ -187,11 +193,11 @@ def main() -> None:
         for start, steps in POINTS:
             path = arguments.out / "refinement" / style.name / f"{start}-{steps}.json"
             print(style.name, start, steps, once(path, partial(measurer.refinement, style, start, steps)), flush=True)
-    write_results(arguments.out)
+    print("\n".join(markdown(write_results(arguments.out))))
 
 
-def write_results(out: Path) -> None:
-    """Gather all that is measured in one file."""
+def write_results(out: Path) -> dict[str, Any]:
+    """Gather all that is measured in one file, and return it."""
     conditions = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "conditions").glob("*.json"))}
     refined: dict[str, dict[str, dict[str, Distances]]] = {}
     for path in sorted((out / "refinement").glob("*/*.json")):
@@ -201,6 +207,7 @@ def write_results(out: Path) -> None:
         found.setdefault(start, {})[steps] = json.loads(path.read_text(encoding="utf-8"))
     facts = {"generator": GENERATOR, "pictures": PICTURES, "conditions": conditions, "refinement": refined}
     write_text(out / "style_pictures.json", dump_json(facts))
+    return facts
 
 
 if __name__ == "__main__":
