@@ -277,9 +277,7 @@ class TuneConfig:
         default=False, description="is the autoencoder's decoder trained too? It says which adapters there can be"
     )
     examples: Annotated[int, Field(ge=4)] = Field(default=32, description="of an episode, all its classes together")
-    most_labels: Annotated[int, Field(ge=2)] = Field(
-        default=8, description="classes of an episode; a language model's have all of their task"
-    )
+    most_labels: Annotated[int, Field(ge=2)] = Field(default=8, description="classes of an episode; all, for a language model")
     whole_tasks: Share = Field(
         default=0.6, description="share of episodes with as many classes as their task has (up to `most_labels`)"
     )
