@@ -259,7 +259,7 @@ def test_a_heads_labels_stand_in_its_tasks_order(bert_generator: Path) -> None:
 
 
 def test_zoos_of_heads_cannot_be_evaluated_yet(bert_generator: Path, bert_zoo: Zoo, tasks_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="a sequence-classifier; so far those for causal-lm, sentence-encoder, text-to-image can be"):
+    with pytest.raises(TrainingError, match=r"a sequence-classifier; so far those for causal-lm, .*text-to-image can be"):
         evaluate(bert_generator, bert_zoo.folder, tasks_folder, tmp_path, EvaluateConfig())
 
 

@@ -241,16 +241,21 @@ def test_it_collects_trains_generates_attaches_and_paints(
     assert sheet.width > 2 * 64
 
 
-def test_half_precision_and_checkpointed_gradients(tmp_path: Path, styles_folder: Path) -> None:
+def test_half_precision_and_checkpointed_gradients(run: Any, tmp_path: Path, styles_folder: Path) -> None:
     """What bases of real sizes need: bfloat16 weights, and activations that are computed again; the adapter stays in float32."""
     as_it_is = {name: read_recipe(KINDS["flux"].recipe)["collect"][name] for name in FULL_PRECISION}
     assert as_it_is == {"half_precision_base": True, "gradient_checkpointing": True, "precision": "bf16"}
     recipe = recipe_for(KINDS["flux"], tmp_path / "flux", **as_it_is)
     zoo = collect(settings(recipe), styles_folder, tmp_path / "zoo")
-    run = zoo.runs("embers")[0]
-    assert {tensor.dtype for tensor in run.adapter().tensors.values()} == {torch.float32}
-    assert run.facts["test_loss"] < run.facts["test_loss_base"]
-    run.adapter().attach(tiny_pipelines.flux())  # the base that it was made for, in float32
+    trained = zoo.runs("embers")[0]
+    adapter = trained.adapter()
+    assert {tensor.dtype for tensor in adapter.tensors.values()} == {torch.float32}
+    assert trained.facts["test_loss"] < trained.facts["test_loss_base"]
+    adapter.attach(tiny_pipelines.flux())  # the base that it was made for, in float32
+    folder, picture = adapter.save(tmp_path / "embers"), tmp_path / "preview.png"
+    assert run("preview", folder, "--prompt", "a boat", "--steps", 2, "--side", 64, "--out", picture).status == 0
+    with Image.open(picture) as sheet:
+        assert sheet.height > 2 * 64
     with pytest.raises(TaskDataError, match="no card for generators of adapters for a flux"):
         check_collected(zoo.folder)
     with pytest.raises(TrainingError, match="half_precision_base needs the precision 'bf16'"):

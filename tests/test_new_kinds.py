@@ -256,7 +256,7 @@ def test_what_a_generator_makes_is_told(made: tuple[Zoo, Path, Path]) -> None:
 
 def test_what_its_kinds_cannot_do_is_refused(made: tuple[Zoo, Path, Path], tmp_path: Path) -> None:
     zoo, generator, tasks = made
-    with pytest.raises(TrainingError, match="for a two-layer-regression; so far those for causal-lm, sentence-encoder, text-to-image"):
+    with pytest.raises(TrainingError, match="for a two-layer-regression; so far those for causal-lm, diffusion-transformer"):
         evaluate(generator, zoo.folder, tasks, tmp_path / "evaluation", EvaluateConfig())
     with pytest.raises(TrainingError, match="this generator makes adapters for a two-layer-regression"):
         tune({}, generator, tasks, tmp_path / "tune")
@@ -315,7 +315,7 @@ def test_without_its_modules_nothing_is_loaded(made: tuple[Zoo, Path, Path], tmp
     monkeypatch.delitem(FAMILIES, "two-layer-regression")
     monkeypatch.delitem(COMPONENTS, "PointConditionEncoder")
     monkeypatch.delattr("cond_pdiff.PointConditionEncoder", raising=False)
-    with pytest.raises(CondPDiffError, match="no family of base models 'two-layer-regression'; known are causal-lm, flux"):
+    with pytest.raises(CondPDiffError, match="no family of base models 'two-layer-regression'; known are causal-lm, diffusion"):
         _ = adapter.family
     again = LoraAdapter.load(adapter.scaled(0.5).save(tmp_path / "half"))  # with a card that says less
     assert again.spec.family == "two-layer-regression"
