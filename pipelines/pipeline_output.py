@@ -10,7 +10,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from cond_pdiff.adapter import LoraAdapter
-from cond_pdiff.conditions.condition import FREE_ANSWERS
+from cond_pdiff.conditions.condition import FREE_ANSWERS, Condition
 from cond_pdiff.few_shot import Choice
 from cond_pdiff.models.condition_encoder import EncoderReport
 from cond_pdiff.models.condition_index import Neighbour
@@ -106,6 +106,15 @@ class CondPDiffPipelineOutput(BaseOutput):
         if choice.score.with_examples:
             facts["prototype_examples"] = adapter.metadata["condition"]["examples"]
         return replace(adapter.scaled(choice.strength), metadata={**adapter.metadata, **facts})
+
+    def refinement(self, condition: Condition) -> dict[str, str]:
+        """Return what `refine_steps` did on what this condition shows, in words, as `GenerationReport.facts`; nothing without any."""
+        if self.refined is None:
+            return {}
+        taken = self.refined.metadata["refined"]
+        tried = f" ({taken['of']} tried)" if "of" in taken else ""
+        start = f"from candidate {self.chosen + 1} of {len(self.adapters)}"
+        return {"refined": f"{taken['steps']} steps{tried} on {condition.refined_on()}, {start}"}
 
     def save_adapter(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Save the chosen adapter as a peft adapter folder (see `LoraAdapter.save`)."""

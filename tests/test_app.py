@@ -72,6 +72,11 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
+def shown(*paths: Path) -> list[dict[str, Any]]:
+    """The value of a field for pictures."""
+    return [{"image": handle_file(path)} for path in paths]
+
+
 def unzip(path: str, folder: Path) -> Path:
     with zipfile.ZipFile(path) as archive:
         archive.extractall(folder)
@@ -83,7 +88,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def test_a_picture_becomes_a_zip_with_the_adapter(client: Client, picture: Path, style_generator: Path, tmp_path: Path) -> None:
-    report, made = client.predict(handle_file(picture), None, 0.5, 7, api_name="/make_style")
+    report, made = client.predict(shown(picture), None, 0.5, 7, api_name="/make_style")
     assert "distribution" in report
     assert report.count("data:image/png") == 2
     assert all(name in report for name in ("embers", "lagoon"))
@@ -99,7 +104,7 @@ def test_a_picture_becomes_a_zip_with_the_adapter(client: Client, picture: Path,
 def test_two_pictures_are_mixed(client: Client, picture: Path, style_generator: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     Image.new("RGB", (64, 64), (20, 160, 190)).save(other)
-    *_, made = client.predict(handle_file(picture), handle_file(other), 0.25, 0, api_name="/make_style")
+    *_, made = client.predict(shown(picture), shown(other), 0.25, 0, api_name="/make_style")
     pipe = CondPDiffPipeline.from_pretrained(style_generator)
     one, two = (pipe(path, generator=[torch.Generator().manual_seed(0)]).adapter for path in (picture, other))
     mixed, expected = LoraAdapter.load(unzip(made, tmp_path / "zip")), one.interpolate(two, 0.25)
@@ -107,18 +112,59 @@ def test_two_pictures_are_mixed(client: Client, picture: Path, style_generator: 
         torch.testing.assert_close(mixed.tensors[key], value)
 
 
+def test_several_pictures_are_one_style(client: Client, picture: Path, style_generator: Path, tmp_path: Path) -> None:
+    other, broken = tmp_path / "other.png", tmp_path / "broken.png"
+    Image.new("RGB", (64, 64), (20, 160, 190)).save(other)
+    broken.write_bytes(b"no picture")
+    *_, made = client.predict(shown(other, picture), None, 0.5, 3, api_name="/make_style")
+    pipe = CondPDiffPipeline.from_pretrained(style_generator)
+    expected = pipe([picture, other], generator=[torch.Generator().manual_seed(3)]).adapter
+    found = LoraAdapter.load(unzip(made, tmp_path / "zip"))
+    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+    assert len(found.metadata["condition"]["images"]) == 2
+    with pytest.raises(AppError, match=r"style image 2 of 3: 'broken\.png' is not an image"):
+        client.predict(shown(other, broken, picture), None, 0.5, 3, api_name="/make_style")
+    with pytest.raises(AppError, match=r"style image 1 of 2: 'broken\.png' is not an image"):
+        client.predict(shown(other), shown(broken, picture), 0.5, 3, api_name="/make_style")
+
+
+def test_only_the_library_opens_pictures(client: Client, tmp_path: Path) -> None:
+    """What Pillow would read, in a format or a size that is refused by its header, is refused in the library's own words."""
+    bitmap, huge = tmp_path / "bitmap.png", tmp_path / "huge.png"
+    Image.new("RGB", (64, 64)).save(bitmap, format="BMP")
+    Image.new("1", (6000, 6000)).save(huge)
+    for path, message in ((bitmap, "expected one of PNG, JPEG, WEBP"), (huge, "36.0 megapixels")):
+        with pytest.raises(AppError, match=message):
+            client.predict(shown(path), None, 0.5, 0, api_name="/make_style")
+
+
+def test_styles_are_refined_on_their_pictures(client: Client, picture: Path, style_generator: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.png"
+    Image.new("RGB", (64, 64), (20, 160, 190)).save(other)
+    report, made = client.predict(shown(picture, other), None, 0.5, 3, 2, api_name="/make_style")
+    assert "<dt>refined</dt><dd>2 steps on 2 pictures, from candidate 1 of 1</dd>" in report
+    pipe = CondPDiffPipeline.from_pretrained(style_generator)
+    expected = pipe([picture, other], generator=[torch.Generator().manual_seed(3)], refine_steps=2, refine_seed=3).adapter
+    found = LoraAdapter.load(unzip(made, tmp_path / "zip"))
+    assert all(torch.equal(found.tensors[key], value) for key, value in expected.tensors.items())
+    report, _ = client.predict(shown(picture), shown(other), 0.5, 3, 1, api_name="/make_style")
+    assert report.count("1 steps on 1 picture, ") == 2
+    report, _ = client.predict(shown(picture), None, 0.5, 3, 0, api_name="/make_style")
+    assert "refined" not in report
+
+
 def test_a_mixture_tells_both_styles_and_their_shares(client: Client, picture: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.png"
     Image.new("RGB", (64, 64), (20, 160, 190)).save(other)
-    report, _ = client.predict(handle_file(picture), handle_file(other), 0.3, 0, api_name="/make_style")
+    report, _ = client.predict(shown(picture), shown(other), 0.3, 0, api_name="/make_style")
     assert re.findall("<h4>(.*?)</h4>", report) == ["First style: 70% of the mixture", "Second style: 30% of the mixture"]
     assert report.count("nearest (threshold") == 2
-    report, _ = client.predict(handle_file(picture), None, 0.3, 0, api_name="/make_style")
+    report, _ = client.predict(shown(picture), None, 0.3, 0, api_name="/make_style")
     assert "<h4>" not in report
 
 
 def test_pictures_come_one_after_the_other_with_their_prompts(client: Client, picture: Path) -> None:
-    client.predict(handle_file(picture), None, 0.5, 7, api_name="/make_style")
+    client.predict(shown(picture), None, 0.5, 7, api_name="/make_style")
     job = client.submit("a red house\na boat", 1.0, 0, api_name="/preview")
     job.result()
     assert [[entry["caption"] for entry in shown] for shown in job.outputs()] == [["a red house"], ["a red house", "a boat"]]
@@ -137,8 +183,8 @@ def test_an_example_that_is_chosen_becomes_the_style_picture(page: gradio.Blocks
     (event,) = [found for found in page.fns.values() if found.name == "take"]
     (gallery,) = [page.blocks[target] for target, kind in event.targets if kind == "select"]
     assert [entry["caption"] for entry in gallery.value] == ["embers", "lagoon"]
-    assert event.fn(gradio.SelectData(None, {"index": 1, "value": None})).size == (48, 48)
-    assert [output.label for output in event.outputs] == ["Style picture"]
+    assert [taken.size for taken in event.fn(gradio.SelectData(None, {"index": 1, "value": None}))] == [(48, 48)]
+    assert [output.label for output in event.outputs] == ["Style pictures"]
 
 
 def table(answers: str) -> list[list[str]]:
@@ -167,6 +213,32 @@ def test_labels_and_pairs_are_given_in_fields_of_their_own(client: Client, tmp_p
     assert metadata["labels"] == ["same", "different"]
     assert metadata["condition"]["examples"] == [[["a film", "a movie"], "same"]]
     assert table(answers)[1][0] == "a meal ||| a &lt;b&gt;room&lt;/b&gt;"
+
+
+def test_text_tasks_are_refined_on_their_examples(client: Client, tmp_path: Path) -> None:
+    one = "the good film = positive\nthe awful meal = negative"
+    asked = ("Is the remark kind?", one, "a lovely room", 0, "", 4)
+    with pytest.raises(AppError, match="two examples of at least one class"):
+        client.predict(*asked, api_name="/make_task")
+    with pytest.raises(AppError, match="training steps are taken on labelled examples"):
+        client.predict("Is the remark kind?", "", "a lovely room", 0, "yes\nno", 4, api_name="/make_task")
+    two = f"{one}\na lovely room = positive\na dull book = negative"
+    report, answers, made = client.predict("Is the remark kind?", two, "a nice film", 0, "", 4, api_name="/make_task")
+    folder = unzip(made, tmp_path / "zip")
+    taken = LoraAdapter.load(folder).metadata["refined"]
+    done = rf"{taken['steps']} steps \({taken['of']} tried\)"
+    assert re.search(rf"<dt>refined</dt><dd>{done} on 4 examples, from candidate \d of 8</dd>", report)
+    assert table(answers)[1][2] == likeliest(PrototypeClassifier.load(folder).probabilities(["a nice film"])[0])
+
+
+def test_labels_may_be_described(client: Client, tmp_path: Path) -> None:
+    written = "a = a good film\nb\na = the lovely room"
+    _, answers, made = client.predict("Is it a?", "", "a nice film", 0, written, api_name="/make_task")
+    folder = unzip(made, tmp_path / "zip")
+    metadata = LoraAdapter.load(folder).metadata
+    assert metadata["labels"] == ["a", "b"]
+    assert metadata["label_descriptions"] == {"a": ["a good film", "the lovely room"]}
+    assert table(answers)[1][2] == likeliest(PrototypeClassifier.load(folder).probabilities(["a nice film"])[0])
 
 
 def test_an_empty_table_says_why(page: gradio.Blocks, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +350,7 @@ def test_what_is_no_picture_gets_a_friendly_answer(client: Client, tmp_path: Pat
     path = tmp_path / "upload.png"
     path.write_bytes(content)
     with pytest.raises(AppError, match=message) as caught:
-        client.predict(handle_file(path), None, 0.5, 0, api_name="/make_style")
+        client.predict(shown(path), None, 0.5, 0, api_name="/make_style")
     assert "Traceback" not in str(caught.value)
 
 
@@ -290,6 +362,9 @@ def test_what_is_no_picture_gets_a_friendly_answer(client: Client, tmp_path: Pat
         (("Is it?", "good", "", 0), "/make_task", "an example is written TEXT=LABEL, got 'good'"),
         (("Is it?", "", "", 0, "only"), "/make_task", "at least two labels"),
         (("Is it?", "good = yes", "", 0, "a\nb"), "/make_task", "which is not among the labels"),
+        (("Is it?", "", "", 0, "a\nb\na"), "/make_task", "the label 'a' is given twice"),
+        (("Is it?", "", "", 0, "a =\nb"), "/make_task", "the description of the label 'a' is empty"),
+        (("Is it?", "", "", 0, "a\nb", 101), "/make_task", "Value 101 is greater than maximum value 100"),
         (("Is it?", "", "a ||| b ||| c", 0), "/make_task", "a pair has two parts"),
         (("", "", "", 0), "/make_language", "the task description is empty"),
         (("up",), "/ask", "make an adapter first"),
@@ -307,7 +382,7 @@ def test_nothing_outside_the_cache_is_served(address: str, client: Client) -> No
             urllib.request.urlopen(f"{address}gradio_api/file={path}")
         assert caught.value.code in (403, 404)
     with pytest.raises((AppError, ValueError)):
-        client.predict({"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, None, 0.5, 0, api_name="/make_style")
+        client.predict([{"image": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}], None, 0.5, 0, api_name="/make_style")
 
 
 def test_every_client_gets_its_own_adapter(address: str, picture: Path, style_generator: Path, tmp_path: Path) -> None:
@@ -315,7 +390,7 @@ def test_every_client_gets_its_own_adapter(address: str, picture: Path, style_ge
 
     def ask(seed: int) -> str:
         one = Client(address, verbose=False, analytics_enabled=False, download_files=tmp_path / f"downloads-{seed}")
-        *_, made = one.predict(handle_file(picture), None, 0.5, seed, api_name="/make_style")
+        *_, made = one.predict(shown(picture), None, 0.5, seed, api_name="/make_style")
         return weights_sha256(unzip(made, tmp_path / str(seed)))
 
     with ThreadPoolExecutor(8) as pool:

@@ -146,11 +146,7 @@ def generate(
     pipe = _load(generator or (STYLE_GENERATOR if image else TEXT_GENERATOR))
     drawn = seeded(seed, count)
     output = pipe(condition, count, steps, guidance_scale, drawn, refine_steps=refine, refine_seed=seed, refine_seconds=refine_seconds)
-    lines = [str(output.report)]
-    if output.refined is not None:
-        taken = output.refined.metadata["refined"]
-        tried = f" ({taken['of']} tried)" if "of" in taken else ""
-        lines.append(f"refined    {taken['steps']} steps{tried} on {condition.refined_on()}, from candidate {output.chosen + 1} of {count}")
+    lines = [str(output.report), *(f"{title:<10} {fact}" for title, fact in output.refinement(condition).items())]
     output.save_adapter(out, overwrite=force)
     facts = {"adapter": str(out), "num_adapters": count, "chosen": output.chosen, "refined": output.adapter.metadata.get("refined")}
     facts["report"] = output.report.to_json()

@@ -49,7 +49,7 @@ class LanguageTab(Tab):
         named = lines(labels)
         prompt = TaskPrompt(description, [parse_example(line) for line in lines(examples)], named, free=not named)
         out = self.generate(prompt, CANDIDATES if prompt.examples else 1, seed, progress)
-        return out.adapter, told(out.report, self.pipe.condition_index), pack(out.adapter)
+        return out.adapter, told(out, prompt, self.pipe.condition_index), pack(out.adapter)
 
     def ask(self, adapter: LoraAdapter | None, text: str) -> Iterator[tuple[str, str]]:
         """Yield the base model's answer and the one with the adapter, as far as they are written; the latter is written first."""

@@ -6,8 +6,9 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
+from cond_pdiff.conditions.condition import Condition
 from cond_pdiff.models.condition_index import ConditionIndex
-from cond_pdiff.pipelines.pipeline_output import GenerationReport
+from cond_pdiff.pipelines.pipeline_output import CondPDiffPipelineOutput
 from cond_pdiff.text_to_image import encode_png
 
 INSIDE, OUTSIDE = ("near", "in distribution"), ("far", "out of distribution: expect less")
@@ -27,8 +28,9 @@ CSS = """
 """
 
 
-def told(report: GenerationReport, index: ConditionIndex, heading: str = "") -> str:
-    """Say how near a request is to what was trained, with a small picture of each neighbour that has one, and what else is known."""
+def told(out: CondPDiffPipelineOutput, condition: Condition, index: ConditionIndex, heading: str = "") -> str:
+    """Say how near a request is to what was trained, with a small picture of each neighbour that has one, and what was done."""
+    report = out.report
     sign, words = INSIDE if report.in_distribution else OUTSIDE
     neighbours = []
     for neighbour in report.nearest:
@@ -37,11 +39,12 @@ def told(report: GenerationReport, index: ConditionIndex, heading: str = "") -> 
         shown = f'<img alt="" src="data:image/png;base64,{data}">' if data else ""
         name = html.escape(neighbour.task.replace("_", " "))
         neighbours.append(f'<span class="neighbour">{shown}<span><b>{name}</b> {neighbour.similarity:.2f}</span></span>')
-    facts = "".join(f"<div><dt>{title}</dt><dd>{html.escape(fact)}</dd></div>" for title, fact in report.facts().items())
+    facts = report.facts() | out.refinement(condition)
+    listed = "".join(f"<div><dt>{title}</dt><dd>{html.escape(fact)}</dd></div>" for title, fact in facts.items())
     return (
         f"{f'<h4>{html.escape(heading)}</h4>' if heading else ''}"
         f'<p><span class="badge {sign}">{words}</span> nearest (threshold {report.threshold:.2f}):</p>'
-        f"<p>{''.join(neighbours)}</p>{f'<dl>{facts}</dl>' if facts else ''}"
+        f"<p>{''.join(neighbours)}</p>{f'<dl>{listed}</dl>' if listed else ''}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The tab for styles: a picture, or two that are mixed, becomes an adapter of a text-to-image model."""
+"""The tab for styles: pictures of a style, or of two that are mixed, become an adapter of a text-to-image model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from cond_pdiff.page.tab import (
     lines,
     new_folder,
     pack,
+    refine_field,
     run_from_nothing,
     seed_field,
 )  # fmt: skip
@@ -29,6 +30,8 @@ from cond_pdiff.text_to_image import make_pictures
 
 PROMPTS = "a red house beside a tree\na blue boat on the sea at night\nan orange cat in the snow\na castle on a hill at sunset"
 MAX_PROMPTS, NUM_EXAMPLES = 4, 6
+FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp"]
+REFINE_STEPS = 20
 
 CSS = """
 .gallery img {image-rendering: pixelated}
@@ -38,18 +41,20 @@ CSS = """
 .gallery .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%; border-radius: inherit}
 .gallery .caption-label {position: static; max-width: 100%; border: 0; padding: 4px 2px; white-space: normal; overflow: visible;
   background: none; text-align: left}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(80px, 104px))}
+#examples .grid-container, .pictures .grid-container {grid-template-columns: repeat(auto-fill, minmax(80px, 104px))}
+.pictures .grid-wrap {padding-top: 32px}
 """
 
 Captioned = list[tuple[str, str]]
 """Files of pictures with their captions."""
+Shown = list[tuple[str, str | None]] | None
+"""What a field for pictures gives: their files, as `Captioned` though none has a caption; None where it is empty."""
 
 
-def _picture(label: str) -> gr.Image:
-    """Return a field for an upload that only the library opens, which looks at the header first: gradio's own way would open it before."""
-    picture = gr.Image(type="filepath", sources=["upload", "clipboard"], height=220, label=label)
-    picture.preprocess = lambda payload: payload.path if payload else None  # type: ignore[method-assign]
-    return picture
+def _pictures(label: str) -> gr.Gallery:
+    """Return a field for uploads that only the library opens, which looks at the header first: gradio hands a gallery's paths on."""
+    look: dict[str, Any] = {"object_fit": "contain", "height": 220, "elem_classes": "pictures", "buttons": []}
+    return gr.Gallery(label=label, type="filepath", sources=["upload", "clipboard"], file_types=FILE_TYPES, interactive=True, **look)
 
 
 def _gallery(title: str, **options: Any) -> gr.Gallery:
@@ -65,18 +70,20 @@ class StyleTab(Tab):
     title, makes, recipe = "Style", "style", "pixart-mini-styles"
 
     @friendly()
-    def make(self, image: str | None, other: str | None, mix: float, seed: float, progress: Any = PROGRESS) -> tuple[LoraAdapter, str, str]:
-        """Make an adapter from a style picture, perhaps mixed with that of a second one."""
-        if not image:
+    def make(
+        self, shown: Shown, second: Shown, mix: float, seed: float, refine_steps: float = 0, progress: Any = PROGRESS
+    ) -> tuple[LoraAdapter, str, str]:
+        """Make an adapter from pictures of a style, perhaps mixed with that of a second one."""
+        if not shown:
             raise ConditionError("drop a style picture first (PNG, JPEG or WebP)")
-        first = self.generate(StyleImage.open(image), 1, seed, progress)
-        index = self.pipe.condition_index
-        if not other:
-            return first.adapter, told(first.report, index), pack(first.adapter)
-        second = self.generate(StyleImage.open(other), 1, seed, progress)
-        adapter = first.adapter.interpolate(second.adapter, mix)
-        parts = (("First style", 1 - mix, first), ("Second style", mix, second))
-        report = "".join(told(out.report, index, f"{place}: {share:.0%} of the mixture") for place, share, out in parts)
+        styles = [StyleImage.of([path for path, _ in pictures]) for pictures in (shown, second) if pictures]
+        made = [self.generate(style, 1, seed, progress, refine_steps) for style in styles]
+        adapter, headings = made[0].adapter, [""]
+        if second:
+            adapter = adapter.interpolate(made[1].adapter, mix)
+            headings = [f"First style: {1 - mix:.0%} of the mixture", f"Second style: {mix:.0%} of the mixture"]
+        parts = zip(made, styles, headings, strict=True)
+        report = "".join(told(out, style, self.pipe.condition_index, heading) for out, style, heading in parts)
         return adapter, report, pack(adapter)
 
     def preview(self, adapter: LoraAdapter | None, prompts: str, strength: float, seed: float) -> Iterator[Captioned]:
@@ -106,16 +113,18 @@ class StyleTab(Tab):
         adapter = gr.State(None, time_to_live=KEEP_SECONDS)
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                image = _picture("Style picture")
+                shown = _pictures("Style pictures")
                 prompts = gr.Textbox(PROMPTS, lines=4, max_lines=4, label=f"Prompts, one a line (at most {MAX_PROMPTS})")
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Strength")
-                seed = seed_field()
+                with gr.Row():
+                    refine = refine_field(REFINE_STEPS)
+                    seed = seed_field()
                 with gr.Accordion("Mix with a second style", open=False):
-                    other = _picture("Second picture")
+                    second = _pictures("Pictures of the second style")
                     mix = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second style")
                 make, stop = buttons()
             with gr.Column(scale=3, min_width=280):
-                report = gr.HTML("Drop a painting, or click an example below.", elem_classes="report")
+                report = gr.HTML("Drop a painting, or several of one style, or click an example below.", elem_classes="report")
                 with gr.Row():
                     with gr.Column(min_width=200):
                         plain = _gallery("Base model")
@@ -125,16 +134,16 @@ class StyleTab(Tab):
         index = self.pipe.condition_index
         names = [name for name in index.names if index.preview(name)]
         names = names[:: max(1, len(names) // NUM_EXAMPLES)][:NUM_EXAMPLES]
-        shown = [(index.preview(name), name.replace("_", " ")) for name in names]
-        examples = _gallery("Examples", value=shown, allow_preview=False, elem_id="examples")
+        thumbnails = [(index.preview(name), name.replace("_", " ")) for name in names]
+        examples = _gallery("Examples", value=thumbnails, allow_preview=False, elem_id="examples")
 
         def take(event: gr.SelectData) -> Any:
-            return index.preview(names[event.index])
+            return [index.preview(names[event.index])]
 
-        examples.select(take, None, image, **AT_ONCE)
+        examples.select(take, None, shown, **AT_ONCE)
         made = run_from_nothing(
             make, download, [adapter, report, plain, styled],
-            fn=self.make, inputs=[image, other, mix, seed], outputs=[adapter, report, download], api_name="make_style",
+            fn=self.make, inputs=[shown, second, mix, seed, refine], outputs=[adapter, report, download], api_name="make_style",
         )  # fmt: skip
         private: dict[str, Any] = {"concurrency_id": "model", "api_visibility": "private"}
         bare = made.success(self.base, [prompts, seed], plain, **private)

@@ -23,6 +23,8 @@ CACHE = Path(gr.utils.get_upload_folder()) / "cond-pdiff"  # in the only folder 
 KEEP_SECONDS = 3600
 CANDIDATES = 8
 """The number of adapters that examples choose among: fewer than elsewhere, as somebody is waiting."""
+MAX_REFINEMENT = 100
+"""The most steps of refinement: they are taken to their end, also after a cancellation, and others wait."""
 PROGRESS = gr.Progress()
 AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 """How an event runs that only sets the page's own fields."""
@@ -66,14 +68,16 @@ class Tab(ABC):
             f"    cond-pdiff train --recipe {cls.recipe} --tasks TASKS --zoo zoo --out run\n    {variable}=run/generator python app.py"
         )
 
-    def generate(self, condition: Condition, count: int, seed: float, progress: Any) -> Any:
-        """Return the pipeline's output for a condition, with a bar that shows its steps."""
+    def generate(self, condition: Condition, count: int, seed: float, progress: Any, refine_steps: float = 0) -> Any:
+        """Return the pipeline's output for a condition, with a bar that shows its steps, and then says that it is refined."""
 
         def tell(pipe: CondPDiffPipeline, step: int, *_: Any) -> dict[str, Any]:
-            progress((step + 1, len(pipe.scheduler.timesteps)), "writing weights")
+            done, steps = step + 1, len(pipe.scheduler.timesteps)
+            progress((done, steps), f"refining on {condition.refined_on()}" if refine_steps and done == steps else "writing weights")
             return {}
 
-        return self.pipe(condition, num_adapters=count, generator=seeded(int(seed), count), callback_on_step_end=tell)
+        more = {"refine_steps": int(refine_steps), "refine_seed": int(seed)}
+        return self.pipe(condition, num_adapters=count, generator=seeded(int(seed), count), callback_on_step_end=tell, **more)
 
 
 @contextlib.contextmanager
@@ -109,6 +113,11 @@ def pack(adapter: LoraAdapter) -> str:
 def seed_field() -> gr.Number:
     """Return a field for a seed."""
     return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
+
+
+def refine_field(usual: int) -> gr.Number:
+    """Return a field for the number of steps of refinement."""
+    return gr.Number(0, label=f"Refinement steps (0: none, usual: {usual})", precision=0, minimum=0, maximum=MAX_REFINEMENT)
 
 
 def buttons() -> tuple[gr.Button, gr.Button]:

@@ -7,8 +7,10 @@ from typing import Any
 import gradio as gr
 
 from cond_pdiff import PrototypeClassifier, TaskPrompt
+from cond_pdiff.classifier import recorded_labels
 from cond_pdiff.conditions.texts import check_text
-from cond_pdiff.notation import PAIR_SEPARATOR, parse_example, parse_text
+from cond_pdiff.defaults import REFINE_STEPS
+from cond_pdiff.notation import PAIR_SEPARATOR, parse_description, parse_example, parse_text
 from cond_pdiff.page.report import answer_table, told
 from cond_pdiff.page.tab import (
     CANDIDATES,
@@ -20,6 +22,7 @@ from cond_pdiff.page.tab import (
     friendly,
     lines,
     pack,
+    refine_field,
     run_from_nothing,
     seed_field,
 )
@@ -52,6 +55,19 @@ NO_LABELS = (
 )
 
 
+def named_labels(written: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Read a label a line, `name` or `name = what it means`; return the names, and what is said of some, perhaps in several lines."""
+    names: list[str] = []
+    described: dict[str, list[str]] = {}
+    for line in lines(written):
+        name, *said = parse_description(line) if "=" in line else (line,)
+        if name not in described:
+            names.append(name)
+        if said:
+            described.setdefault(name, []).extend(said)
+    return names, described
+
+
 class TextTab(Tab):
     """The tab for text tasks."""
 
@@ -59,29 +75,32 @@ class TextTab(Tab):
 
     @friendly()
     def make(
-        self, description: str, examples: str, texts: str, seed: float, labels: str = "", progress: Any = PROGRESS
+        self, description: str, examples: str, texts: str, seed: float, labels: str = "", refine_steps: float = 0, progress: Any = PROGRESS
     ) -> tuple[str, str, str]:
         """Make an adapter from description, labels and examples, and tell what it says of the texts beside what the base model says."""
         asked = [check_text(parse_text(line), f"text {place}") for place, line in enumerate(lines(texts), 1)]
-        prompt = TaskPrompt(description, [parse_example(line) for line in lines(examples)], lines(labels))
-        out = self.generate(prompt, CANDIDATES if prompt.examples else 1, seed, progress)
+        names, described = named_labels(labels)
+        prompt = TaskPrompt(description, [parse_example(line) for line in lines(examples)], names, descriptions=described)
+        out = self.generate(prompt, CANDIDATES if prompt.examples else 1, seed, progress, refine_steps)
         answers = NO_TEXT if not asked else NO_LABELS
-        if asked and out.report.labels:
+        if asked and (known := recorded_labels(out.adapter)):
             given = out.adapter.metadata.get("prototype_examples", ())
-            adapted = PrototypeClassifier(self.pipe.base_model(), out.report.labels, out.adapter, examples=given)
+            adapted = PrototypeClassifier(self.pipe.base_model(), known, out.adapter, examples=given)
             both = [classifier.probabilities(asked) for classifier in (adapted.with_adapter(None), adapted)]
             answers = answer_table(lines(texts), *both)
-        return told(out.report, self.pipe.condition_index), answers, pack(out.adapter)
+        return told(out, prompt, self.pipe.condition_index), answers, pack(out.adapter)
 
     def build(self) -> None:
         """Lay the tab out."""
         with gr.Row():
             with gr.Column(min_width=280):
                 description = gr.Textbox(REVIEWS[0], lines=2, label="What to decide")
-                labels = gr.Textbox("", lines=2, label="Labels, one a line (none: those of the examples)")
+                labels = gr.Textbox("", lines=2, label="Labels, one a line: label, or label = what it means (none: those of the examples)")
                 examples = gr.Textbox(REVIEWS[2], lines=3, label=f"Examples, one a line: text = label ({PAIR} = label)")
                 texts = gr.Textbox(REVIEWS[3], lines=3, label=f"Texts to try, one a line ({PAIR})")
-                seed = seed_field()
+                with gr.Row():
+                    refine = refine_field(REFINE_STEPS)
+                    seed = seed_field()
                 make, stop = buttons()
             with gr.Column(min_width=280):
                 report = gr.HTML(elem_classes="report")
@@ -91,6 +110,7 @@ class TextTab(Tab):
         gr.Examples([list(example) for example in EXAMPLES.values()], fields, example_labels=list(EXAMPLES), label="Examples")
         made = run_from_nothing(
             make, download, [report, answers],
-            fn=self.make, inputs=[description, examples, texts, seed, labels], outputs=[report, answers, download], api_name="make_task",
+            fn=self.make, inputs=[description, examples, texts, seed, labels, refine], outputs=[report, answers, download],
+            api_name="make_task",
         )  # fmt: skip
         cancel([stop], made)
