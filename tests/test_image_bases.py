@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
     WanPipeline,
+    ZImagePipeline,
 )
 from loopback_hub import LoopbackHub
 from PIL import Image
@@ -40,6 +41,7 @@ from cond_pdiff.training.config import CollectConfig, parse
 from cond_pdiff.training.evaluate.card import check_collected
 from cond_pdiff.training.finetuning.denoiser_inputs import lengths
 from cond_pdiff.training.finetuning.style_fine_tuning import EncodedPictures, StyleBatch, StyleFineTuning
+from cond_pdiff.training.finetuning.style_refinement import refine_style
 from cond_pdiff.training.recipe import read_recipe
 from cond_pdiff.training.stages.train import train
 from cond_pdiff.training.tasks.styles import Style, write_style
@@ -324,6 +326,19 @@ def test_a_compiled_or_offloaded_base_is_refused() -> None:
     offloaded.unet.to("meta")
     with pytest.raises(AdapterError, match="are not in memory"):
         make_pictures(offloaded, PROMPTS, [(adapter, 1.0)])
+
+
+def test_its_adapters_are_refined_on_pictures(fine_tuning: StyleFineTuning, style: Style) -> None:
+    """Where it says how large its pictures are; its encoders stay where they were."""
+    pipe, start = fine_tuning.pipe, random_adapter(fine_tuning.model)
+    if pipe.__class__ is ZImagePipeline:
+        with pytest.raises(CondPDiffError, match="does not say how large its pictures are"):
+            refine_style(pipe, start, style.image, 1)
+        return
+    end = refine_style(pipe, start, style.image, 1)
+    assert [key for key, tensor in start.tensors.items() if not torch.equal(tensor, end.tensors[key])] == [
+        key for key in start.tensors if ".lora_B." in key
+    ]
 
 
 def random_adapter(model: torch.nn.Module) -> LoraAdapter:
