@@ -11,7 +11,7 @@ first task of every source comes first. Columns:
 - refined: `refine` from the generated one; cold: from zeros; from multi-task.
 
 Prints a table of means, differences with their 95 % intervals over sources (the tasks of one source are one), the share of tasks that end
-more than a point below the base model, the steps that were kept, and seconds on the CPU of one thread; writes `<out>/summary.json`.
+more than a point below the base model, and seconds on the CPU of one thread; writes `<out>/summary.json`.
 """
 
 from __future__ import annotations
@@ -59,13 +59,12 @@ def reported_tasks() -> list[str]:
 
 
 def measure(measurer: TaskMeasurer, multitask: LoraAdapter, task: Task, shots: int, seed: int) -> dict[str, Any]:
-    """Measure a task: accuracy and CPU seconds of each column, and the steps that refining chose."""
+    """Measure a task: accuracy and CPU seconds of each column."""
     prompt = task.prompt(f"shots/{seed}", shots * len(task.labels))
     rows = task.test_rows(ROWS)
     texts, right = [text for text, _ in rows], torch.tensor([label for _, label in rows])
     accuracy: dict[str, float] = {}
     seconds: dict[str, float] = {}
-    steps: dict[str, dict[str, int]] = {}
 
     def add(name: str, predicted: torch.Tensor, began: float) -> None:
         seconds[name], accuracy[name] = round(began, 3), round(float((predicted.cpu() == right).float().mean()), 4)
@@ -91,14 +90,12 @@ def measure(measurer: TaskMeasurer, multitask: LoraAdapter, task: Task, shots: i
         adapter = refine(under(start))
         took = time.process_time() - started
         add(name, answers(adapter), took + (made if start is generated else 0.0))
-        steps[name] = {key: adapter.metadata["refined"][key] for key in ("steps", "of")}
     return {
         "task": task.name,
         "source": (task.source or task.name).split(" : ")[0],
         "labels": len(task.labels),
         "accuracy": accuracy,
         "seconds": seconds,
-        "steps": steps,
         "similarity": output.report.nearest[0].similarity,
     }
 
@@ -111,7 +108,6 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     of_source = [{column: statistics.fmean(row[column] for row in rows) for column in COLUMNS} for rows in sources.values()]
     seconds = {column: [result["seconds"][column] for result in results] for column in COLUMNS}
     below = {column: [result["accuracy"][column] < result["accuracy"]["base"] - 0.01 for result in results] for column in COLUMNS}
-    chosen = {name: [result["steps"][name]["steps"] for result in results] for name in results[0]["steps"]}
     return {
         "tasks": len(results),
         "sources": len(sources),
@@ -120,7 +116,6 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "refined minus": {column: difference([(row["refined"], row[column]) for row in of_source]) for column in COLUMNS},
         "seconds": {column: {"median": statistics.median(found), "most": max(found)} for column, found in seconds.items() if any(found)},
         "below the base by a point": {column: round(statistics.fmean(found), 4) for column, found in below.items()},
-        "steps": {name: {"mean": statistics.fmean(found), "none": found.count(0) / len(found)} for name, found in chosen.items()},
         "results": results,
     }
 
@@ -134,17 +129,16 @@ def table(summary: Mapping[str, Any]) -> str:
 
     rows = []
     for column, title in COLUMNS.items():
-        took, steps = summary["seconds"].get(column), summary["steps"].get(column)
+        took = summary["seconds"].get(column)
         rows.append([
             title,
             f"{100 * summary['means'][column]:.1f}",
             points(summary["minus the base"][column]) if column != "base" else "–",
             points(summary["refined minus"][column]) if column != "refined" else "–",
             f"{summary['below the base by a point'][column]:.0%}" if column != "base" else "–",
-            f"{steps['mean']:.1f}; none on {steps['none']:.0%}" if steps else "–",
             f"{took['median']:.1f}, at most {took['most']:.0f}" if took else "–",
         ])  # fmt: skip
-    heads = ["", "accuracy", "minus the base model", "refined minus it", "a point below the base", "steps", "CPU seconds"]
+    heads = ["", "accuracy", "minus the base model", "refined minus it", "a point below the base", "CPU seconds"]
     return markdown_table(heads, rows)
 
 

@@ -17,8 +17,8 @@ CHOOSE_FROM = 20
 MAX_EXAMPLES = 64
 """The most examples that are taken from a file: each is read by every candidate, and kept with the adapter."""
 
-REFINE_STEPS = 16
-"""The most steps of refining where nobody says it: held-out examples end it earlier where they do not get better."""
+REFINE_STEPS = 12
+"""The steps of refining on labelled examples where nobody says how many."""
 
 ANSWER_TOKENS = 64
 """The most tokens of a language model's answer."""

@@ -203,11 +203,11 @@ class CondPDiffPipeline(GeneratorPipeline):
             timesteps: the scheduler's steps, falling, where it takes them, in the place of `num_inference_steps`.
             sigmas: its noise levels, falling, in the same way; Euler's end with 0.
             prompt, image: diffusers' words for `condition`, of a text or a style generator; give one of the three.
-            refine_steps: go on from the chosen candidate with training steps, at most so many on the prompt's labelled examples (say 16),
-                or so many on the pictures (say 20; with `StyleImage(…, caption=…)` for each, on pictures and captions); the output's
+            refine_steps: go on from the chosen candidate with so many training steps on the prompt's labelled examples (say 12), or on the
+                pictures (say 20; with `StyleImage(…, caption=…)` for each, on pictures and captions); the output's
                 `adapter` is what they end in. They need the base model, which is loaded, and no thread that uses it meanwhile. 0: none.
             refine_seed: of all that these steps draw.
-            refine_seconds: steps on labelled examples begin for so many seconds at most; 16 of them at most, unless `refine_steps` says it.
+            refine_seconds: steps on labelled examples begin for so many seconds at most; twelve of them, unless `refine_steps` says it.
 
         Returns:
             `CondPDiffPipelineOutput`; a tuple of its fields with `return_dict=False`; params, shape `(num_adapters,

@@ -112,7 +112,7 @@ class CondPDiffPipelineOutput(BaseOutput):
         if self.refined is None:
             return {}
         taken = self.refined.metadata["refined"]
-        tried = f" ({taken['of']} tried)" if "of" in taken else ""
+        tried = f" of {taken['of']}" if "of" in taken else ""
         start = f"from candidate {self.chosen + 1} of {len(self.adapters)}"
         return {"refined": f"{taken['steps']} steps{tried} on {condition.refined_on()}, {start}"}
 

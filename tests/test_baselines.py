@@ -282,14 +282,3 @@ def test_far_tasks_are_apart_by_source_from_those_that_settings_were_chosen_on(m
     own = importlib.import_module("refinement").reported_tasks()
     assert sorted(own) == sorted(reported)
     assert {names[0] for names in lists["reported"].values()} == {*own[: len(lists["reported"])]}
-
-
-def test_the_page_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    summary = json.loads((Path(BENCHMARKS).parent / "results" / "refinement.json").read_text())
-    page = (Path(BENCHMARKS).parent / "docs" / "unseen_tasks.md").read_text()
-    module = importlib.import_module("refinement")
-    assert module.table(summary) in page
-    again = module.summarize(summary["results"])
-    assert json.loads(json.dumps(again)) == summary
-    assert f"{summary['tasks']} tasks of {summary['sources']} sources" in page

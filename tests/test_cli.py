@@ -74,17 +74,15 @@ def test_refining_goes_on_from_the_chosen_adapter(run: Any, tiny_generator: Path
     plain, refined = (run(*base, "--out", tmp_path / name, *more) for name, more in (("plain", []), ("refined", ["--refine", 4])))
     assert (plain.status, refined.status, refined.err) == (0, 0, [])
     start, end = LoraAdapter.load(tmp_path / "plain"), LoraAdapter.load(tmp_path / "refined")
-    taken = end.metadata["refined"]
+    assert end.metadata["refined"]["steps"] == 4
     (chosen,) = (line.split()[1] for line in plain.out if line.startswith("chosen"))
     assert [line for line in refined.out if line not in plain.out] == [
-        f"refined    {taken['steps']} steps ({taken['of']} tried) on 4 examples, from candidate {chosen} of 3",
+        f"refined    4 steps on 4 examples, from candidate {chosen} of 3",
         f"adapter    {tmp_path / 'refined'}",
     ]
-    assert 1 <= taken["of"] <= 4
-    assert 0 <= taken["steps"] <= taken["of"]
     assert len(end.metadata["prototype_examples"]) == 4
     changed = [key for key, tensor in start.tensors.items() if not torch.equal(tensor, end.tensors[key])]
-    assert changed == [key for key in start.tensors if ".lora_B." in key and ".layer.1." in key and taken["steps"]]
+    assert changed == [key for key in start.tensors if ".lora_B." in key]
     out = ["--out", tmp_path / "no", "--generator", tiny_generator]
     refused(run("generate", DESCRIPTION, "--refine", 4, *out), "give some with --example")
     refused(run("generate", DESCRIPTION, *EXAMPLES, "--refine", 4, *out), "two examples of at least one class")

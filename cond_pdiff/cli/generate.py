@@ -95,7 +95,7 @@ def generate(
     refine: Annotated[
         int,
         typer.Option(
-            metavar="STEPS", help="Go on from the chosen adapter with steps on the examples, at most so many (16), or the pictures (20)."
+            metavar="STEPS", help="Go on from the chosen adapter with so many steps on the examples, say 12, or the pictures, say 20."
         ),
     ] = 0,
     refine_seconds: Annotated[

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cond_pdiff.attach import adapted_names, attached_to_groups
+from cond_pdiff.attach import attached_to_groups
 from cond_pdiff.classifier import LOGIT_SCALE, held_out_logits
 from cond_pdiff.conditions.task_prompt import TaskPrompt
 from cond_pdiff.conditions.texts import Text, label_text
 from cond_pdiff.errors import TrainingError
-from cond_pdiff.lora import KEY_PREFIX
-from cond_pdiff.refinement import LEARNING_RATE, halved_blocks
+from cond_pdiff.refinement import LEARNING_RATE
 from cond_pdiff.training.stages.tune import TuneStage, with_words_left_out
 from cond_pdiff.training.tasks.tasks import Task
 
@@ -70,9 +69,8 @@ class TextTuneStage(TuneStage):
         if not self.config.refine_steps:
             return tensors
         base, spec = self.pipe.base_model(), self.pipe.codec.template.spec
-        _, upper = halved_blocks(base.model, adapted_names(tensors))
         start = {key: tensor.detach() for key, tensor in tensors.items()}
-        moving = {key: start[key].clone().requires_grad_() for key in (f"{KEY_PREFIX}{name}.lora_B.weight" for name in upper)}
+        moving = {key: tensor.clone().requires_grad_() for key, tensor in start.items() if ".lora_B." in key}
         optimizer = torch.optim.AdamW(moving.values(), lr=LEARNING_RATE, weight_decay=0.0)
         shown = [(episode, (~episode.asked).nonzero()[:, 0]) for episode in batch]
         texts = [[*map(label_text, episode.prompt.labels), *(episode.texts[place] for place in places)] for episode, places in shown]
