@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def unet(pipe: Any) -> tuple[dict[str, Any], torch.Tensor, Any]:
 
 
 def joint(pipe: Any) -> tuple[dict[str, Any], torch.Tensor, Any]:
-    prompts, negatives = drawn(COUNT, 5, WIDTH), drawn(COUNT, 5, WIDTH, seed=1)
-    pooled, others = drawn(COUNT, WIDTH, seed=3), drawn(COUNT, WIDTH, seed=4)
+    prompts, negatives = drawn(COUNT, 5, 2 * WIDTH), drawn(COUNT, 5, 2 * WIDTH, seed=1)
+    pooled, others = drawn(COUNT, 2 * WIDTH, seed=3), drawn(COUNT, 2 * WIDTH, seed=4)
 
     def ask(latents: torch.Tensor, step: torch.Tensor, positive: bool) -> torch.Tensor:
         noisy = torch.cat([latents] * 2)
@@ -74,7 +75,8 @@ def twice(pipe: Any) -> tuple[dict[str, Any], torch.Tensor, Any]:
         noisy = {"hidden_states": latents, "timestep": step.expand(COUNT) / 1000, "img_ids": places, "txt_ids": texts}
         return pipe.transformer(**noisy, **given, return_dict=False)[0]
 
-    call = {"prompt_embeds": prompts, "negative_prompt_embeds": negatives, "true_cfg_scale": SCALE, "height": 16, "width": 16}
+    side = 16 * pipe.vae_scale_factor
+    call = {"prompt_embeds": prompts, "negative_prompt_embeds": negatives, "true_cfg_scale": SCALE, "height": side, "width": side}
     return {**call, "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": others}, drawn(COUNT, 64, 4, seed=2), ask
 
 
@@ -82,7 +84,7 @@ Case = tuple[Callable[[], Any], Callable[[Any], tuple[dict[str, Any], torch.Tens
 CASES: dict[str, Case] = {
     "halves of a U-Net": (tiny_pipelines.stable_diffusion, unet),
     "halves of a transformer": (tiny_pipelines.stable_diffusion_3, joint),
-    "two calls": (tiny_pipelines.flux, twice),
+    "two calls": (partial(tiny_pipelines.flux, distilled=False), twice),
 }
 
 
@@ -202,7 +204,7 @@ def test_rows_that_are_no_halves_are_refused() -> None:
 
 
 def test_a_call_that_fails_leaves_no_side_behind() -> None:
-    pipe = tiny_pipelines.flux()
+    pipe = tiny_pipelines.flux(distilled=False)
     call, noise, ask = twice(pipe)
     adapter = adapter_for(pipe)
     by_pipeline(pipe, call, noise)
@@ -217,7 +219,7 @@ def test_a_call_that_fails_leaves_no_side_behind() -> None:
 
 
 def test_where_sides_cannot_be_told_it_is_refused(tmp_path: Path) -> None:
-    flux, sd = tiny_pipelines.flux(), tiny_pipelines.stable_diffusion()
+    flux, sd = tiny_pipelines.flux(distilled=False), tiny_pipelines.stable_diffusion()
     adapters = adapter_for(flux), adapter_for(sd)
     flux.transformer.register_to_config(guidance_embeds=True)
     sd.unet.register_to_config(time_cond_proj_dim=8)

@@ -150,11 +150,11 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
     )
 
 
-def flux() -> FluxPipeline:
+def flux(distilled: bool = True) -> FluxPipeline:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=(4, 4, 8), guidance_embeds=distilled,
     ).eval()  # fmt: skip
     text, vae = t5(), autoencoder(1, scaling_factor=0.36, shift_factor=0.11)
     return FluxPipeline(

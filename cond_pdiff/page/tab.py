@@ -76,8 +76,14 @@ class Tab(ABC):
             progress((done, steps), f"refining on {condition.refined_on()}" if refine_steps and done == steps else "writing weights")
             return {}
 
-        more = {"refine_steps": int(refine_steps), "refine_seed": int(seed)}
-        return self.pipe(condition, num_adapters=count, generator=seeded(int(seed), count), callback_on_step_end=tell, **more)
+        return self.pipe(
+            condition,
+            num_adapters=count,
+            generator=seeded(int(seed), count),
+            callback_on_step_end=tell,
+            refine_steps=int(refine_steps),
+            refine_seed=int(seed),
+        )
 
 
 @contextlib.contextmanager
