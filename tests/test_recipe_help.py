@@ -59,7 +59,8 @@ def test_lines_tell_value_range_default_and_meaning() -> None:
     lines = str(Section.describe("tune", {"examples": 8})).splitlines()
     below = dict(pairwise(lines))
     assert below["  examples = 8"] == "      of an episode, all its classes together (a whole number of at least 4; default 32)"
-    assert below["  most_labels = 8"] == "      classes of an episode (a whole number of at least 2; the default)"
+    told = "classes of an episode; all, for a language model (a whole number of at least 2; the default)"
+    assert below["  most_labels = 8"] == f"      {told}"
     assert all(len(line) <= 120 for line in str(RecipeHelp.read("minilm-text-tasks")).splitlines())
 
 

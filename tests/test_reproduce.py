@@ -386,7 +386,7 @@ def test_documents_have_the_numbers_of_styles(document: str) -> None:
 
 def test_the_card_has_the_numbers_of_each_style() -> None:
     result, table = json.loads((ROOT / "results" / "style_part.json").read_text()), StyleTable()
-    card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "docs/style_numbers.md").read_text(encoding="utf-8").splitlines()
+    card = (ROOT / "cond_pdiff" / "bundled" / "pixart-mini-styles" / "README.md").read_text(encoding="utf-8").splitlines()
     for row in result["rows"]:
         columns = table.seen_columns if row["seen"] else table.unseen_columns
         cells = "".join(f" {table.show(row['frechet'][column])} |" for column in columns)

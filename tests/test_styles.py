@@ -187,7 +187,7 @@ def test_the_adapter_of_an_unseen_picture_is_the_mean_over_views(
     embeddings = pipe.condition_encoder.encode([picture, *picture.views()[:2]])[0]
     alone = []
     for embedding in embeddings:
-        monkeypatch.setattr(pipe, "encode_condition", lambda condition, count, one=embedding: (one.expand(count, -1), None))
+        monkeypatch.setattr(pipe, "_encode_condition", lambda condition, count, one=embedding: (one.expand(count, -1), None, {}))
         alone.append(latents(-1.0, 3))
     torch.testing.assert_close(mean, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-4)
     monkeypatch.undo()

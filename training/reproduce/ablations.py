@@ -90,10 +90,15 @@ class GivenCondition:
 
     embedding: torch.Tensor
     condition_kind: ClassVar[type] = TaskPrompt
+    text_model: ClassVar[None] = None
 
     def encode(self, conditions: list[Any]) -> tuple[torch.Tensor, list[PromptReport]]:
         """Return the embedding, once a condition."""
         return self.embedding.expand(len(conditions), -1), [PromptReport(0, 0)] * len(conditions)
+
+    def encode_with_texts(self, conditions: list[Any]) -> tuple[torch.Tensor, list[PromptReport], dict[Any, torch.Tensor]]:
+        """Return the same; no text was read."""
+        return *self.encode(conditions), {}
 
 
 class AblationRunner:
