@@ -22,7 +22,7 @@ from cond_pdiff.models.token_batches import Tokens, batches_of_like_length, comm
 
 PLAIN_PROMPT = "{prompt}\nAnswer:\n"
 """The prompt for a base model without a chat template."""
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 """The number of rows that the model reads at once where no gradients are wanted."""
 CACHE_NAMES = ("cache", "past_key_values")
 """The names that transformers has had for a cache of keys and values, as an argument and in what a model returns."""

@@ -76,12 +76,12 @@ class LanguageEvaluator(ZooEvaluator):
             **{f"trained {run}": adapter for run, adapter in enumerate(self.trained[task.name])},
             "zoo_mean": self.baselines.mean,
             "kernel_regression": self.baselines.regressed(condition),
-            "retrieval": self.soup(retrieved),
             "shuffled": self.generate(self._another(task).prompt("zero-shot", 0), 1, ZERO_SHOT_OFFSET).adapters[0],
             "generated_zero_shot": zero_shot.adapters[0],
             "generated_best": output.adapters[output.chosen],
             **({"multitask": self.multitask} if self.multitask else {}),
             **({"soup": self.soup(task.name)} if len(self.trained[task.name]) > 1 else {}),
+            **({"retrieval": self.soup(retrieved)} if retrieved != task.name else {}),
         }
         found = self._accuracies(task, adapters, exchanges)
         trained = [found.pop(f"trained {run}") for run in range(len(self.trained[task.name]))]
@@ -93,6 +93,8 @@ class LanguageEvaluator(ZooEvaluator):
             "in_context": self._accuracy(task, exchanges, self._shots(task)),
             "trained": round(statistics.fmean(trained), 4),
         }
+        if retrieved == task.name:
+            columns["retrieval"] = trained[0] if len(trained) == 1 else columns["soup"]
         return {
             "split": task.reported_split,
             "rows": len(exchanges),
