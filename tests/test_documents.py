@@ -196,7 +196,7 @@ def test_enough_is_run() -> None:
 
 def test_readme_runs(inside: Path) -> None:
     run_page("README.md")
-    assert (inside / "my-adapter" / "adapter_config.json").is_file()
+    assert (inside / "tweets-adapter" / "adapter_config.json").is_file()
 
 
 def test_the_quick_start_runs(inside: Path) -> None:
