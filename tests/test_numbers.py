@@ -62,7 +62,8 @@ def missing(lines: list[str], page: str) -> list[str]:
 def test_readme_has_four_rows_of_the_text_tasks() -> None:
     measured = result("text_tasks")
     names = {"base": "none: the base model", "multitask": "one LoRA for all tasks (multi-task)",
-             "generated_mean": "generated, one", "generated_best": "generated, the best of 20", "trained": "trained on the task's own data"}  # fmt: skip
+             "generated_mean": "generated, one",
+             "generated_best": "generated, the best of 20", "trained": "trained on the task's own data"}  # fmt: skip
 
     def cell(part: str, name: str) -> str:
         low, high = measured[part]["intervals"]["accuracy"][name]
