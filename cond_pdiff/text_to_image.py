@@ -109,7 +109,7 @@ def make_pictures(
         AdapterError: an adapter is not for this base.
     """
     base = image_base_of(pipe)
-    steps = num_inference_steps or base.steps
+    steps = base.steps if num_inference_steps is None else num_inference_steps
     guidance = base.guidance_scale if guidance_scale is None else guidance_scale
     check_picture_settings(prompts, [scale for _, scale in adapters], steps, guidance)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)

@@ -432,3 +432,8 @@ def test_the_bundled_base_draws_what_is_asked_for() -> None:
     assert (blue[:, 2] > blue[:, 0] + 0.35).float().mean() > 0.2
     for other in (yellow, blue):
         assert (other[:, 0] > other[:, 1:].amax(1) + 0.35).float().mean() < 0.02
+
+
+def test_no_steps_are_refused_and_not_taken_for_the_bases_own() -> None:
+    with pytest.raises(CondPDiffError, match="num_inference_steps must be"):
+        make_pictures(load_text_to_image(), ["a red house"], num_inference_steps=0)
