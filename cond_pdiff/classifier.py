@@ -12,7 +12,7 @@ from torch import nn
 
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.attach import attached_to_groups
-from cond_pdiff.conditions.texts import Text, check_described, check_examples, check_text, label_text
+from cond_pdiff.conditions.texts import Text, check_described, check_examples, check_text, label_text, with_descriptions
 from cond_pdiff.errors import AdapterError, ConditionError
 from cond_pdiff.hub import Backbone
 from cond_pdiff.models.sentence_backbone import SentenceBackbone
@@ -101,7 +101,7 @@ def _prototypes(names: torch.Tensor, sums: torch.Tensor, counts: torch.Tensor) -
 def recorded_labels(adapter: LoraAdapter) -> dict[str, Sequence[str]]:
     """Return the label names that an adapter records, each with its descriptions; none where it records none."""
     labels, described = adapter.metadata.get("labels") or (), adapter.metadata.get("label_descriptions") or {}
-    return {label: described.get(label, ()) for label in labels}
+    return with_descriptions(labels, described)
 
 
 def _recorded_length(adapter: LoraAdapter | None) -> int:

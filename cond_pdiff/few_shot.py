@@ -12,7 +12,7 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import LOGIT_SCALE, PrototypeClassifier, held_out_logits
 from cond_pdiff.conditions.instruction import Instruction
-from cond_pdiff.conditions.texts import Text
+from cond_pdiff.conditions.texts import Text, with_descriptions
 from cond_pdiff.errors import ConditionError
 from cond_pdiff.gain import Evidence, GainEstimate, GainModel
 from cond_pdiff.models.causal_backbone import CausalBackbone
@@ -106,7 +106,7 @@ class FewShotRequest:
     @property
     def described(self) -> dict[str, Sequence[str]]:
         """Each label name with its descriptions."""
-        return {label: self.descriptions.get(label, ()) for label in self.labels}
+        return with_descriptions(self.labels, self.descriptions)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def check_described(
     return names, found
 
 
+def with_descriptions(labels: Iterable[str], descriptions: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Return each label name with its descriptions, of which it may have none."""
+    return {label: descriptions.get(label, ()) for label in labels}
+
+
 def label_text(label: str) -> str:
     """Write a label name as words: `not_paraphrase` → `not paraphrase`."""
     return label.replace("_", " ").replace("-", " ").strip()

@@ -11,6 +11,7 @@ from torch import nn
 from cond_pdiff.adapter import LoraAdapter
 from cond_pdiff.classifier import PrototypeClassifier
 from cond_pdiff.conditions.condition import Condition
+from cond_pdiff.conditions.texts import with_descriptions
 from cond_pdiff.families.family import Family, register_family
 from cond_pdiff.few_shot import Choice, FewShotRequest, choose
 from cond_pdiff.hub import Backbone
@@ -62,7 +63,7 @@ class SentenceEncoder(Family):
         self, base: Any, adapter: LoraAdapter, condition: Condition, steps: int, seed: int = 0, seconds: float | None = None
     ) -> LoraAdapter:
         """Take steps on a prompt's labelled examples; see `cond_pdiff.refinement.refine`."""
-        described = {label: condition.descriptions.get(label, ()) for label in condition.labels}
+        described = with_descriptions(condition.labels, condition.descriptions)
         return refine(PrototypeClassifier(base, described, adapter, examples=condition.examples), steps, seed=seed, seconds=seconds)
 
     def load_tasks(self, folder: str | Path, names: Sequence[str] | None) -> list[Task]:
